@@ -1,0 +1,96 @@
+# demo, test, lint and bench need only Python >= 3.10 (with venv and headers), make and a C++
+# compiler: they make their own environment in .venv. gpu-check uses the Python it is given.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+VENV_PYTHON := $(VENV)/bin/python
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NATIVE_OPTIONS := $(CFPO_KERNELS_CUDA)|$(CFPO_KERNELS_CUDA_ARCHS)|$(CFPO_KERNELS_BUILD_TYPE)|$(CFPO_KERNELS_CMAKE_ARGS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench bench-micro gpu-check wheel clean distclean FORCE
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "  ARGS='...' is passed on to the program; PYTHON=... picks the interpreter."
+
+demo: $(STAMPS)/native $(STAMPS)/demo ## Train a small policy with the CFPO loss on the CPU
+	$(VENV_PYTHON) examples/train_cfpo.py $(ARGS)
+
+test: $(STAMPS)/native $(STAMPS)/test ## Run the tests
+	$(VENV_PYTHON) -m pytest $(ARGS)
+
+lint: $(STAMPS)/torch $(STAMPS)/dev ## Check style, formatting and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(STAMPS)/dev ## Rewrite the sources in the project's format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+bench: $(STAMPS)/native $(STAMPS)/demo ## Measure the CPU kernels (ARGS="--json FILE" keeps the figures)
+	$(VENV_PYTHON) -m bench --cases cpu $(ARGS)
+
+bench-micro: $(STAMPS)/native $(STAMPS)/test ## Run the pytest-benchmark tests
+	$(VENV_PYTHON) -m pytest --benchmark-only $(ARGS)
+
+gpu-check: ## Build, test and measure on this machine's GPU with $(PYTHON): no network, no venv
+	$(PYTHON) tools/gpu_check.py $(ARGS)
+
+wheel: $(STAMPS)/torch $(STAMPS)/build ## Build a wheel into dist/
+	rm -rf build/lib* build/bdist*
+	$(VENV_PYTHON) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean: ## Remove what was built
+	rm -rf build dist *.egg-info cfpo_kernels/_C*.so $(STAMPS)/native
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find cfpo_kernels triton_kernels tests bench examples tools -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the environment too
+	rm -rf $(VENV)
+
+# Stamps record what is installed, so that a second call starts at once.
+
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "error: $(PYTHON) was not found; give another interpreter with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no venv module (Debian and Ubuntu: install python3-venv)" >&2; exit 1; }
+	$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP_INSTALL) 'pip>=23.2'
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+$(STAMPS)/torch: requirements/torch.txt requirements/triton.txt | $(STAMPS)/venv
+	$(PIP_INSTALL) -r requirements/torch.txt
+	$(PIP_INSTALL) --no-deps -r requirements/triton.txt
+	@touch $@
+
+$(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/dev: $(STAMPS)/%: requirements/%.txt | $(STAMPS)/torch
+	$(PIP_INSTALL) -r $<
+	@touch $@
+$(STAMPS)/test $(STAMPS)/dev: requirements/demo.txt
+$(STAMPS)/dev: requirements/test.txt
+
+$(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/build $(STAMPS)/native-options
+	@for compiler in $${CXX:-c++ g++ clang++}; do command -v "$$compiler" >/dev/null && exit 0; done; \
+	  echo "error: no C++ compiler was found; install one (Debian and Ubuntu: g++) or set CXX" >&2; exit 1
+	@$(VENV_PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  { echo "error: Python.h was not found (Debian and Ubuntu: install python3-dev)" >&2; exit 1; }
+	$(PIP_INSTALL) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# Rewritten only when a build option differs from the last call's.
+$(STAMPS)/native-options: FORCE | $(STAMPS)/venv
+	@echo '$(NATIVE_OPTIONS)' | cmp -s - $@ || echo '$(NATIVE_OPTIONS)' > $@

@@ -1,0 +1,84 @@
+from typing import TypedDict
+
+Rows = tuple[int, int, int, int, int, int, int]
+
+class CudaDevice(TypedDict):
+    name: str
+    capability_major: int
+    capability_minor: int
+    total_memory: int
+    sm_count: int
+
+class CudaQuery(TypedDict):
+    status: int
+    status_name: str
+    status_text: str
+    runtime_version: int
+    driver_version: int
+    devices: list[CudaDevice]
+
+cuda_built: bool
+cuda_archs: str
+cuda_reason: str
+
+def cuda_query() -> CudaQuery: ...
+def cpu_levels() -> list[str]: ...
+def objective_term(
+    name: str, parameters: list[float], log_ratio: float, advantage: float
+) -> tuple[float, float]: ...
+def kl_term(name: str, logp: float, ref_logp: float) -> tuple[float, float]: ...
+def policy_loss(
+    *,
+    logits: Rows,
+    dlogits: Rows | None,
+    token_ids: int,
+    temperature: int,
+    temperature_stride: int,
+    weights: int,
+    advantages: int,
+    old_logps: int,
+    token_weights: int,
+    ref_logps: int,
+    objective: str,
+    objective_parameters: list[float],
+    kl_estimator: str,
+    kl_coef: float,
+    entropy_coef: float,
+    grad_scale: float,
+    loss: int,
+    logps: int,
+    entropy: int,
+    threads: int,
+    level: str,
+) -> None: ...
+def token_logps(
+    *,
+    logits: Rows,
+    token_ids: int,
+    temperature: int,
+    temperature_stride: int,
+    weights: int,
+    logps: int,
+    lse: int,
+    entropy: int,
+    threads: int,
+    level: str,
+) -> None: ...
+def token_logps_backward(
+    *,
+    logits: Rows,
+    dlogits: Rows,
+    token_ids: int,
+    temperature: int,
+    temperature_stride: int,
+    weights: int,
+    lse: int,
+    entropy: int,
+    dlogps: int,
+    dentropy: int,
+    threads: int,
+    level: str,
+) -> None: ...
+def multiply_rows(
+    *, rows: Rows, factors: int, factor_stride: int, threads: int, level: str
+) -> None: ...

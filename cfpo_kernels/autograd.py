@@ -1,0 +1,122 @@
+"""The torch.autograd.Functions over the operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+def _refuse_create_graph() -> None:
+    # While torch.compile traces a backward, grad mode says nothing about create_graph.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "cfpo_kernels: double backward (create_graph=True) is not supported by the fused "
+            "kernels; backend='reference' is differentiable twice"
+        )
+
+
+class CFPOFunction(torch.autograd.Function):
+    """A policy loss whose forward also computes the gradient, which backward hands over.
+
+    ``apply(logits, inplace, *arguments of ops.policy_loss but with_gradient)`` returns (loss (N,),
+    logps (N,), entropy (N,) or (0,)); only the loss is differentiable, and only with respect to
+    the logits. With `inplace` the logits hold their gradient afterwards. Backward can run once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        inplace: bool,
+        token_ids: Tensor,
+        weights: Tensor,
+        temperature: Tensor,
+        with_entropy: bool,
+        backend: str,
+        *terms: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = (logits, token_ids, weights, temperature)
+        if inplace:
+            loss, logps, entropy = ops.policy_loss_(*rows, with_entropy, backend, *terms)
+            dlogits = logits
+        else:
+            loss, logps, entropy, dlogits = ops.policy_loss(
+                *rows, with_entropy, True, backend, *terms
+            )
+        grad_scale = terms[4]
+        ctx.save_for_backward(dlogits, grad_scale)
+        ctx.backend = backend
+        ctx.spent = False
+        ctx.mark_non_differentiable(logps, entropy)
+        ctx.set_materialize_grads(False)
+        return loss, logps, entropy
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (len(ctx.needs_input_grad) - 1)
+        if dloss is None:
+            return None, *nothing
+        _refuse_create_graph()
+        if not torch.compiler.is_compiling():
+            if ctx.spent:
+                raise RuntimeError(
+                    "cfpo_kernels: backward ran a second time, but the gradient buffer was handed "
+                    "over by the first; call the loss again"
+                )
+            ctx.spent = True
+        dlogits, grad_scale = ctx.saved_tensors
+        dlogits = dlogits.detach()
+        factors = dloss if grad_scale is None else dloss / grad_scale
+        # Where the factor is 1 this reads N numbers and touches nothing; the kernel looks.
+        ops.multiply_rows_(dlogits, factors, ctx.backend)
+        return dlogits, *nothing
+
+
+class TokenLogpsFunction(torch.autograd.Function):
+    """log p of each row's token, and the row's entropy, differentiable with respect to the logits.
+
+    ``apply(logits, inplace, *arguments of ops.token_logps)`` returns (logps, entropy (N,) or (0,)).
+    Saves the logits; with `inplace`, backward overwrites them with their gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        inplace: bool,
+        token_ids: Tensor,
+        weights: Tensor,
+        temperature: Tensor,
+        with_entropy: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        rows = (logits, token_ids, weights, temperature)
+        logps, lse, entropy = ops.token_logps(*rows, with_entropy, backend)
+        ctx.save_for_backward(*rows, lse, entropy)
+        ctx.inplace = inplace
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return logps, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 6
+        _refuse_create_graph()
+        logits, token_ids, weights, temperature, lse, entropy = ctx.saved_tensors
+        if dlogps is None and (dentropy is None or dentropy.numel() == 0):
+            return None, *nothing
+        dlogps = None if dlogps is None else dlogps.contiguous()
+        dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy.contiguous()
+        arguments = (token_ids, weights, temperature, ctx.backend, lse, entropy, dlogps, dentropy)
+        if ctx.inplace:
+            dlogits = logits.detach()
+            ops.token_logps_backward_(dlogits, *arguments)
+        else:
+            dlogits = ops.token_logps_backward(logits, *arguments)
+        return dlogits, *nothing

@@ -1,0 +1,234 @@
+"""The kernels as torch operators, so that torch.compile and opcheck can see through a call.
+
+Operators allocate their outputs and call the backend; they are not differentiable themselves
+(autograd.py is). Signatures are flat because operator schemas are: the arguments from `advantages`
+on are the fields of ``backends.base.KernelTerms``, in that order. An empty tensor stands for an
+output that was not asked for. A name that ends in _ overwrites its first argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.base import KernelRows, KernelTerms
+
+# torch.library reads these annotations, and before torch 2.7 it does not know `Tensor | None`.
+# ruff: noqa: UP045
+
+
+def _outputs(weights: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    entropy = weights.new_empty(weights.shape if with_entropy else (0,))
+    return torch.empty_like(weights), torch.empty_like(weights), entropy
+
+
+def _gradient(logits: Tensor, wanted: bool = True) -> Tensor:
+    return logits.new_empty(logits.shape if wanted else (0,))
+
+
+def _nonempty(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
+
+
+@torch.library.custom_op("cfpo_kernels::policy_loss", mutates_args=())
+def policy_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    weights: Tensor,
+    temperature: Tensor,
+    with_entropy: bool,
+    with_gradient: bool,
+    backend: str,
+    advantages: Tensor,
+    old_logps: Optional[Tensor],
+    token_weights: Optional[Tensor],
+    ref_logps: Optional[Tensor],
+    grad_scale: Optional[Tensor],
+    objective: str,
+    objective_parameters: Sequence[float],
+    kl_estimator: str,
+    kl_coef: float,
+    entropy_coef: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns (loss (N,), logps (N,), entropy (N,) or (0,), dlogits (..., V) or (0,))."""
+    loss, logps, entropy = _outputs(weights, with_entropy)
+    dlogits = _gradient(logits, with_gradient)
+    if logits.numel():
+        backends.kernels(backend).policy_loss(
+            KernelRows(logits, token_ids, weights, temperature),
+            KernelTerms(
+                advantages,
+                old_logps,
+                token_weights,
+                ref_logps,
+                grad_scale,
+                objective,
+                list(objective_parameters),
+                kl_estimator,
+                kl_coef,
+                entropy_coef,
+            ),
+            loss=loss,
+            logps=logps,
+            entropy=_nonempty(entropy),
+            dlogits=_nonempty(dlogits),
+        )
+    return loss, logps, entropy, dlogits
+
+
+@policy_loss.register_fake
+def _(logits, token_ids, weights, temperature, with_entropy, with_gradient, *_):  # type: ignore[no-untyped-def]
+    return *_outputs(weights, with_entropy), _gradient(logits, with_gradient)
+
+
+@torch.library.custom_op("cfpo_kernels::policy_loss_", mutates_args=("logits",))
+def policy_loss_(
+    logits: Tensor,
+    token_ids: Tensor,
+    weights: Tensor,
+    temperature: Tensor,
+    with_entropy: bool,
+    backend: str,
+    advantages: Tensor,
+    old_logps: Optional[Tensor],
+    token_weights: Optional[Tensor],
+    ref_logps: Optional[Tensor],
+    grad_scale: Optional[Tensor],
+    objective: str,
+    objective_parameters: Sequence[float],
+    kl_estimator: str,
+    kl_coef: float,
+    entropy_coef: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Overwrites the logits with their gradient; returns (loss, logps, entropy)."""
+    loss, logps, entropy = _outputs(weights, with_entropy)
+    if logits.numel():
+        backends.kernels(backend).policy_loss(
+            KernelRows(logits, token_ids, weights, temperature),
+            KernelTerms(
+                advantages,
+                old_logps,
+                token_weights,
+                ref_logps,
+                grad_scale,
+                objective,
+                list(objective_parameters),
+                kl_estimator,
+                kl_coef,
+                entropy_coef,
+            ),
+            loss=loss,
+            logps=logps,
+            entropy=_nonempty(entropy),
+            dlogits=logits,
+        )
+    return loss, logps, entropy
+
+
+@policy_loss_.register_fake
+def _(logits, token_ids, weights, temperature, with_entropy, *_):  # type: ignore[no-untyped-def]
+    return _outputs(weights, with_entropy)
+
+
+@torch.library.custom_op("cfpo_kernels::token_logps", mutates_args=())
+def token_logps(
+    logits: Tensor,
+    token_ids: Tensor,
+    weights: Tensor,
+    temperature: Tensor,
+    with_entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (logps (N,), lse (N,) float64, entropy (N,) or (0,))."""
+    logps, _, entropy = _outputs(weights, with_entropy)
+    lse = torch.empty_like(weights, dtype=torch.float64)
+    if logits.numel():
+        backends.kernels(backend).token_logps(
+            KernelRows(logits, token_ids, weights, temperature),
+            logps=logps,
+            lse=lse,
+            entropy=_nonempty(entropy),
+        )
+    return logps, lse, entropy
+
+
+@token_logps.register_fake
+def _(logits, token_ids, weights, temperature, with_entropy, backend):  # type: ignore[no-untyped-def]
+    logps, _, entropy = _outputs(weights, with_entropy)
+    return logps, torch.empty_like(weights, dtype=torch.float64), entropy
+
+
+@torch.library.custom_op("cfpo_kernels::token_logps_backward", mutates_args=())
+def token_logps_backward(
+    logits: Tensor,
+    token_ids: Tensor,
+    weights: Tensor,
+    temperature: Tensor,
+    backend: str,
+    lse: Tensor,
+    entropy: Tensor,
+    dlogps: Optional[Tensor],
+    dentropy: Optional[Tensor],
+) -> Tensor:
+    """Returns dlogits (..., V)."""
+    dlogits = _gradient(logits)
+    if logits.numel():
+        backends.kernels(backend).token_logps_backward(
+            KernelRows(logits, token_ids, weights, temperature),
+            lse=lse,
+            entropy=_nonempty(entropy),
+            dlogps=dlogps,
+            dentropy=dentropy,
+            dlogits=dlogits,
+        )
+    return dlogits
+
+
+@token_logps_backward.register_fake
+def _(logits, *_):  # type: ignore[no-untyped-def]
+    return _gradient(logits)
+
+
+@torch.library.custom_op("cfpo_kernels::token_logps_backward_", mutates_args=("logits",))
+def token_logps_backward_(
+    logits: Tensor,
+    token_ids: Tensor,
+    weights: Tensor,
+    temperature: Tensor,
+    backend: str,
+    lse: Tensor,
+    entropy: Tensor,
+    dlogps: Optional[Tensor],
+    dentropy: Optional[Tensor],
+) -> None:
+    """Overwrites the logits with their gradient."""
+    if logits.numel():
+        backends.kernels(backend).token_logps_backward(
+            KernelRows(logits, token_ids, weights, temperature),
+            lse=lse,
+            entropy=_nonempty(entropy),
+            dlogps=dlogps,
+            dentropy=dentropy,
+            dlogits=logits,
+        )
+
+
+@token_logps_backward_.register_fake
+def _(logits, *_):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.custom_op("cfpo_kernels::multiply_rows_", mutates_args=("x",))
+def multiply_rows_(x: Tensor, factors: Tensor, backend: str) -> None:
+    """x[i] *= factors[i], for x (..., V) and factors (N,)."""
+    if x.numel():
+        backends.kernels(backend).multiply_rows(x, factors)
+
+
+@multiply_rows_.register_fake
+def _(x, factors, backend):  # type: ignore[no-untyped-def]
+    return None

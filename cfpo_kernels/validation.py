@@ -1,0 +1,354 @@
+"""Checks every argument and brings it to the one form that the kernels take.
+
+Shapes, dtypes, devices, strides and names are checked before anything is computed. Values that live
+in tensors (token ids, temperatures, sequence bounds) are checked on the CPU; on a GPU that would
+force a synchronisation, so only with CFPO_KERNELS_DEBUG=1.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .objectives import CFPO, Objective, PPOClip
+from .weights import REDUCTIONS, packed_sequence_index, padded_sequence_index, row_weights
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+@dataclass
+class Rows:
+    """The arguments that every entry point has, N = number of tokens.
+
+    ``logits`` stays as it came: (..., V), any leading strides. The rest is contiguous.
+    """
+
+    logits: Tensor
+    token_ids: Tensor  # (N,) int64
+    temperature: Tensor  # (N,) or (1,)
+    active: Tensor  # (N,) bool
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.logits.shape[:-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of per-token numbers: float32, or float64 where the reference runs in it."""
+        return torch.promote_types(self.logits.dtype, torch.float32)
+
+
+@dataclass
+class LossTerms:
+    """What the loss needs beside the rows; tensors are (N,), in ``Rows.dtype``, and detached."""
+
+    weights: Tensor
+    advantages: Tensor
+    old_logps: Tensor | None
+    token_weights: Tensor | None
+    ref_logps: Tensor | None
+    grad_scale: Tensor | None  # 0-d float32
+
+
+def values_can_be_checked(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("CFPO_KERNELS_DEBUG", "") not in ("", "0")
+
+
+def _type_error(name: str, got: object, accepted: str) -> TypeError:
+    described = f"a tensor of {got.dtype}" if isinstance(got, Tensor) else type(got).__name__
+    return TypeError(f"{name} must be {accepted}, got {described}")
+
+
+def _check_tensor(name: str, value: object, like: Tensor, accepted: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise _type_error(name, value, accepted)
+    if value.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of the logits, {like.device}, got {value.device}"
+        )
+    return value
+
+
+def _check_logits(logits: object, backend: str) -> Tensor:
+    accepted = "a float32, bfloat16 or float16 tensor of shape (..., V)"
+    if not isinstance(logits, Tensor):
+        raise _type_error("logits", logits, accepted)
+    if logits.dtype == torch.float64:
+        if backend != "reference":
+            raise TypeError(f"logits must be {accepted}; float64 needs backend='reference'")
+    elif logits.dtype not in KERNEL_DTYPES:
+        raise _type_error("logits", logits, accepted)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"logits must have shape (..., V) with V >= 1, got shape {tuple(logits.shape)}"
+        )
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            "logits must have stride 1 in the last dimension (leading ones are free), "
+            f"got strides {logits.stride()}; call .contiguous() first"
+        )
+    return logits
+
+
+def _check_token_ids(token_ids: object, logits: Tensor) -> Tensor:
+    ids = _check_tensor("token_ids", token_ids, logits, "an int64 or int32 tensor")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise _type_error("token_ids", ids, "an int64 or int32 tensor")
+    if ids.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"token_ids must have the shape of the logits without V, {tuple(logits.shape[:-1])}, "
+            f"got {tuple(ids.shape)}"
+        )
+    return ids.reshape(-1).to(torch.int64).contiguous()
+
+
+def _per_token(name: str, value: object, rows: Rows) -> Tensor:
+    accepted = "a floating-point tensor"
+    tensor = _check_tensor(name, value, rows.logits, accepted)
+    if not tensor.is_floating_point():
+        raise _type_error(name, tensor, accepted)
+    if tensor.shape != rows.shape:
+        raise ValueError(
+            f"{name} must have the shape of token_ids, {tuple(rows.shape)}, "
+            f"got {tuple(tensor.shape)}"
+        )
+    return tensor.detach().reshape(-1).to(rows.dtype).contiguous()
+
+
+def _optional_per_token(name: str, value: object, rows: Rows) -> Tensor | None:
+    return None if value is None else _per_token(name, value, rows)
+
+
+def _advantages(value: object, rows: Rows) -> Tensor:
+    tensor = _check_tensor("advantages", value, rows.logits, "a floating-point tensor")
+    per_sequence = len(rows.shape) == 2 and tensor.shape in (rows.shape[:1], (rows.shape[0], 1))
+    if per_sequence:
+        tensor = tensor.reshape(-1, 1).expand(rows.shape)
+    elif tensor.shape != rows.shape:
+        also = ""
+        if len(rows.shape) == 2:
+            also = f", or one a sequence, ({rows.shape[0]},) or ({rows.shape[0]}, 1)"
+        raise ValueError(
+            f"advantages must have the shape of token_ids, {tuple(rows.shape)}{also}, "
+            f"got {tuple(tensor.shape)}"
+        )
+    return _per_token("advantages", tensor, rows)
+
+
+def _active(mask: object, logits: Tensor) -> Tensor:
+    shape = logits.shape[:-1]
+    if mask is None:
+        return torch.ones(shape.numel(), dtype=torch.bool, device=logits.device)
+    tensor = _check_tensor("mask", mask, logits, "a bool, integer or float tensor")
+    if tensor.is_complex():
+        raise _type_error("mask", tensor, "a bool, integer or float tensor")
+    if tensor.shape != shape:
+        raise ValueError(
+            f"mask must have the shape of token_ids, {tuple(shape)}, got {tuple(tensor.shape)}"
+        )
+    return (tensor.detach() != 0).reshape(-1).contiguous()
+
+
+def _finite_number(name: str, value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise _type_error(name, value, "a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _positive_number(name: str, value: object) -> float:
+    number = _finite_number(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} must be positive, got {number}")
+    return number
+
+
+def _scalar_tensor(name: str, value: Tensor, like: Tensor) -> Tensor:
+    if value.dim() != 0:
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    if value.dtype == torch.bool or value.is_complex():
+        raise _type_error(name, value, "a number or a real 0-d tensor")
+    # A 0-d CPU tensor mixes with any device in torch, as a number does.
+    return value.detach().to(like.device, non_blocking=True)
+
+
+def _temperature(value: object, logits: Tensor, active: Tensor) -> Tensor:
+    shape = logits.shape[:-1]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if not isinstance(value, Tensor):
+        number = _positive_number("temperature", value)
+        return torch.full((1,), number, dtype=dtype, device=logits.device)
+    if not value.is_floating_point():
+        raise _type_error("temperature", value, "a number or a floating-point tensor")
+    if value.dim() == 0 and len(shape) > 0:
+        value = _scalar_tensor("temperature", value, logits).reshape(1)
+    elif value.shape != shape:
+        raise ValueError(
+            f"temperature must be a number or have the shape of token_ids, {tuple(shape)}, "
+            f"got {tuple(value.shape)}"
+        )
+    else:
+        _check_tensor("temperature", value, logits, "a floating-point tensor")
+    temperature = value.detach().reshape(-1).to(dtype).contiguous()
+    if values_can_be_checked(temperature):
+        wrong = active & ~((temperature > 0) & (temperature < torch.inf))
+        if wrong.any():
+            position, got = _first(wrong, temperature.expand(wrong.shape), shape)
+            raise ValueError(f"temperature must be positive and finite, got {got} at {position}")
+    return temperature
+
+
+def _first(wrong: Tensor, values: Tensor, shape: torch.Size) -> tuple[list[int], float]:
+    index = int(wrong.nonzero()[0])
+    position = [int(i) for i in torch.unravel_index(torch.tensor(index), shape)] if shape else []
+    return position, values[index].item()
+
+
+def check_token_range(rows: Rows) -> None:
+    """An id outside [0, V) in a row that counts; masked rows may hold any, such as -100."""
+    if not values_can_be_checked(rows.token_ids):
+        return
+    n_cols = rows.logits.shape[-1]
+    wrong = rows.active & ((rows.token_ids < 0) | (rows.token_ids >= n_cols))
+    if wrong.any():
+        position, got = _first(wrong, rows.token_ids, rows.shape)
+        raise IndexError(
+            f"token_ids must be in [0, {n_cols}) where mask is not 0, got {got} at {position}"
+        )
+
+
+def check_rows(
+    logits: object,
+    token_ids: object,
+    *,
+    mask: object,
+    temperature: object,
+    inplace: bool,
+    backend: str,
+) -> Rows:
+    """The checks that all entry points share."""
+    checked = _check_logits(logits, backend)
+    ids = _check_token_ids(token_ids, checked)
+    active = _active(mask, checked)
+    rows = Rows(checked, ids, _temperature(temperature, checked, active), active)
+    check_token_range(rows)
+    if inplace and any(
+        stride == 0 and size > 1
+        for stride, size in zip(checked.stride(), checked.shape, strict=True)
+    ):
+        raise ValueError(
+            "inplace=True needs rows of their own for every token, got expanded logits with "
+            f"strides {checked.stride()}"
+        )
+    return rows
+
+
+def _sequence_index(
+    rows: Rows, reduction: str, cu_seqlens: object | None
+) -> tuple[Tensor | None, int]:
+    if cu_seqlens is not None:
+        bounds = _check_tensor("cu_seqlens", cu_seqlens, rows.logits, "an integer tensor")
+        if bounds.dtype not in (torch.int64, torch.int32):
+            raise _type_error("cu_seqlens", bounds, "an int64 or int32 tensor")
+        if bounds.dim() != 1 or bounds.shape[0] < 2:
+            raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(bounds.shape)}")
+        if len(rows.shape) != 1:
+            raise ValueError(
+                "cu_seqlens goes with packed logits (N, V), got logits of shape "
+                f"{tuple(rows.logits.shape)}"
+            )
+        n_tokens = rows.shape[0]
+        if values_can_be_checked(bounds):
+            ends = (int(bounds[0]), int(bounds[-1]))
+            if ends != (0, n_tokens) or bool((bounds[1:] < bounds[:-1]).any()):
+                raise ValueError(
+                    f"cu_seqlens must rise from 0 to the number of tokens, {n_tokens}, "
+                    f"got {bounds.tolist() if bounds.numel() <= 8 else ends}"
+                )
+        return packed_sequence_index(bounds, n_tokens)
+    if not reduction.startswith("seq-"):
+        return None, 0
+    if len(rows.shape) < 2:
+        raise ValueError(
+            f"reduction {reduction!r} needs sequences: logits (B, T, V), or cu_seqlens for packed "
+            f"(N, V) logits, got logits of shape {tuple(rows.logits.shape)}"
+        )
+    return padded_sequence_index(rows.shape, rows.logits.device)
+
+
+def _normalizer(value: object | None, logits: Tensor) -> float | Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return _scalar_tensor("normalizer", value, logits)
+    return _positive_number("normalizer", value)
+
+
+def _grad_scale(value: object | None, logits: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return _scalar_tensor("grad_scale", value, logits).to(torch.float32)
+    number = _positive_number("grad_scale", value)
+    return torch.full((), number, dtype=torch.float32, device=logits.device)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str):
+        raise _type_error(name, value, "one of " + ", ".join(map(repr, choices)))
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_objective(objective: object) -> Objective:
+    if not isinstance(objective, (CFPO, PPOClip)):
+        raise _type_error("objective", objective, "CFPO(...) or PPOClip(...)")
+    return objective
+
+
+def check_loss_terms(
+    rows: Rows,
+    advantages: object,
+    old_logps: object | None,
+    *,
+    reduction: object,
+    normalizer: object | None,
+    cu_seqlens: object | None,
+    token_weights: object | None,
+    ref_logps: object | None,
+    kl_coef: object,
+    kl_estimator: object,
+    entropy_coef: object,
+    grad_scale: object | None,
+) -> LossTerms:
+    """The checks of the policy losses; computes the weights of the rows."""
+    chosen = check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    _finite_number("entropy_coef", entropy_coef)
+    if _finite_number("kl_coef", kl_coef) != 0 and ref_logps is None:
+        raise ValueError(f"ref_logps must be given where kl_coef is not 0, got kl_coef={kl_coef}")
+    advantage_rows = _advantages(advantages, rows)
+    old = _optional_per_token("old_logps", old_logps, rows)
+    policy_weights = _optional_per_token("token_weights", token_weights, rows)
+    ref = _optional_per_token("ref_logps", ref_logps, rows)
+    sequence_index, n_sequences = _sequence_index(rows, chosen, cu_seqlens)
+    weights = row_weights(
+        rows.active,
+        chosen,
+        sequence_index=sequence_index,
+        n_sequences=n_sequences,
+        normalizer=_normalizer(normalizer, rows.logits),
+        dtype=rows.dtype,
+    )
+    return LossTerms(
+        weights, advantage_rows, old, policy_weights, ref, _grad_scale(grad_scale, rows.logits)
+    )

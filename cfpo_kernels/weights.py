@@ -1,0 +1,60 @@
+"""Reductions, all of them: one weight a token, so that the loss is a weighted sum of the rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none")
+
+
+def row_weights(
+    active: Tensor,
+    reduction: str,
+    *,
+    sequence_index: Tensor | None,
+    n_sequences: int,
+    normalizer: float | Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """w_i with ``loss = sum_i w_i loss_i``; exactly 0 where a token is not active.
+
+    Args:
+        active: (N,) bool, the mask.
+        sequence_index: (N,) int64, the sequence of each token; only for the seq-* reductions.
+        normalizer: replaces the denominator: the number of active tokens ("token-mean"), the
+            number of sequences that have one ("seq-mean-*"), or 1 ("sum", "none").
+
+    Returns:
+        (N,) of `dtype`. Without any active token all weights are 0, whatever the normalizer.
+    """
+    numerator = active.to(dtype)
+    denominator: Tensor | float = 1.0
+    if reduction == "token-mean":
+        denominator = active.sum()
+    elif reduction.startswith("seq-mean"):
+        assert sequence_index is not None  # validation.py
+        lengths = torch.zeros(n_sequences, dtype=dtype, device=active.device)
+        lengths = lengths.index_add(0, sequence_index, numerator)
+        denominator = (lengths > 0).sum()
+        if reduction == "seq-mean-token-mean":
+            numerator = numerator / lengths[sequence_index]
+    if normalizer is not None:
+        denominator = normalizer
+    return torch.where(active, numerator / denominator, torch.zeros_like(numerator))
+
+
+def padded_sequence_index(shape: torch.Size, device: torch.device) -> tuple[Tensor, int]:
+    """The sequence of each token of a padded batch (..., T): one a row."""
+    n_sequences = shape[:-1].numel()
+    index = torch.arange(n_sequences, device=device)
+    return index[:, None].expand(n_sequences, shape[-1]).reshape(-1), n_sequences
+
+
+def packed_sequence_index(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, int]:
+    """The sequence of each token of a packed batch (N,), from the bounds (B + 1,)."""
+    positions = torch.arange(n_tokens, device=cu_seqlens.device)
+    index = torch.searchsorted(cu_seqlens.to(torch.int64), positions, right=True) - 1
+    n_sequences = cu_seqlens.shape[0] - 1
+    # Bounds that cannot be checked without a device sync must at least not index out of range.
+    return index.clamp(0, n_sequences - 1), n_sequences

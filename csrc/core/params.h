@@ -1,0 +1,70 @@
+// What a kernel is told: plain pointers and numbers, the same for the CPU and the GPU.
+//
+// N rows (tokens) of V columns (vocabulary). Per-row arrays are contiguous, of length N, and may
+// be null where the comment says so. Rows with weight 0 are never read.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/objective.h"
+
+namespace cfpo {
+
+// N rows whose starts need not be evenly spaced: row i = (i / inner, i % inner), as in a slice
+// (B, T - 1, V) of (B, T, V). Strides in elements; the last dimension has stride 1.
+struct Rows {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  std::int64_t n_rows = 0;
+  std::int64_t n_cols = 0;
+  std::int64_t inner = 1;
+  std::int64_t outer_stride = 0;
+  std::int64_t inner_stride = 0;
+
+  CFPO_HOST_DEVICE void* row(std::int64_t i) const {
+    const std::int64_t element = (i / inner) * outer_stride + (i % inner) * inner_stride;
+    return static_cast<char*>(data) + element * (dtype == DType::kFloat32 ? 4 : 2);
+  }
+};
+
+// The rows a kernel reads, and the scalar that turns each into probabilities.
+struct Problem {
+  Rows logits;                      // (N, V)
+  const std::int64_t* token_ids;    // (N)
+  const float* temperature;         // (N) or one for all
+  std::int64_t temperature_stride;  // 1 or 0
+  const float* weights;             // (N), 0: not part of the loss
+};
+
+struct PolicyLossParams {
+  Problem problem;
+  Rows dlogits;                // (N, V), may be the logits; data null: no gradient
+  const float* advantages;     // (N)
+  const float* old_logps;      // (N), null: on-policy
+  const float* token_weights;  // (N), null: 1
+  const float* ref_logps;      // (N), null where kl_coef is 0
+  Regularizers regularizers;
+  float grad_scale;  // multiplies the gradient before it is rounded
+  float* loss;       // (N), weighted
+  float* logps;      // (N)
+  float* entropy;    // (N), may be null
+};
+
+struct TokenLogpsParams {
+  Problem problem;
+  float* logps;    // (N)
+  double* lse;     // (N), T * logsumexp(z / T): float64, since float32 would lose a common offset
+  float* entropy;  // (N), may be null
+};
+
+struct TokenLogpsBackwardParams {
+  Problem problem;
+  Rows dlogits;           // (N, V), may be the logits
+  const double* lse;      // (N)
+  const float* entropy;   // (N), null where dentropy is
+  const float* dlogps;    // (N)
+  const float* dentropy;  // (N), may be null
+};
+
+}  // namespace cfpo

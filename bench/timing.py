@@ -1,0 +1,70 @@
+"""Interleaved timing: every implementation meets the same moods of the machine."""
+
+import gc
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+# A sample slower than this is not taken in every round, down to every fifth.
+SLOW_SECONDS = 0.05
+LEAST_FREQUENT = 5
+
+Call = Callable[[], object]
+
+
+def interleaved_samples(
+    calls: dict[str, Call],
+    restore: Call,
+    rounds: int,
+    device: str,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, round robin over `rounds`; `restore` runs before each, untimed.
+
+    Since every sample follows a restore, all of them find the caches in the same state. Slow calls
+    sit rounds out, but are never bunched together. Compilation is over: each call has run before.
+    """
+    stopwatch = cuda_seconds if device == "cuda" else cpu_seconds
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    strides = {}
+    for name, call in calls.items():  # one more run to warm up, which also says who is slow
+        restore()
+        strides[name] = stride_for(stopwatch(call))
+    gc.collect()
+    gc.disable()  # a collection inside a sample would count as its time
+    try:
+        for round_index in range(rounds):
+            for name, call in calls.items():
+                if round_index % min(strides[name], rounds) == 0:
+                    restore()
+                    samples[name].append(stopwatch(call) * 1e3)
+            advance()
+    finally:
+        gc.enable()
+    return samples
+
+
+def stride_for(seconds: float) -> int:
+    return max(1, min(LEAST_FREQUENT, math.ceil(seconds / SLOW_SECONDS)))
+
+
+def cpu_seconds(call: Call) -> float:
+    start = time.perf_counter()
+    result = call()
+    elapsed = time.perf_counter() - start
+    del result  # giving V-sized memory back is outside the sample, for everyone alike
+    return elapsed
+
+
+def cuda_seconds(call: Call) -> float:
+    # The restore that was just queued keeps the device busy while Python launches `call`, so that
+    # launch overhead hides as it does in a training step.
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = call()
+    stop.record()
+    stop.synchronize()
+    del result
+    return start.elapsed_time(stop) / 1e3

@@ -71,9 +71,15 @@ void with_policy(const std::string& name, const std::vector<double>& parameters,
 std::tuple<double, double> objective_term(const std::string& name,
                                           const std::vector<double>& parameters, double log_ratio,
                                           double advantage) {
-  Term<double> term{};
-  with_policy(name, parameters, [&](const auto& policy) { term = policy(log_ratio, advantage); });
-  return {term.loss, term.dlogp};
+  Token<double> token{};
+  token.log_ratio = log_ratio;
+  token.advantage = advantage;
+  token.policy_weight = token.weight = 1.0;
+  TokenLoss<double> loss{};
+  with_policy(name, parameters, [&](const auto& policy) {
+    loss = token_loss(policy, Regularizers{KlEstimator::kK3, 0.0, 0.0}, token);
+  });
+  return {loss.loss, loss.dlogp};
 }
 
 std::tuple<double, double> kl_estimate(const std::string& name, double logp, double ref_logp) {

@@ -1,0 +1,313 @@
+"""Numbers at the edge: infinities, NaN, offsets, likely tokens, memory layouts, size 0."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import Case, check, check_gradient, logps64, make_case, oracle, run, with_everything
+
+import cfpo_kernels
+from cfpo_kernels import CFPO
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("peak", [0.5, 0.9, 0.99, 0.999, 0.9999])
+def test_likely_tokens(dtype: torch.dtype, peak: float) -> None:
+    # A kernel that stores p and subtracts 1 afterwards is 100% off at 0.999 in bfloat16.
+    check(make_case(26, 4096, dtype, peak=peak))
+    check(with_everything(make_case(26, 4096, dtype, peak=peak)))
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4, 123456.0])
+def test_common_offset(offset: float, level: str) -> None:
+    check(make_case(13, 4099, offset=offset))
+    check(with_everything(make_case(13, 4099, offset=offset)))
+
+
+def test_offset_changes_nothing_beyond_the_rounding_of_the_inputs(level: str) -> None:
+    base = make_case(13, 50257, offset=0.0)
+    base.logits = (base.logits * 1024).round() / 1024  # exact also with the offset added
+    base.old_logps = logps64(base.logits, base.token_ids).float() - 0.1
+    shifted = Case(base.logits + 8192.0, base.token_ids, base.advantages, base.old_logps)
+    assert torch.equal(shifted.logits - 8192.0, base.logits)
+    got, want = run(shifted), run(base)
+    torch.testing.assert_close(got.logps, want.logps, rtol=0, atol=2e-6)
+    error = (got.dlogits - want.dlogits).norm(dim=-1) / want.dlogits.norm(dim=-1).clamp_min(1e-12)
+    assert error.max() < 3e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_banned_tokens(dtype: torch.dtype, level: str) -> None:
+    for fill in (-math.inf, torch.finfo(dtype).min):
+        case = with_everything(make_case(13, 4099, dtype))
+        banned = torch.rand(13, 4099, generator=torch.Generator().manual_seed(3)) < 0.7
+        banned[5, :] = True  # only the target is left
+        banned[6, :2000] = True  # the whole first block, where the reference is looked for
+        banned.scatter_(1, case.token_ids[:, None], False)
+        case.logits[banned] = fill
+        case.old_logps = (
+            logps64(case.logits, case.token_ids, case.options["temperature"]).float() - 0.05
+        )
+        case.options["ref_logps"] = case.old_logps + 0.1
+        got = check(case)
+        assert not got.dlogits[banned].any()
+        assert got.logps[5] == 0 and abs(got.entropy[5]) < 1e-12
+
+
+def test_an_outlier_far_from_the_first_columns(level: str) -> None:
+    # The reference is guessed from the first 512 columns; here the guess is 300 nats too low.
+    for column in (0, 511, 512, 8191, 8192, 20000):
+        for height in (30.0, 300.0, 1e4):
+            case = make_case(3, 20001)
+            case.logits[:, column] = height
+            case.token_ids[:] = torch.tensor([column, 7, 19999])
+            case.old_logps = logps64(case.logits, case.token_ids).float() - 0.05
+            got, want = run(case), oracle(case)
+            torch.testing.assert_close(got.logps.double(), want.logps, rtol=1e-6, atol=1e-6)
+            # log p of -1e4 is itself only known to 5e-4 in float32.
+            rtol = 2e-3 if height == 1e4 else 1e-4
+            torch.testing.assert_close(got.dlogits.double(), want.dlogits, rtol=rtol, atol=1e-7)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, "all -inf"])
+@pytest.mark.parametrize("v", [7, 1000, 20001])
+def test_a_bad_row_touches_no_other(poison: object, v: int, level: str) -> None:
+    case = make_case(8, v, mask_every=0)
+    clean = run(case)
+    bad = Case(case.logits.clone(), case.token_ids, case.advantages, case.old_logps)
+    bad.token_ids[4] = 0
+    case.token_ids[4] = 0
+    clean = run(case)
+    if poison == "all -inf":
+        bad.logits[4] = -math.inf
+    else:
+        bad.logits[4, v // 2] = poison
+    got = run(bad)
+    others = torch.arange(8) != 4
+    assert torch.equal(got.dlogits[others], clean.dlogits[others])
+    assert torch.equal(got.logps[others], clean.logps[others])
+    assert got.logps[4].isnan() and got.entropy[4].isnan() and got.dlogits[4].isnan().all()
+
+
+def test_nan_with_a_payload_stays_nan(level: str) -> None:
+    # Integer tricks on float bits can carry a NaN's payload into a number.
+    for bits in (0x7FFFFFFF, 0x7FC00001, -1, 0x7F800001):
+        case = make_case(2, 1000)
+        case.logits.view(torch.int32)[1, 500] = bits
+        got = run(case)
+        assert got.dlogits[1].isnan().all() and got.logps[1].isnan()
+        assert got.dlogits[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("v", [7, 20001])
+def test_masked_rows_may_hold_anything(backend: str, v: int) -> None:
+    case = with_everything(make_case(12, v, mask_every=4))
+    masked = ~case.mask()
+    clean = run(case, backend=backend)
+    for junk in (math.nan, math.inf, -math.inf):
+        case.logits[masked] = junk
+        case.token_ids[masked] = -100
+        for x in (case.old_logps, case.advantages):
+            x[masked] = junk
+        for name in ("ref_logps", "token_weights", "temperature"):
+            case.options[name][masked] = junk
+        got = run(case, backend=backend)
+        assert torch.equal(got.dlogits, clean.dlogits) and torch.equal(got.loss, clean.loss)
+        assert not got.dlogits[masked].view(torch.int32).any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("reduction", ["token-mean", "sum", "none"])
+def test_all_masked(backend: str, reduction: str) -> None:
+    case = make_case(6, 50, reduction=reduction, mask=torch.zeros(6))
+    case.options["normalizer"] = torch.tensor(0)  # the token count of such a batch
+    logits = case.logits.clone().requires_grad_()
+    loss = cfpo_kernels.cfpo_loss(
+        logits, case.token_ids, case.advantages, case.old_logps, backend=backend, **case.options
+    )
+    assert loss.requires_grad and not loss.any()
+    loss.sum().backward()
+    assert not logits.grad.any()
+
+
+def test_zero_advantage_beats_an_overflowing_ratio() -> None:
+    case = make_case(4, 100)
+    case.old_logps = torch.full((4,), -1e4)
+    case.advantages = torch.zeros(4)
+    for backend in ("cpu", "reference"):
+        got = run(case, backend=backend)
+        assert got.loss == 0 and not got.dlogits.any()
+    case.advantages = torch.ones(4)
+    got = run(case)
+    assert got.loss == math.inf  # not NaN
+    case.objective = CFPO(log_ratio_clip=5.0)
+    got = run(case)
+    assert got.loss.isfinite() and not got.dlogits.any()
+
+
+def test_n_is_zero() -> None:
+    for shape in ((0, 10), (3, 0, 10), (0, 4, 10)):
+        logits = torch.zeros(shape, requires_grad=True)
+        tokens = torch.zeros(shape[:-1], dtype=torch.int64)
+        loss, stats = cfpo_kernels.cfpo_loss(
+            logits, tokens, torch.zeros(shape[:-1]), return_stats=True
+        )
+        loss.backward()
+        assert loss == 0 and logits.grad.shape == shape
+        assert stats.logps.shape == shape[:-1]
+        assert cfpo_kernels.token_logps(logits, tokens).shape == shape[:-1]
+
+
+def test_one_row_without_leading_dimensions() -> None:
+    case = make_case(1, 1000)
+    row = Case(case.logits[0], case.token_ids[0], case.advantages[0], case.old_logps[0])
+    got, want = run(row), run(case)
+    assert got.loss == want.loss and torch.equal(got.dlogits, want.dlogits[0])
+
+
+def views(base: torch.Tensor) -> dict[str, torch.Tensor]:
+    """(3, 4, V) logits in memory of every kind."""
+    b, t, v = base.shape
+    wide = torch.full((b, t + 2, v + 3), 7.0, dtype=base.dtype)
+    made = {
+        "sliced": torch.full((b, t + 1, v), 7.0, dtype=base.dtype)[:, :-1],
+        "padded columns": wide[:, 1:-1, 1 : v + 1],
+        "transposed": torch.empty(t, b, v, dtype=base.dtype).transpose(0, 1),
+        "every second row": torch.full((b, 2 * t, v), 7.0, dtype=base.dtype)[:, ::2],
+        "misaligned": torch.empty(b * t * v + 1, dtype=base.dtype)[1:].view(b, t, v),
+    }
+    for view in made.values():
+        view.copy_(base)
+    return made
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("v", [1, 65, 1000, 16411])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(dtype: torch.dtype, v: int, inplace: bool, level: str) -> None:
+    flat = make_case(12, v, dtype, mask_every=5)
+    want = run(flat, inplace=inplace)
+    for name, logits in views(flat.logits.view(3, 4, v)).items():
+        case = Case(
+            logits,
+            flat.token_ids.view(3, 4),
+            flat.advantages.view(3, 4),
+            flat.old_logps.view(3, 4),
+            {"mask": flat.options["mask"].view(3, 4)},
+        )
+        got = run(case, inplace=inplace)
+        assert torch.equal(got.dlogits.reshape(12, v), want.dlogits), name
+        assert torch.equal(got.loss, want.loss), name
+
+
+def test_inplace_writes_nothing_beside_its_rows(level: str) -> None:
+    for dtype in DTYPES:
+        for v in (1, 5, 63, 64, 65, 127, 1000):
+            storage = torch.full((4, v + 6), 3.0, dtype=dtype)
+            logits = storage[:, 2 : v + 2]
+            logits.normal_()
+            leaf = logits.detach().requires_grad_()
+            loss = cfpo_kernels.cfpo_loss(
+                leaf, torch.zeros(4, dtype=torch.int64), torch.ones(4), inplace=True
+            )
+            loss.backward()
+            assert (storage[:, :2] == 3).all() and (storage[:, v + 2 :] == 3).all()
+
+
+def test_four_dimensions_with_strides_that_do_not_merge() -> None:
+    big = torch.randn(4, 6, 5, 40)
+    logits = big[::2, ::3, ::2]  # (2, 2, 3, 40)
+    ids = torch.randint(0, 40, (2, 2, 3))
+    advantages, old = torch.randn(2, 2, 3), logps64(logits, ids).float() - 0.1
+    for inplace in (False, True):
+        got = check(Case(logits, ids, advantages, old), inplace=inplace)
+        flat = Case(logits.reshape(12, 40), ids.view(12), advantages.view(12), old.view(12))
+        assert torch.equal(got.dlogits.reshape(12, 40), run(flat).dlogits)
+    logps = cfpo_kernels.token_logps(logits, ids)
+    torch.testing.assert_close(logps.double(), logps64(logits, ids), rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    dtype=st.sampled_from(DTYPES),
+    b=st.integers(1, 4),
+    t=st.integers(1, 5),
+    v=st.integers(1, 300) | st.sampled_from([511, 513, 8192, 8193, 16385]),
+    row_step=st.integers(1, 3),
+    column=st.integers(0, 3),
+    masked=st.integers(0, 2**20 - 1),
+    inplace=st.booleans(),
+    everything=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_stride_and_mask(
+    dtype: torch.dtype,
+    b: int,
+    t: int,
+    v: int,
+    row_step: int,
+    column: int,
+    masked: int,
+    inplace: bool,
+    everything: bool,
+    seed: int,
+) -> None:
+    flat = make_case(b * t, v, dtype, seed=seed)
+    flat.options["mask"] = torch.tensor([(masked >> i) & 1 == 0 for i in range(b * t)])
+    if everything:
+        flat = with_everything(flat)
+    memory = torch.zeros(b, t * row_step + 1, v + column, dtype=dtype)
+    logits = memory[:, : t * row_step : row_step, column:]
+    logits.copy_(flat.logits.view(b, t, v))
+    options = {
+        name: x.view(b, t) if isinstance(x, torch.Tensor) and x.dim() == 1 else x
+        for name, x in flat.options.items()
+    }
+    case = Case(
+        logits,
+        flat.token_ids.view(b, t),
+        flat.advantages.view(b, t),
+        flat.old_logps.view(b, t),
+        options,
+    )
+    if case.mask().any():
+        check(case, inplace=inplace)
+    else:
+        assert not run(case, inplace=inplace).dlogits.any()
+
+
+@pytest.mark.slow
+def test_offsets_beyond_32_bits() -> None:
+    # The last rows of a view start beyond element 2^31 of its storage; only they are touched.
+    v = 4096
+    rows = 2**31 // v + 3
+    storage = torch.empty(
+        rows * v, dtype=torch.float16
+    )  # 4.3 GB of address space, mostly untouched
+    logits = storage.view(rows, v)
+    case = make_case(3, v, torch.float16)
+    logits[-3:] = case.logits
+    leaf = logits.detach().requires_grad_()
+    mask = torch.zeros(rows, dtype=torch.bool)
+    mask[-3:] = True
+    ids = torch.zeros(rows, dtype=torch.int64)
+    ids[-3:] = case.token_ids
+    advantages, old = torch.zeros(rows), torch.zeros(rows)
+    advantages[-3:], old[-3:] = case.advantages, case.old_logps
+    with torch.no_grad():
+        loss = cfpo_kernels.cfpo_loss(leaf, ids, advantages, old, mask=mask)
+    torch.testing.assert_close(loss, run(case).loss)
+    strided = storage.as_strided((3, v), ((rows - 1) // 2 * v, 1)).detach()
+    strided.copy_(case.logits)
+    strided.requires_grad_()
+    cfpo_kernels.cfpo_loss(
+        strided, case.token_ids, case.advantages, case.old_logps, inplace=True
+    ).backward()
+    check_gradient(strided.grad, oracle(case).dlogits, case)

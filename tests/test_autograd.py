@@ -93,7 +93,7 @@ def test_double_backward_is_refused() -> None:
         cfpo_kernels.cfpo_loss(leaf, case.token_ids, case.advantages, case.old_logps),
         cfpo_kernels.token_logps(leaf, case.token_ids).sum(),
     ):
-        with pytest.raises(RuntimeError, match="double backward.*not supported.*reference"):
+        with pytest.raises(RuntimeError, match=r"double backward.*not supported.*reference"):
             torch.autograd.grad(loss, leaf, create_graph=True)
 
 

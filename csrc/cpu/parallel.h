@@ -1,7 +1,6 @@
 // Threads for the CPU kernels, on the OpenMP runtime that torch uses.
 #pragma once
 
-#include <omp.h>
 #include <pthread.h>
 
 #include <atomic>

@@ -34,6 +34,22 @@ def _nonempty(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
+def _policy_loss_into(
+    dlogits: Tensor, rows: KernelRows, terms: KernelTerms, with_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, logps, entropy = _outputs(rows.weights, with_entropy)
+    if rows.logits.numel():
+        backends.kernels(backend).policy_loss(
+            rows,
+            terms,
+            loss=loss,
+            logps=logps,
+            entropy=_nonempty(entropy),
+            dlogits=_nonempty(dlogits),
+        )
+    return loss, logps, entropy
+
+
 @torch.library.custom_op("cfpo_kernels::policy_loss", mutates_args=())
 def policy_loss(
     logits: Tensor,
@@ -55,28 +71,25 @@ def policy_loss(
     entropy_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss (N,), logps (N,), entropy (N,) or (0,), dlogits (..., V) or (0,))."""
-    loss, logps, entropy = _outputs(weights, with_entropy)
     dlogits = _gradient(logits, with_gradient)
-    if logits.numel():
-        backends.kernels(backend).policy_loss(
-            KernelRows(logits, token_ids, weights, temperature),
-            KernelTerms(
-                advantages,
-                old_logps,
-                token_weights,
-                ref_logps,
-                grad_scale,
-                objective,
-                list(objective_parameters),
-                kl_estimator,
-                kl_coef,
-                entropy_coef,
-            ),
-            loss=loss,
-            logps=logps,
-            entropy=_nonempty(entropy),
-            dlogits=_nonempty(dlogits),
-        )
+    loss, logps, entropy = _policy_loss_into(
+        dlogits,
+        KernelRows(logits, token_ids, weights, temperature),
+        KernelTerms(
+            advantages,
+            old_logps,
+            token_weights,
+            ref_logps,
+            grad_scale,
+            objective,
+            list(objective_parameters),
+            kl_estimator,
+            kl_coef,
+            entropy_coef,
+        ),
+        with_entropy,
+        backend,
+    )
     return loss, logps, entropy, dlogits
 
 
@@ -105,28 +118,24 @@ def policy_loss_(
     entropy_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Overwrites the logits with their gradient; returns (loss, logps, entropy)."""
-    loss, logps, entropy = _outputs(weights, with_entropy)
-    if logits.numel():
-        backends.kernels(backend).policy_loss(
-            KernelRows(logits, token_ids, weights, temperature),
-            KernelTerms(
-                advantages,
-                old_logps,
-                token_weights,
-                ref_logps,
-                grad_scale,
-                objective,
-                list(objective_parameters),
-                kl_estimator,
-                kl_coef,
-                entropy_coef,
-            ),
-            loss=loss,
-            logps=logps,
-            entropy=_nonempty(entropy),
-            dlogits=logits,
-        )
-    return loss, logps, entropy
+    return _policy_loss_into(
+        logits,
+        KernelRows(logits, token_ids, weights, temperature),
+        KernelTerms(
+            advantages,
+            old_logps,
+            token_weights,
+            ref_logps,
+            grad_scale,
+            objective,
+            list(objective_parameters),
+            kl_estimator,
+            kl_coef,
+            entropy_coef,
+        ),
+        with_entropy,
+        backend,
+    )
 
 
 @policy_loss_.register_fake

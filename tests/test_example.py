@@ -32,7 +32,7 @@ def test_demo_trains_reports_and_plots(tmp_path: Path, objective: str) -> None:
     assert plot.read_bytes().startswith(PNG_SIGNATURE)
     assert "held-out prompts" in done.stdout
     assert f"{objective.upper()}: sampled reward rose on" in done.stdout
-    assert "fused" in done.stdout
+    assert "fused kernel" in done.stdout
     assert "naive" in done.stdout
 
 

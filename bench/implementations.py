@@ -1,8 +1,10 @@
 """Everything that is compared: our backends, plain PyTorch, and the peers that are installed."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import cast
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ import cfpo_kernels
 from bench import naive, peers
 from bench.harness import EXACT, LOW_PRECISION, PEER, Implementation, LossFunction
 from bench.problem import Problem
+from cfpo_kernels.backends import cpu
 
 # Backends that run on a device, the preferred one first.
 KERNEL_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -18,6 +21,7 @@ KERNEL_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 EAGER = "eager-f32"
 COMPILED = "compiled-f32"
 REFERENCE = "reference"
+LEVEL_PREFIX = "cpu-level-"
 
 
 def implementations_for(device: str) -> list[Implementation]:
@@ -25,6 +29,8 @@ def implementations_for(device: str) -> list[Implementation]:
     status = cfpo_kernels.available_backends()
     backends = [name for name in KERNEL_BACKENDS[device] if status[name].available]
     ours = [entry for name in backends for entry in kernels_of(name)]
+    if "cpu" in backends:
+        ours += [at_level(name) for name in cpu.native.cpu_levels()[1:]]
     found_peers = peers.implementations() if device == "cuda" else []
     return [*ours, reference(), *baselines(), *found_peers]
 
@@ -50,6 +56,22 @@ def kernels_of(backend: str) -> list[Implementation]:
         entry("token-logps", "token_logps + torch loss", our_token_logps_loss, backward=True),
         entry("forward", "forward only", our_loss, backward=False),
     ]
+
+
+def at_level(level: str) -> Implementation:
+    """The CPU kernels held to an instruction set below this machine's best."""
+
+    def loss(logits: Tensor, problem: Problem) -> Tensor:
+        with mock.patch.dict(os.environ, CFPO_KERNELS_CPU_LEVEL=level):
+            return our_loss(logits, problem, backend="cpu", inplace=True)
+
+    return Implementation(
+        name=f"{LEVEL_PREFIX}{level}",
+        label=f"cpu kernel, in place, {level}",
+        kind="ours",
+        build=lambda: loss,
+        tolerance=EXACT,
+    )
 
 
 def reference() -> Implementation:

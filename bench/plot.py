@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.cases import HEADLINE_VOCABULARY
-from bench.implementations import COMPILED, EAGER, REFERENCE
+from bench.implementations import COMPILED, EAGER, LEVEL_PREFIX, REFERENCE
 from bench.machine import device_name
 
 # Ours stand out, what they are compared with stays grey; also told apart in black and white.
@@ -53,11 +53,15 @@ def is_comparable(case: dict, headline: dict) -> bool:
 
 
 def bars_of(case: dict) -> list[dict]:
-    """The fastest first. Forward alone is not the same work, and the reference backend is there to
-    be read, not to be fast: the table has both.
+    """The fastest first. Forward alone is not the same work, the reference backend is there to be
+    read, not to be fast, and nobody chooses a lower instruction set: the table has them all.
     """
     shown = [
-        result for result in case["results"] if result["backward"] and result["name"] != REFERENCE
+        result
+        for result in case["results"]
+        if result["backward"]
+        and result["name"] != REFERENCE
+        and not result["name"].startswith(LEVEL_PREFIX)
     ]
     return sorted(shown, key=lambda result: result["ratio_to_copy"])
 

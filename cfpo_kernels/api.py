@@ -83,7 +83,7 @@ def policy_loss(
         )
     coefficients = (kl_estimator, float(kl_coef), float(entropy_coef))
     if resolved == "reference":
-        loss, logps, entropy = _reference_rows(rows, terms, chosen, *coefficients)
+        loss, logps, entropy = _reference_rows(rows, terms, chosen, *coefficients, return_stats)
     else:
         loss, logps, entropy = _kernel_rows(
             rows, terms, chosen, *coefficients, resolved, inplace, return_stats
@@ -112,6 +112,7 @@ def _reference_rows(
     kl_estimator: str,
     kl_coef: float,
     entropy_coef: float,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return reference.policy_loss_rows(
         rows.logits.reshape(-1, rows.logits.shape[-1]),
@@ -126,6 +127,7 @@ def _reference_rows(
         kl_estimator,
         kl_coef,
         entropy_coef,
+        with_entropy,
     )
 
 
@@ -295,7 +297,9 @@ def token_logps(
     )
     if resolved == "reference":
         flat = rows.logits.reshape(-1, rows.logits.shape[-1])
-        logps, entropy = reference.token_logps(flat, rows.token_ids, rows.active, rows.temperature)
+        logps, entropy = reference.token_logps(
+            flat, rows.token_ids, rows.active, rows.temperature, return_entropy
+        )
     else:
         inputs = (rows.token_ids, rows.active.to(rows.dtype), rows.temperature)
         if rows.logits.requires_grad and torch.is_grad_enabled():

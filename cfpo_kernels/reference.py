@@ -51,7 +51,7 @@ def kl_term(estimator: str, logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def token_logps(
-    logits: Tensor, token_ids: Tensor, active: Tensor, temperature: Tensor
+    logits: Tensor, token_ids: Tensor, active: Tensor, temperature: Tensor, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """log p of each row's token and the row's entropy; zeros where a row is not active.
 
@@ -59,7 +59,8 @@ def token_logps(
         logits: (N, V); token_ids: (N,) int64; active: (N,) bool; temperature: (N,) or (1,).
 
     Returns:
-        logps, entropy: (N,), in nats. A token outside [0, V) gives NaN.
+        logps: (N,), in nats; a token outside [0, V) gives NaN. entropy: (N,), or (0,) if not asked
+        for.
     """
     n_cols = logits.shape[-1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -71,10 +72,12 @@ def token_logps(
     known = (token_ids >= 0) & (token_ids < n_cols)
     picked = torch.where(known, token_ids, 0)
     logps = log_p.gather(-1, picked[:, None]).squeeze(-1)
-    logps = torch.where(known, logps, torch.nan)
+    logps = torch.where(active, torch.where(known, logps, torch.nan), zero)
+    if not with_entropy:
+        return logps, logps.new_empty(0)
     banned = log_p == -torch.inf  # p log p is 0 there
     entropy = -(log_p.exp() * torch.where(banned, zero, log_p)).sum(-1)
-    return torch.where(active, logps, zero), torch.where(active, entropy, zero)
+    return logps, torch.where(active, entropy, zero)
 
 
 def policy_loss_rows(
@@ -90,6 +93,7 @@ def policy_loss_rows(
     kl_estimator: str,
     kl_coef: float,
     entropy_coef: float,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's weighted loss; rows with weight 0 have loss 0 and gradient 0.
 
@@ -98,10 +102,11 @@ def policy_loss_rows(
             token_weights and ref_logps of a row with weight 0 may be anything.
 
     Returns:
-        loss, logps, entropy: (N,).
+        loss, logps: (N,); entropy: (N,), or (0,) if neither asked for nor needed.
     """
     active = weights != 0
-    logps, entropy = token_logps(logits, token_ids, active, temperature)
+    with_entropy = with_entropy or entropy_coef != 0
+    logps, entropy = token_logps(logits, token_ids, active, temperature, with_entropy)
 
     def of_active(x: Tensor) -> Tensor:
         return torch.where(active, x.detach().to(logps.dtype), torch.zeros_like(logps))

@@ -19,6 +19,8 @@ from .weights import REDUCTIONS, packed_sequence_index, padded_sequence_index, r
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KL_ESTIMATORS = ("k1", "k2", "k3")
+# Well inside float32, so that neither 1/T nor logits/T is lost to overflow or underflow.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
 
 
 @dataclass
@@ -185,6 +187,10 @@ def _temperature(value: object, logits: Tensor, active: Tensor) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if not isinstance(value, Tensor):
         number = _positive_number("temperature", value)
+        if not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, got {number}"
+            )
         return torch.full((1,), number, dtype=dtype, device=logits.device)
     if not value.is_floating_point():
         raise _type_error("temperature", value, "a number or a floating-point tensor")
@@ -199,10 +205,13 @@ def _temperature(value: object, logits: Tensor, active: Tensor) -> Tensor:
         _check_tensor("temperature", value, logits, "a floating-point tensor")
     temperature = value.detach().reshape(-1).to(dtype).contiguous()
     if values_can_be_checked(temperature):
-        wrong = active & ~((temperature > 0) & (temperature < torch.inf))
+        wrong = active & ~((temperature >= MIN_TEMPERATURE) & (temperature <= MAX_TEMPERATURE))
         if wrong.any():
             position, got = _first(wrong, temperature.expand(wrong.shape), shape)
-            raise ValueError(f"temperature must be positive and finite, got {got} at {position}")
+            raise ValueError(
+                f"temperature must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, "
+                f"got {got} at {position}"
+            )
     return temperature
 
 

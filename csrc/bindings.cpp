@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
 
 #if defined(CFPO_WITH_CUDA)
 #include "cuda/device_query.h"
@@ -164,6 +165,7 @@ py::dict cuda_query() {
 
 PYBIND11_MODULE(_C, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
+  cfpo::cpu::ForkGuard::install();
   m.def("cpu_levels", &cfpo::cpu::supported_levels);
   m.def("objective_term", &cfpo::objective_term);
   m.def("kl_term", &cfpo::kl_estimate);

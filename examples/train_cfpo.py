@@ -41,7 +41,7 @@ class Config:
     """What a run is made of; the command line sets the first block."""
 
     objective: str = "cfpo"
-    seeds: int = 2
+    seeds: int = 3
     steps: int = 30
     backend: str = "auto"
 

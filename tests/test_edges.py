@@ -105,6 +105,74 @@ def test_nan_with_a_payload_stays_nan(level: str) -> None:
         assert got.dlogits[0].isfinite().all()
 
 
+@pytest.mark.parametrize("height", [1e6, 1e7, 1e8, 1.4e9])
+def test_huge_logits(height: float, level: str) -> None:
+    for v in (3, 1000, 20001):
+        case = make_case(4, v)
+        case.logits[:, -1] = height
+        case.logits[1, 0] = height
+        case.token_ids[:] = torch.tensor([v - 1, 0, v - 1, 0])
+        case.old_logps = None
+        got, want = run(case), oracle(case)
+        torch.testing.assert_close(got.logps.double(), want.logps, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got.dlogits.double(), want.dlogits, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_beyond_the_limit_give_nan(level: str) -> None:
+    for height in (1.6e9, 1e20, 3e38, -1.6e9, -3e38):
+        case = make_case(4, 1000)
+        case.logits[0, 3] = abs(height)
+        case.logits[1] = height
+        got = run(case)
+        assert got.logps[:2].isnan().all() and got.dlogits[:2].isnan().all()
+        assert got.dlogits[2:].isfinite().all()
+    case.logits[1] = -1e9  # what many use to ban tokens
+    assert run(case).logps[1].exp().item() == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [0.5, 0.9, 8.0, 1e30])
+def test_temperatures(temperature: float, dtype: torch.dtype, level: str) -> None:
+    check(make_case(8, 1000, dtype, temperature=temperature, reduction="sum"))
+
+
+def test_a_very_low_temperature(level: str) -> None:
+    case = make_case(8, 1000, temperature=1e-4)
+    got, want = run(case), oracle(case)
+    torch.testing.assert_close(got.logps.double(), want.logps, rtol=1e-6, atol=1e-6)
+
+
+def test_nan_from_outside_stays_nan(level: str) -> None:
+    """In bfloat16 too, where rounding a NaN with all payload bits set would carry into a zero."""
+    nan = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    for dtype in DTYPES:
+        for i in range(2):
+            case = make_case(3, 1000, dtype, reduction="none")
+            case.advantages[1] = nan[i]
+            got = run(case)
+            assert got.dlogits[1].isnan().all() and got.loss[1].isnan()
+            assert got.dlogits[0].isfinite().all()
+
+            logits = make_case(3, 1000, dtype).logits.requires_grad_()
+            loss = cfpo_kernels.cfpo_loss(
+                logits, case.token_ids, torch.ones(3), reduction="none", inplace=False
+            )
+            loss.backward(torch.stack([torch.tensor(1.0), nan[i], torch.tensor(1.0)]))
+            assert logits.grad[1].isnan().all() and logits.grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_bad_row_is_nan_on_policy_too(backend: str) -> None:
+    for junk in (math.nan, math.inf, -math.inf):
+        logits = torch.randn(3, 100)
+        logits[1] = junk if junk == -math.inf else logits[1]
+        logits[1, 5] = junk
+        loss = cfpo_kernels.cfpo_loss(
+            logits, torch.tensor([1, 5, 2]), torch.ones(3), reduction="none", backend=backend
+        )
+        assert loss.isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("v", [7, 20001])
 def test_masked_rows_may_hold_anything(backend: str, v: int) -> None:

@@ -61,6 +61,8 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("temperature", {"temperature": 0.0}, ValueError, "0.0"),
     ("temperature", {"temperature": math.nan}, ValueError, "nan"),
     ("temperature", {"temperature": "hot"}, TypeError, "str"),
+    ("temperature", {"temperature": 1e39}, ValueError, "1e[+]39"),
+    ("temperature", {"temperature": torch.tensor(1e-39)}, ValueError, "1e-30"),
     ("temperature", {"temperature": floats(N + 1)}, ValueError, r"\(7,\)"),
     (
         "temperature",

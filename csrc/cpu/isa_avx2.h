@@ -38,26 +38,19 @@ struct Avx2 {
     CFPO_INLINE Vec operator()(Vec x) const { return fma(x, scale, minus_ref); }
   };
 
-  // Adding 1.5 * 2^23 rounds a float to an integer and leaves it in the low bits of the sum.
-  // `shift` is that constant less ref, an integer too, so one fma gives t = magic + round(u) and
-  // another f = u - round(u), both straight from x.
+  // Adding 1.5 * 2^23 rounds a float to an integer and leaves it in the low bits of the sum. With
+  // 127 added those are a float's exponent field; 0 there makes 2^n zero.
   template <int kDegree, bool kSaturating>
   struct Exp2 {
-    // With 127 added the low bits are a float's exponent field; 0 there makes 2^n zero.
     static constexpr float kMagic = 12582912.0f + 127.0f;
-    Vec scale, shift, low, high;
+    Affine affine;
     ScaledPoly<Avx2, kDegree> poly;
-    Exp2(float s, float ref, float factor)
-        : scale(set1(s)),
-          shift(set1(kMagic - ref)),
-          low(set1((ref - 127.0f) / s)),
-          high(set1((ref + 126.0f) / s)),
-          poly(factor) {}
+    Exp2(float s, float ref, float factor) : affine(s, ref), poly(factor) {}
     CFPO_INLINE Vec operator()(Vec x) const {
-      x = _mm256_max_ps(low, x);
-      if (kSaturating) x = _mm256_min_ps(high, x);
-      const Vec t = fma(x, scale, shift);
-      const Vec f = _mm256_fmsub_ps(x, scale, _mm256_sub_ps(t, shift));
+      Vec u = _mm256_max_ps(set1(-127.0f), affine(x));  // a NaN passes both clamps
+      if (kSaturating) u = _mm256_min_ps(set1(126.0f), u);
+      const Vec t = add(u, set1(kMagic));
+      const Vec f = _mm256_sub_ps(u, _mm256_sub_ps(t, set1(kMagic)));
       const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
       return mul(poly(f), _mm256_castsi256_ps(exponent));
     }
@@ -83,7 +76,7 @@ struct Avx2 {
     odd = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(0xFFFF0000)));
   }
   // To nearest; ties away from zero, which is one instruction instead of four and no less
-  // accurate. A NaN that arithmetic gives here has a zero low half and never carries.
+  // accurate. A NaN has a zero low half here (plain_nan sees to it) and never carries.
   static CFPO_INLINE void store2(bfloat16* p, Vec even, Vec odd) {
     const __m256i half = _mm256_set1_epi32(0x8000);
     const __m256i low = _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(even), half), 16);

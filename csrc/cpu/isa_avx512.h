@@ -71,8 +71,8 @@ struct Avx512 {
     _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAA, low, round_to_high_half(odd)));
 #endif
   }
-  // To nearest, ties to even. A NaN keeps its quiet bit: it never carries out of the mantissa,
-  // since the low half of every NaN that arithmetic gives here is zero.
+  // To nearest, ties to even. A NaN has a zero low half here (plain_nan sees to it) and never
+  // carries out of its mantissa.
   static CFPO_INLINE __m512i round_to_high_half(Vec v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

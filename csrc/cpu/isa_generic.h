@@ -4,6 +4,10 @@
 
 #include <cstring>
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "cpu/segment_kernels.h"
 
 namespace cfpo::cpu {
@@ -24,7 +28,13 @@ struct Generic {
   }
   static CFPO_INLINE Vec max(Vec a, Vec b) { return select((Int)(a > b), a, b); }
   static CFPO_INLINE Vec min(Vec a, Vec b) { return select((Int)(a < b), a, b); }
-  static CFPO_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // fused where it can be
+  static CFPO_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__aarch64__)
+    return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+  }
   static CFPO_INLINE float horizontal_max(Vec v) {
     float top = v[0];
     for (int k = 1; k < kLanes; ++k) top = v[k] > top ? v[k] : top;

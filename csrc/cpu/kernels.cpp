@@ -27,7 +27,8 @@ struct PolicyStage {
   // But scoring these very logits gives exactly `logp`, and must give exactly r = 1.
   double log_ratio(std::int64_t row, double exact_logp, float logp) const {
     const bool on_policy = p.old_logps == nullptr || p.old_logps[row] == logp;
-    return on_policy ? 0.0 : exact_logp - p.old_logps[row];
+    return exact_logp -
+           (on_policy ? exact_logp : p.old_logps[row]);  // NaN where logp is not finite
   }
 
   RowGradient operator()(std::int64_t row, const RowStats& stats) const {
@@ -131,7 +132,7 @@ void multiply_rows(const Rows& rows, const float* factors, std::int64_t factor_s
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (std::int64_t k = 0; k < rows.n_rows * segments; ++k) {
     const std::int64_t row = k / segments, begin = k % segments * kSegment;
-    const float factor = factors[row * factor_stride];
+    const float factor = plain_nan(factors[row * factor_stride]);
     if (factor == 1.0f) continue;
     char* x = static_cast<char*>(rows.row(row)) + begin * dtype_size(rows.dtype);
     ops.multiply(x, std::min(kSegment, rows.n_cols - begin), factor);

@@ -8,28 +8,21 @@
 
 namespace cfpo::cpu {
 
-// After fork() the OpenMP runtime waits for worker threads that the child does not have. A child
-// of a process that has used them therefore runs on its one thread.
+// After fork() the OpenMP runtime waits for ever for worker threads that only the parent has,
+// whoever used them there: these kernels or torch. So a forked child works on one thread.
 class ForkGuard {
  public:
-  static int allowed(int threads) {
-    static const bool registered = [] { return pthread_atfork(nullptr, nullptr, on_fork) == 0; }();
-    (void)registered;
-    if (threads <= 1 || orphaned()) return 1;
-    team_exists() = true;
-    return threads;
+  // Called when the module is loaded.
+  static void install() {
+    pthread_atfork(nullptr, nullptr, [] { forked() = true; });
   }
+  static int allowed(int threads) { return threads <= 1 || forked() ? 1 : threads; }
 
  private:
-  static bool& team_exists() {
+  static bool& forked() {
     static bool value = false;
     return value;
   }
-  static bool& orphaned() {
-    static bool value = false;
-    return value;
-  }
-  static void on_fork() { orphaned() = orphaned() || team_exists(); }
 };
 
 // Hands out items 0..n-1 one after another. Each thread also knows the item it will get next, so

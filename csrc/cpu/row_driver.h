@@ -20,6 +20,7 @@ namespace cfpo::cpu {
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
+constexpr double kLargestRef = 2147483648.0;   // |logit| / T of about 1.5e9
 constexpr std::int64_t kSegment = 8192;        // elements
 constexpr std::int64_t kHintColumns = 512;     // how many decide the first reference
 constexpr std::int64_t kItemElements = 16384;  // short rows are handed out several at a time
@@ -28,7 +29,7 @@ constexpr std::int64_t kItemElements = 16384;  // short rows are handed out seve
 struct RowStats {
   float scale;  // log2(e) / T
   float ref;
-  double sum;         // in [1, 2)
+  double sum;
   double logp;        // of the target, nats
   double complement;  // 1 - p of the target, to full relative accuracy
   double entropy;     // nats; 0 unless asked for
@@ -58,7 +59,6 @@ struct RowSum {
     ref = top;
   }
   void add(RowSum part) {
-    if (part.sum == 0.0) return;  // nothing above -inf, or nothing near the reference
     const double top = std::max(ref, part.ref);
     rebase(top);
     part.rebase(top);
@@ -71,17 +71,19 @@ struct RowSum {
 // of a likely token keep their relative accuracy.
 inline RowStats join_target(float scale, float target, RowSum rest) {
   const double u = static_cast<double>(target) * scale;
-  const double top = std::max(rest.ref, std::ceil(u));
+  // A float, because that is what stage 3 takes; any reference near the largest u is exact. A
+  // float beyond 2^31 need not be near: such a row is given up rather than got wrong.
+  double top = std::max<double>(rest.ref, static_cast<float>(std::ceil(u)));
+  if (std::abs(top) > kLargestRef) top = NAN;
   rest.rebase(top);
   const double mass = std::exp2(u - top);  // NaN for a target of NaN or +inf, or a row of -inf
   const double sum = rest.sum + mass;
   const double weighted = rest.weighted + (mass == 0.0 ? 0.0 : (u - top) * mass);
   const double log2_sum = std::log2(sum);
-  const double shift = std::isfinite(log2_sum) ? std::floor(log2_sum) : 0.0;
   RowStats stats;
   stats.scale = scale;
-  stats.ref = static_cast<float>(top + shift);
-  stats.sum = sum * std::exp2(-shift);
+  stats.ref = static_cast<float>(top);
+  stats.sum = sum;
   stats.logp = mass > rest.sum ? -std::log1p(rest.sum / mass) : (u - top - log2_sum) * kLn2;
   stats.complement = rest.sum / sum;
   stats.entropy = (log2_sum - weighted / sum) * kLn2;
@@ -91,10 +93,9 @@ inline RowStats join_target(float scale, float target, RowSum rest) {
 // The stats of a row whose sums an earlier call has left as its lse.
 inline RowStats stats_from_lse(float scale, float target, double lse, double entropy) {
   const double log2_total = lse * scale;
-  const double ref = std::floor(log2_total);
+  const float ref = static_cast<float>(std::floor(log2_total));
   const double logp = (static_cast<double>(target) * scale - log2_total) * kLn2;
-  return {scale, static_cast<float>(ref), std::exp2(log2_total - ref),
-          logp,  -std::expm1(logp),       entropy};
+  return {scale, ref, std::exp2(log2_total - ref), logp, -std::expm1(logp), entropy};
 }
 
 class RowSummer {
@@ -136,15 +137,18 @@ class RowSummer {
 };
 
 // c = d loss / d logp, h = the factor of p_v (log p_v + H); 1/T comes from scale.
+// A NaN that came from outside may carry bits that rounding to bfloat16 would turn into a number.
+inline float plain_nan(double x) { return std::isnan(x) ? NAN : static_cast<float>(x); }
+
 inline RowGradient row_gradient(const RowStats& s, double c, double h) {
   const double inv_t = s.scale * kLn2;
   const double p = std::exp(s.logp);
   const double log_sum = std::log(s.sum);
   const double entropy_term = h == 0.0 || p == 0.0 ? 0.0 : h * p * (s.logp + s.entropy);
   RowGradient g;
-  g.coefs = {s.scale, s.ref, static_cast<float>(inv_t * (h * (s.entropy - log_sum) - c) / s.sum),
-             static_cast<float>(inv_t * h * kLn2 / s.sum)};
-  g.target = static_cast<float>(inv_t * (c * s.complement + entropy_term));
+  g.coefs = {s.scale, s.ref, plain_nan(inv_t * (h * (s.entropy - log_sum) - c) / s.sum),
+             plain_nan(inv_t * h * kLn2 / s.sum)};
+  g.target = plain_nan(inv_t * (c * s.complement + entropy_term));
   return g;
 }
 

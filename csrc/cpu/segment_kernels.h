@@ -38,7 +38,7 @@ struct Exp2Poly<4> {  // 2.7e-6: a hundredth of float16's rounding, a thousandth
                                 9.570102207e-3f};
 };
 template <>
-struct Exp2Poly<5> {  // 2e-7: float32's own rounding
+struct Exp2Poly<5> {  // 2.2e-7: two units in float32's last place
   static constexpr float c[] = {
       1.0f, 6.931469440e-1f, 2.402212024e-1f, 5.550713092e-2f, 9.675540961e-3f, 1.327647245e-3f};
 };
@@ -182,6 +182,7 @@ PartialSum sum_segment(const void* x_raw, std::int64_t n, std::int64_t skip, flo
     if (part.sum < kLargest) return part;
   }
   const float ref = __builtin_ceilf(max_segment<Isa, T>(x, n, skip) * scale);
+  if (!(ref < kInf)) return {ref, __builtin_nanf(""), 0.0f};
   if (ref == -kInf) {
     // Only -inf, or NaN that the search for the maximum passed over.
     float nan_or_zero = 0.0f;

@@ -13,7 +13,7 @@ namespace cfpo::cpu {
 // Sums over a segment, with u_v = z_v * scale - ref in units of log2 (scale = log2(e) / T).
 // `ref` is an integer, so that partial sums of one row merge by exact powers of two.
 struct PartialSum {
-  float ref;       // -inf when no element is above -inf
+  float ref;       // -inf where a search for it found nothing above -inf
   float sum;       // sum_v 2^u_v
   float weighted;  // sum_v u_v 2^u_v, only where entropy is asked for
 };

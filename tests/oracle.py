@@ -232,7 +232,7 @@ def check_gradient(got: Tensor, want: Tensor, case: Case, relative: float = 1e-5
     off_got, off_want = got.scatter(1, ids, 0.0), want.scatter(1, ids, 0.0)
     assert torch.isfinite(got).all(), "the gradient is not finite"
 
-    # Near its optimum c is small, but still changes by about |A| / epsilon times the 3e-7 to which
+    # Near its optimum c is small, but still changes by about |A| / epsilon times the 6e-7 to which
     # float32 sums give log p. So this is the least that errors are measured against.
     weight = naive_weights(case)[mask].abs()
     shape = case.token_ids.shape
@@ -243,7 +243,10 @@ def check_gradient(got: Tensor, want: Tensor, case: Case, relative: float = 1e-5
     )
     p_off = torch.softmax(case.logits[mask].double(), -1).scatter(1, ids, 0.0)
     width = min(case.objective.trust_region())
-    floor = 0.05 / width * weight * advantages[mask].double().abs()
+    temperature = case.options.get("temperature", 1.0)
+    if isinstance(temperature, Tensor) and temperature.dim():
+        temperature = temperature[mask].double()
+    floor = 0.1 / width * weight * advantages[mask].double().abs() / temperature
     scale = torch.maximum(off_want.norm(dim=-1), floor * p_off.norm(dim=-1))
     error = (off_got - off_want).norm(dim=-1)
     allowed = relative * scale

@@ -1,0 +1,71 @@
+"""What exists for CUDA tensors in this release: the reference backend and the device query."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import Case, check_gradient, make_case, oracle, with_everything
+
+import cfpo_kernels
+from cfpo_kernels.backends import cpu
+
+pytestmark = pytest.mark.gpu
+
+
+def on_cuda(case: Case) -> dict[str, object]:
+    options = {
+        name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in case.options.items()
+    }
+    tensors = {
+        name: getattr(case, name).cuda() for name in ("token_ids", "advantages", "old_logps")
+    }
+    return tensors | options
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_auto_is_the_reference_and_right(dtype: torch.dtype) -> None:
+    case = with_everything(make_case(13, 50257, dtype, mask_every=5))
+    logits = case.logits.cuda().requires_grad_()
+    cfpo_kernels.cfpo_loss(logits, **on_cuda(case)).backward()
+    check_gradient(logits.grad.cpu(), oracle(case).dlogits, case, relative=3e-4)
+
+
+def test_no_call_waits_for_the_device() -> None:
+    case = with_everything(make_case(13, 1000, torch.bfloat16, mask_every=5))
+    logits, arguments = case.logits.cuda().requires_grad_(), on_cuda(case)
+    cfpo_kernels.cfpo_loss(logits, **arguments, return_stats=True)[0].backward()  # warm up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cfpo_kernels.cfpo_loss(logits, **arguments, return_stats=True)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_unknown_token_gives_nan_not_an_assert() -> None:
+    logits = torch.randn(4, 10, device="cuda")
+    ids = torch.tensor([1, 10, -3, 2], device="cuda")
+    loss = cfpo_kernels.cfpo_loss(logits, ids, torch.ones(4, device="cuda"), reduction="none")
+    assert loss.isnan().tolist() == [False, True, True, False]
+
+
+def test_debug_mode_names_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFPO_KERNELS_DEBUG", "1")
+    ids = torch.tensor([1, 10], device="cuda")
+    with pytest.raises(IndexError, match=r"10 at \[1\]"):
+        cfpo_kernels.token_logps(torch.randn(2, 10, device="cuda"), ids)
+
+
+def test_inplace_says_that_no_kernel_is_there() -> None:
+    logits = torch.randn(2, 10, device="cuda", requires_grad=True)
+    ids = torch.zeros(2, dtype=torch.int64, device="cuda")
+    with pytest.raises(ValueError, match="inplace"):
+        cfpo_kernels.cfpo_loss(logits, ids, torch.ones(2, device="cuda"), inplace=True)
+
+
+def test_the_native_module_sees_the_device() -> None:
+    if not cpu.native.cuda_built:
+        pytest.skip(f"built without CUDA: {cpu.native.cuda_reason}")
+    query = cpu.native.cuda_query()
+    assert query["status"] == 0, query
+    seen = {(d["capability_major"], d["capability_minor"]) for d in query["devices"]}
+    assert torch.cuda.get_device_capability() in seen

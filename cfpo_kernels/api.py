@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import backends, ops, reference, validation
 from .autograd import CFPOFunction, TokenLogpsFunction
 from .objectives import CFPO, Objective
 from .stats import CFPOStats, collect_stats
 from .validation import LossTerms, Rows
+from .weights import REDUCTIONS
 
 BACKENDS = ("auto", *backends.NAMES)
 
@@ -21,6 +23,11 @@ def _resolve_backend(name: object, logits: object, inplace: bool) -> str:
     if not isinstance(logits, Tensor):
         return chosen  # validation says what is wrong with it
     resolved = backends.resolve(chosen, logits.device)
+    if resolved != "reference" and _has_tangent(logits):
+        raise RuntimeError(
+            "cfpo_kernels: forward-mode AD is not supported by the fused kernels; "
+            "backend='reference' supports it"
+        )
     if inplace and resolved == "reference":
         why = "" if chosen == "reference" else f", which is what {logits.device} tensors get"
         raise ValueError(
@@ -28,6 +35,12 @@ def _resolve_backend(name: object, logits: object, inplace: bool) -> str:
             "autograd's own buffers"
         )
     return resolved
+
+
+def _has_tangent(logits: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad.unpack_dual(logits).tangent is not None
 
 
 def policy_loss(
@@ -62,6 +75,7 @@ def policy_loss(
     Returns, raises, memory: see :func:`cfpo_loss`.
     """
     chosen = validation.check_objective(objective)
+    validation.check_flag("return_stats", return_stats)
     resolved = _resolve_backend(backend, logits, inplace)
     rows = validation.check_rows(
         logits, token_ids, mask=mask, temperature=temperature, inplace=inplace, backend=resolved
@@ -203,7 +217,7 @@ def cfpo_loss(
         old_logps: (...) float, log p of the tokens when they were sampled, in nats, at the same
             temperature. None: on-policy, r = 1 and the gradient is that of -A log p.
         mask: (...) bool or number; where it is 0 the token is not part of the loss, and neither
-            its logits nor its other numbers are looked at. Not a weight.
+            its logits nor its other numbers are looked at. Not a weight: all else counts as 1.
         epsilon: the distance of r from 1 at which a token's gradient vanishes.
         reduction: "token-mean" divides by the number of unmasked tokens; "seq-mean-token-mean" is
             the mean over sequences of their token means; "seq-mean-token-sum" that of their sums;
@@ -218,7 +232,8 @@ def cfpo_loss(
         entropy_coef: factor of the entropy bonus.
         temperature: number, 0-d tensor, or (...) float for one a row.
         inplace: the gradient overwrites the logits, so that no V-sized memory is allocated; their
-            old values are gone when this returns, and autograd refuses to use them.
+            old values are gone when this returns, and autograd refuses to use them. The gradient of
+            a leaf is then the leaf's own memory.
         grad_scale: number or 0-d tensor; the loss scale of AMP, where it is known: multiplied into
             the gradient before it is rounded, and divided out of the incoming gradient, so that
             float16 gradients do not underflow. Does not change the result otherwise.
@@ -237,7 +252,7 @@ def cfpo_loss(
 
     Memory: one gradient of the logits' shape and dtype, none with inplace=True; O(N) otherwise.
     Without a gradient (no_grad, or logits that need none): O(N). Backward hands over the gradient,
-    and so can run once.
+    and so can run once; a second call raises, except in code that torch.compile made.
 
     Source: CFPO, arXiv 2601.22801; docs/design.md derives the gradient.
     """
@@ -291,6 +306,7 @@ def token_logps(
 
     Memory: O(N) in forward; in backward one gradient of the logits, none with inplace=True.
     """
+    validation.check_flag("return_entropy", return_entropy)
     resolved = _resolve_backend(backend, logits, inplace)
     rows = validation.check_rows(
         logits, token_ids, mask=mask, temperature=temperature, inplace=inplace, backend=resolved
@@ -322,10 +338,14 @@ class CFPOLoss(nn.Module):
 
     def __init__(self, epsilon: float = 0.2, **settings: Any) -> None:
         super().__init__()
-        CFPO(epsilon)  # refuses a wrong epsilon now rather than at the first step
+        # Refused now rather than at the first step.
+        CFPO(epsilon)
         unknown = settings.keys() - _CFPO_KEYWORDS
         if unknown:
             raise TypeError(f"CFPOLoss got unknown arguments: {', '.join(sorted(unknown))}")
+        for name, choices in _CHOICES.items():
+            if name in settings:
+                validation.check_choice(name, settings[name], choices)
         self.settings = {"epsilon": epsilon, **settings}
 
     def forward(
@@ -342,4 +362,9 @@ class CFPOLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
 
+_CHOICES = {
+    "reduction": REDUCTIONS,
+    "kl_estimator": validation.KL_ESTIMATORS,
+    "backend": BACKENDS,
+}
 _CFPO_KEYWORDS = frozenset(cfpo_loss.__kwdefaults__ or ())

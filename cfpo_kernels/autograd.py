@@ -24,7 +24,8 @@ class CFPOFunction(torch.autograd.Function):
 
     ``apply(logits, inplace, *arguments of ops.policy_loss but with_gradient)`` returns (loss (N,),
     logps (N,), entropy (N,) or (0,)); only the loss is differentiable, and only with respect to
-    the logits. With `inplace` the logits hold their gradient afterwards. Backward can run once.
+    the logits. With `inplace` the logits hold their gradient afterwards. Backward can run once:
+    a second call raises, but not in code that torch.compile made, which does not see the check.
     """
 
     @staticmethod
@@ -48,7 +49,7 @@ class CFPOFunction(torch.autograd.Function):
                 *rows, with_entropy, True, backend, *terms
             )
         grad_scale = terms[4]
-        ctx.save_for_backward(dlogits, grad_scale)
+        ctx.save_for_backward(dlogits, weights, grad_scale)
         ctx.backend = backend
         ctx.spent = False
         ctx.mark_non_differentiable(logps, entropy)
@@ -68,9 +69,10 @@ class CFPOFunction(torch.autograd.Function):
                     "over by the first; call the loss again"
                 )
             ctx.spent = True
-        dlogits, grad_scale = ctx.saved_tensors
+        dlogits, weights, grad_scale = ctx.saved_tensors
         dlogits = dlogits.detach()
         factors = dloss if grad_scale is None else dloss / grad_scale
+        factors = torch.where(weights == 0, 1.0, factors)  # a masked row's zeros, also for inf, NaN
         # Where the factor is 1 this reads N numbers and touches nothing; the kernel looks.
         ops.multiply_rows_(dlogits, factors, ctx.backend)
         return dlogits, *nothing

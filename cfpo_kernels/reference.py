@@ -112,9 +112,10 @@ def policy_loss_rows(
         return torch.where(active, x.detach().to(logps.dtype), torch.zeros_like(logps))
 
     old = logps.detach() if old_logps is None else of_active(old_logps)
-    loss = policy_term(objective, logps - old, of_active(advantages))
+    advantages = of_active(advantages)
+    loss = policy_term(objective, logps - old, advantages)
     if token_weights is not None:
-        loss = loss * of_active(token_weights)
+        loss = torch.where(advantages == 0, loss, loss * of_active(token_weights))
     if kl_coef != 0 and ref_logps is not None:
         loss = loss + kl_coef * kl_term(kl_estimator, logps, of_active(ref_logps))
     if entropy_coef != 0:

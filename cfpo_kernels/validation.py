@@ -21,6 +21,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KL_ESTIMATORS = ("k1", "k2", "k3")
 # Well inside float32, so that neither 1/T nor logits/T is lost to overflow or underflow.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -87,6 +88,8 @@ def _check_logits(logits: object, backend: str) -> Tensor:
             raise TypeError(f"logits must be {accepted}; float64 needs backend='reference'")
     elif logits.dtype not in KERNEL_DTYPES:
         raise _type_error("logits", logits, accepted)
+    if logits.layout != torch.strided:
+        raise TypeError(f"logits must be {accepted}, got one of layout {logits.layout}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"logits must have shape (..., V) with V >= 1, got shape {tuple(logits.shape)}"
@@ -161,15 +164,15 @@ def _active(mask: object, logits: Tensor) -> Tensor:
 def _finite_number(name: str, value: object) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise _type_error(name, value, "a number")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite would break torch.compile's graph
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 
 
 def _positive_number(name: str, value: object) -> float:
     number = _finite_number(name, value)
-    if number <= 0:
-        raise ValueError(f"{name} must be positive, got {number}")
+    if not SMALLEST <= number <= LARGEST:
+        raise ValueError(f"{name} must be a positive float32, got {number}")
     return number
 
 
@@ -221,17 +224,24 @@ def _first(wrong: Tensor, values: Tensor, shape: torch.Size) -> tuple[list[int],
     return position, values[index].item()
 
 
-def check_token_range(rows: Rows) -> None:
+def check_token_range(token_ids: Tensor, active: Tensor, n_cols: int, shape: torch.Size) -> None:
     """An id outside [0, V) in a row that counts; masked rows may hold any, such as -100."""
-    if not values_can_be_checked(rows.token_ids):
-        return
-    n_cols = rows.logits.shape[-1]
-    wrong = rows.active & ((rows.token_ids < 0) | (rows.token_ids >= n_cols))
+    wrong = active & ((token_ids < 0) | (token_ids >= n_cols))
     if wrong.any():
-        position, got = _first(wrong, rows.token_ids, rows.shape)
+        position, got = _first(wrong, token_ids, shape)
         raise IndexError(
             f"token_ids must be in [0, {n_cols}) where mask is not 0, got {got} at {position}"
         )
+
+
+def _rows_overlap(x: Tensor) -> bool:
+    reach = x.shape[-1]
+    for stride, size in sorted(zip(x.stride()[:-1], x.shape[:-1], strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def check_rows(
@@ -248,14 +258,12 @@ def check_rows(
     ids = _check_token_ids(token_ids, checked)
     active = _active(mask, checked)
     rows = Rows(checked, ids, _temperature(temperature, checked, active), active)
-    check_token_range(rows)
-    if inplace and any(
-        stride == 0 and size > 1
-        for stride, size in zip(checked.stride(), checked.shape, strict=True)
-    ):
+    if values_can_be_checked(ids):
+        check_token_range(ids, active, checked.shape[-1], rows.shape)
+    if check_flag("inplace", inplace) and _rows_overlap(checked):
         raise ValueError(
-            "inplace=True needs rows of their own for every token, got expanded logits with "
-            f"strides {checked.stride()}"
+            "inplace=True needs rows that do not overlap in memory, got logits of shape "
+            f"{tuple(checked.shape)} with strides {checked.stride()}"
         )
     return rows
 
@@ -297,7 +305,11 @@ def _normalizer(value: object | None, logits: Tensor) -> float | Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
-        return _scalar_tensor("normalizer", value, logits)
+        # 0 is the token count of a batch that is all masked.
+        scalar = _scalar_tensor("normalizer", value, logits)
+        if values_can_be_checked(value) and not 0 <= value.item() <= LARGEST:
+            raise ValueError(f"normalizer must be finite and not negative, got {value.item()}")
+        return scalar
     return _positive_number("normalizer", value)
 
 
@@ -305,9 +317,18 @@ def _grad_scale(value: object | None, logits: Tensor) -> Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
-        return _scalar_tensor("grad_scale", value, logits).to(torch.float32)
+        scale = _scalar_tensor("grad_scale", value, logits)
+        if values_can_be_checked(value):
+            _positive_number("grad_scale", value.item())
+        return scale.to(torch.float32)
     number = _positive_number("grad_scale", value)
     return torch.full((), number, dtype=torch.float32, device=logits.device)
+
+
+def check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _type_error(name, value, "True or False")
+    return value
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:

@@ -7,6 +7,9 @@
 
 #include <optional>
 #include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"

@@ -237,6 +237,31 @@ def test_compile_without_graph_breaks(name: str, compiler: str) -> None:
     torch.testing.assert_close(gradients(got_loss, hidden, head), want, rtol=1e-4, atol=1e-6)
 
 
+def test_compiled_call_takes_changing_numbers() -> None:
+    """A number that changes between calls becomes symbolic in the graph."""
+    torch._dynamo.reset()
+    case, hidden, head = layer()
+    compiled = torch.compile(
+        lambda h, w, x: step(case, h, w, temperature=x, entropy_coef=x, epsilon=x, normalizer=x),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for x in (0.5, 0.6, 0.7):
+        want = step(case, hidden, head, temperature=x, entropy_coef=x, epsilon=x, normalizer=x)
+        torch.testing.assert_close(compiled(hidden, head, x), want)
+
+
+def test_compiled_call_takes_changing_shapes() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(cfpo_kernels.cfpo_loss, fullgraph=True, backend="aot_eager")
+    for n, v in ((4, 50), (5, 60), (7, 90)):
+        case = make_case(n, v)
+        arguments = (case.token_ids, case.advantages, case.old_logps)
+        leaf = case.logits.clone().requires_grad_()
+        compiled(leaf, *arguments).backward()
+        assert torch.equal(leaf.grad, run(case).dlogits)
+
+
 def operator_arguments() -> dict[str, tuple[Any, ...]]:
     case = make_case(6, 50)
     weights, temperature = torch.full((6,), 1 / 6), torch.ones(1)

@@ -118,6 +118,25 @@ def test_huge_logits(height: float, level: str) -> None:
         torch.testing.assert_close(got.dlogits.double(), want.dlogits, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fill", [-1e8, -1e9, -1e10, -1e30])
+def test_bans_that_fill_whole_segments(fill: float, level: str) -> None:
+    for banned in (513, 9000, 17000):
+        case = make_case(3, 20001)
+        case.logits[:, :banned] = fill
+        case.token_ids[:] = torch.tensor([19990, 18000, 20000])
+        case.old_logps = logps64(case.logits, case.token_ids).float() - 0.1
+        assert not check(case).dlogits[:, :banned].any()
+
+
+@pytest.mark.parametrize("gap", [4.0, 8.0, 11.0])
+def test_entropy_of_a_peak_far_above_the_guess(gap: float, level: str) -> None:
+    # The guess of the reference may be too low by at most 2^16 before the sums lose digits.
+    case = make_case(4, 8192, spread=0.1)
+    case.logits[:, 5000] = gap + case.logits[:, :512].amax()
+    got, want = run(case), oracle(case)
+    torch.testing.assert_close(got.entropy.double(), want.entropy, rtol=3e-5, atol=0)
+
+
 def test_logits_beyond_the_limit_give_nan(level: str) -> None:
     for height in (1.6e9, 1e20, 3e38, -1.6e9, -3e38):
         case = make_case(4, 1000)
@@ -205,6 +224,38 @@ def test_all_masked(backend: str, reduction: str) -> None:
     assert loss.requires_grad and not loss.any()
     loss.sum().backward()
     assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_incoming_nan_does_not_reach_masked_rows(backend: str) -> None:
+    case = make_case(4, 50, reduction="none", mask=torch.tensor([1, 0, 1, 0]))
+    for junk in (math.nan, math.inf):
+        logits = case.logits.clone().requires_grad_()
+        loss = cfpo_kernels.cfpo_loss(
+            logits,
+            case.token_ids,
+            case.advantages,
+            case.old_logps,
+            backend=backend,
+            **case.options,
+        )
+        loss.backward(torch.tensor([1.0, junk, 1.0, junk]))
+        assert not logits.grad[[1, 3]].any() and logits.grad[[0, 2]].any()
+
+
+def test_flush_to_zero_leaves_float16_subnormals_alone(level: str) -> None:
+    case = make_case(3, 1000, torch.float16, normalizer=1e4)
+    want = run(case)
+    torch.set_flush_denormal(True)
+    try:
+        logits = case.logits.clone().requires_grad_()
+        loss = cfpo_kernels.cfpo_loss(
+            logits, case.token_ids, case.advantages, case.old_logps, **case.options
+        )
+        (loss * 0.5).backward()
+    finally:
+        torch.set_flush_denormal(False)
+    assert (logits.grad != 0).sum() > 0.6 * (want.dlogits != 0).sum()
 
 
 def test_zero_advantage_beats_an_overflowing_ratio() -> None:

@@ -76,6 +76,13 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("normalizer", {"normalizer": 0.0}, ValueError, "0.0"),
     ("normalizer", {"normalizer": floats(2)}, ValueError, r"\(2,\)"),
     ("normalizer", {"normalizer": "all"}, TypeError, "str"),
+    ("normalizer", {"normalizer": torch.tensor(-1.0)}, ValueError, "-1.0"),
+    ("normalizer", {"normalizer": 1e46}, ValueError, "1e[+]46"),
+    ("grad_scale", {"grad_scale": torch.tensor(0.0)}, ValueError, "0.0"),
+    ("grad_scale", {"grad_scale": 1e-46}, ValueError, "1e-46"),
+    ("inplace", {"inplace": "no"}, TypeError, "str"),
+    ("return_stats", {"return_stats": 1}, TypeError, "int"),
+    ("logits", {"logits": torch.ones(N, V).to_sparse()}, TypeError, "sparse"),
     ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 3])}, ValueError, "6"),
     ("cu_seqlens", {"cu_seqlens": torch.tensor([1, 6])}, ValueError, r"\[1, 6\]"),
     ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 4, 2, 6])}, ValueError, "rise"),
@@ -93,6 +100,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("backend", {"backend": "gpu"}, ValueError, "gpu"),
     ("inplace", {"inplace": True, "backend": "reference"}, ValueError, "reference"),
     ("inplace", {"inplace": True, "logits": torch.ones(1, V).expand(N, V)}, ValueError, "stride"),
+    ("inplace", {"inplace": True, "logits": torch.ones(40).unfold(0, V, 6)}, ValueError, "overlap"),
 ]
 
 
@@ -104,14 +112,16 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 def test_refused(name: str, changes: dict[str, Any], error: type[Exception], message: str) -> None:
     given = arguments(**changes)
     logits = given["logits"]
-    before = logits.clone() if isinstance(logits, torch.Tensor) else None
+    before = logits.to_dense().clone() if isinstance(logits, torch.Tensor) else None
     if isinstance(logits, torch.Tensor) and logits.is_floating_point():
         logits.requires_grad_()
     with pytest.raises(error, match=message) as caught:
         cfpo_kernels.cfpo_loss(**({"inplace": "backend" not in changes} | given))
     assert name in str(caught.value)
     if before is not None:
-        assert torch.equal(logits.detach(), before), "something was written before the refusal"
+        assert torch.equal(logits.detach().to_dense(), before), (
+            "something was written before the refusal"
+        )
 
 
 def test_advantages_of_a_batch_name_all_accepted_shapes() -> None:
@@ -126,6 +136,29 @@ def test_position_of_a_bad_token_in_a_batch() -> None:
     ids[1, 2] = 77
     with pytest.raises(IndexError, match=r"77 at \[1, 2\]"):
         cfpo_kernels.token_logps(torch.randn(2, 3, V), ids)
+
+
+def test_operators_check_tokens_themselves() -> None:
+    """Compiled code skips the checks of values; a wrong id must still not be read through."""
+    torch._dynamo.reset()
+    compiled = torch.compile(cfpo_kernels.token_logps, backend="eager", fullgraph=True)
+    for wrong in (-100, V, 2_000_000_000):
+        with pytest.raises(IndexError, match=r"at \[1\]"):
+            compiled(torch.randn(2, V), torch.tensor([1, wrong]))
+
+
+def test_forward_mode_is_refused() -> None:
+    given = arguments()
+    with torch.autograd.forward_ad.dual_level():
+        given["logits"] = torch.autograd.forward_ad.make_dual(given["logits"], torch.ones(N, V))
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            cfpo_kernels.cfpo_loss(**given)
+
+
+def test_the_module_refuses_at_construction() -> None:
+    for setting in ({"reduction": "bogus"}, {"backend": "gpu"}, {"kl_estimator": "k9"}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            cfpo_kernels.CFPOLoss(**setting)
 
 
 def test_objective_must_be_an_objective() -> None:

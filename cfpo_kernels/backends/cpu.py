@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..validation import check_token_range
 from .base import KernelRows, KernelTerms
 from .layout import row_blocks, row_layout
 
@@ -39,6 +40,13 @@ def _execution() -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "level": level}
 
 
+def _check_tokens(rows: KernelRows) -> None:
+    # Also here, since a compiled or direct call of an operator has not been checked, and a wrong id
+    # is a read outside the logits.
+    logits = rows.logits
+    check_token_range(rows.token_ids, rows.weights != 0, logits.shape[-1], logits.shape[:-1])
+
+
 def _problem(rows: KernelRows, logits: Tensor, first: int) -> dict[str, Any]:
     per_row = int(rows.temperature.numel() > 1)
     return {
@@ -63,6 +71,7 @@ class CpuBackend:
         entropy: Tensor | None,
         dlogits: Tensor | None,
     ) -> None:
+        _check_tokens(rows)
         pieces = [rows.logits] if dlogits is None else [rows.logits, dlogits]
         for first, (logits, *gradient) in row_blocks(*pieces):
             native.policy_loss(
@@ -87,6 +96,7 @@ class CpuBackend:
     def token_logps(
         self, rows: KernelRows, *, logps: Tensor, lse: Tensor, entropy: Tensor | None
     ) -> None:
+        _check_tokens(rows)
         for first, (logits,) in row_blocks(rows.logits):
             native.token_logps(
                 **_problem(rows, logits, first),
@@ -106,6 +116,7 @@ class CpuBackend:
         dentropy: Tensor | None,
         dlogits: Tensor,
     ) -> None:
+        _check_tokens(rows)
         for first, (logits, gradient) in row_blocks(rows.logits, dlogits):
             native.token_logps_backward(
                 **_problem(rows, logits, first),

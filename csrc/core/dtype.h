@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+
+#include "core/host_device.h"
 
 namespace cfpo {
 
@@ -15,6 +16,8 @@ struct float16 {
   std::uint16_t bits;
 };
 
-inline std::size_t dtype_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+CFPO_HOST_DEVICE inline std::int64_t dtype_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
 
 }  // namespace cfpo

@@ -7,11 +7,7 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define CFPO_HOST_DEVICE __host__ __device__
-#else
-#define CFPO_HOST_DEVICE
-#endif
+#include "core/host_device.h"
 
 namespace cfpo {
 

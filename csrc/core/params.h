@@ -24,7 +24,7 @@ struct Rows {
 
   CFPO_HOST_DEVICE void* row(std::int64_t i) const {
     const std::int64_t element = (i / inner) * outer_stride + (i % inner) * inner_stride;
-    return static_cast<char*>(data) + element * (dtype == DType::kFloat32 ? 4 : 2);
+    return static_cast<char*>(data) + element * dtype_size(dtype);
   }
 };
 
@@ -43,7 +43,7 @@ struct PolicyLossParams {
   const float* advantages;     // (N)
   const float* old_logps;      // (N), null: on-policy
   const float* token_weights;  // (N), null: 1
-  const float* ref_logps;      // (N), null where kl_coef is 0
+  const float* ref_logps;      // (N), may be null where kl_coef is 0
   Regularizers regularizers;
   float grad_scale;  // multiplies the gradient before it is rounded
   float* loss;       // (N), weighted

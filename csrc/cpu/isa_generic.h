@@ -110,13 +110,15 @@ struct Generic {
     const Bits words = to_half((Bits)even) | (to_half((Bits)odd) << 16);
     std::memcpy(p, &words, sizeof words);
   }
-  // Moving the fields up and multiplying by 2^112 mends the exponent, subnormals included;
-  // infinities and NaNs get the full exponent field back.
+  // Subnormals by their integer value, so that a flush-to-zero mode leaves them alone.
   static CFPO_INLINE Vec from_half(Bits h) {
     const Bits sign = (h & bits(0x8000u)) << 16;
-    const Bits magnitude = (h & bits(0x7FFFu)) << 13;
-    const Bits special = (Bits)(magnitude >= bits(0x0F800000u));
-    const Bits value = (Bits)(set_bits(magnitude) * set_bits(bits(0x77800000u)));  // 2^112
+    const Bits magnitude = h & bits(0x7FFFu);
+    const Bits subnormal = (Bits)(magnitude < bits(0x0400u));
+    const Bits special = (Bits)(magnitude >= bits(0x7C00u));  // infinities and NaNs
+    const Bits tiny = (Bits)(__builtin_convertvector((Int)magnitude, Vec) * set1(0x1p-24f));
+    const Bits normal = (magnitude << 13) + bits(0x38000000u);
+    const Bits value = (subnormal & tiny) | (~subnormal & normal);
     return set_bits(value | (special & bits(0x7F800000u)) | sign);
   }
   // To nearest, ties to even, as the F16C instruction does.

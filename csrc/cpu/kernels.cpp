@@ -16,7 +16,7 @@ struct PolicyStage {
   const Policy& policy;
 
   bool skip(std::int64_t row) const { return p.problem.weights[row] == 0.0f; }
-  bool entropy() const { return p.entropy != nullptr || p.regularizers.entropy_coef != 0.0f; }
+  bool entropy() const { return p.entropy != nullptr || p.regularizers.entropy_coef != 0.0; }
 
   void skipped(std::int64_t row) const {
     p.loss[row] = p.logps[row] = 0.0f;

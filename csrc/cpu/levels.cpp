@@ -12,8 +12,8 @@ std::vector<const Level*> levels_here() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) levels.push_back(&kLevelAvx512Bf16);
   if (avx512) levels.push_back(&kLevelAvx512);
-  // Every CPU with AVX2 and FMA converts half precision (F16C).
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
     levels.push_back(&kLevelAvx2);
   }
 #endif

@@ -20,7 +20,6 @@ namespace cfpo::cpu {
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
-constexpr double kLargestRef = 2147483648.0;   // |logit| / T of about 1.5e9
 constexpr std::int64_t kSegment = 8192;        // elements
 constexpr std::int64_t kHintColumns = 512;     // how many decide the first reference
 constexpr std::int64_t kItemElements = 16384;  // short rows are handed out several at a time
@@ -74,7 +73,7 @@ inline RowStats join_target(float scale, float target, RowSum rest) {
   // A float, because that is what stage 3 takes; any reference near the largest u is exact. A
   // float beyond 2^31 need not be near: such a row is given up rather than got wrong.
   double top = std::max<double>(rest.ref, static_cast<float>(std::ceil(u)));
-  if (std::abs(top) > kLargestRef) top = NAN;
+  if (std::abs(top) >= kLargestRef) top = NAN;
   rest.rebase(top);
   const double mass = std::exp2(u - top);  // NaN for a target of NaN or +inf, or a row of -inf
   const double sum = rest.sum + mass;
@@ -84,7 +83,7 @@ inline RowStats join_target(float scale, float target, RowSum rest) {
   stats.scale = scale;
   stats.ref = static_cast<float>(top);
   stats.sum = sum;
-  stats.logp = mass > rest.sum ? -std::log1p(rest.sum / mass) : (u - top - log2_sum) * kLn2;
+  stats.logp = mass > rest.sum ? 0.0 - std::log1p(rest.sum / mass) : (u - top - log2_sum) * kLn2;
   stats.complement = rest.sum / sum;
   stats.entropy = (log2_sum - weighted / sum) * kLn2;
   return stats;
@@ -136,10 +135,10 @@ class RowSummer {
   float hint_;
 };
 
-// c = d loss / d logp, h = the factor of p_v (log p_v + H); 1/T comes from scale.
 // A NaN that came from outside may carry bits that rounding to bfloat16 would turn into a number.
 inline float plain_nan(double x) { return std::isnan(x) ? NAN : static_cast<float>(x); }
 
+// c = d loss / d logp, h = the factor of p_v (log p_v + H); 1/T comes from scale.
 inline RowGradient row_gradient(const RowStats& s, double c, double h) {
   const double inv_t = s.scale * kLn2;
   const double p = std::exp(s.logp);

@@ -176,12 +176,12 @@ template <class Isa, class T, bool kWeighted>
 PartialSum sum_segment(const void* x_raw, std::int64_t n, std::int64_t skip, float scale,
                        float ref_hint) {
   const T* x = static_cast<const T*>(x_raw);
-  constexpr float kLargest = 1.0995116e12f;  // 2^40: far from overflow
+  constexpr float kLargest = 65536.0f;  // a guess 16 binary digits too low costs no accuracy yet
   if (ref_hint - ref_hint == 0.0f) {
     const PartialSum part = sum_with_reference<Isa, T, kWeighted>(x, n, skip, scale, ref_hint);
     if (part.sum < kLargest) return part;
   }
-  const float ref = __builtin_ceilf(max_segment<Isa, T>(x, n, skip) * scale);
+  float ref = __builtin_ceilf(max_segment<Isa, T>(x, n, skip) * scale);
   if (!(ref < kInf)) return {ref, __builtin_nanf(""), 0.0f};
   if (ref == -kInf) {
     // Only -inf, or NaN that the search for the maximum passed over.
@@ -192,6 +192,9 @@ PartialSum sum_segment(const void* x_raw, std::int64_t n, std::int64_t skip, flo
     }
     return {ref, nan_or_zero, 0.0f};
   }
+  // A segment of bans by -1e10, say: zeros beside any row that is not given up, and near its own
+  // coarse reference infinities.
+  if (ref < -kLargestRef) ref = -kLargestRef;
   return sum_with_reference<Isa, T, kWeighted>(x, n, skip, scale, ref);
 }
 

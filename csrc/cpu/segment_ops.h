@@ -10,6 +10,9 @@
 
 namespace cfpo::cpu {
 
+// References beyond this are floats too far apart to be near anything; |logit| / T of 1.5e9.
+constexpr float kLargestRef = 2147483648.0f;
+
 // Sums over a segment, with u_v = z_v * scale - ref in units of log2 (scale = log2(e) / T).
 // `ref` is an integer, so that partial sums of one row merge by exact powers of two.
 struct PartialSum {

@@ -23,6 +23,8 @@ class Tolerance:
 
 # Ours. The dlogits' own rounding comes on top, see checks.py.
 EXACT = Tolerance(loss=1e-5, target=1e-5, off_target=1e-5)
+# The reference backend: torch's own float32 softmax, and no care for tokens near their optimum.
+TORCH_FLOAT32 = Tolerance(loss=1e-4, target=2e-3, off_target=2e-3)
 # Peers in float32 inside. Some round p before they subtract 1: hence the size of the advantage.
 PEER = Tolerance(loss=1e-3, target=2e-2, off_target=2e-2, target_of_advantage=True)
 # log_softmax in bf16 keeps three digits of logp, so r is off by percents and the penalty multiplies

@@ -6,14 +6,15 @@
 // inline function of another header.
 //
 // An Isa provides
-//   Vec, kLanes, set1, add, mul, max (its second operand where either is NaN), fma,
-//   horizontal_max, horizontal_sum
-//   load1, load2 / store2   one element; two vectors of T at once, in an order of the Isa's
-//   choosing Affine(scale, ref)      x -> x * scale - ref to within one rounding of the result
-//   Exp2<Degree, kSaturating>(scale, ref, factor)
-//                           x -> factor * 2^(x * scale - ref) by a polynomial of that degree: exact
-//                           zeros far below, NaN for NaN. Above 2^126 it must stay huge where
-//                           kSaturating, and may be anything where not.
+//
+//   Vec, kLanes, set1, add, mul, fma, horizontal_max, horizontal_sum
+//   max: its second operand where either is NaN
+//   load1: one element
+//   load2, store2: two vectors of T at once, in an order of the Isa's choosing
+//   Affine(scale, ref): x -> x * scale - ref to within one rounding of the result
+//   Exp2<Degree, kSaturating>(scale, ref, factor): x -> factor * 2^(x * scale - ref) by a
+//     polynomial of that degree. Exact zeros far below, NaN for NaN; above 2^126 it must stay huge
+//     where kSaturating, and may be anything where not.
 #pragma once
 
 #include <limits>

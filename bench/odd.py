@@ -16,7 +16,7 @@ from bench.cases import find_cases
 from bench.harness import step
 from bench.implementations import implementations_for
 from bench.problem import make_problem
-from bench.timing import interleaved_samples
+from bench.timing import Call, interleaved_samples
 
 ODD, EVEN = "cpu-50257-bf16", "cpu-50304-bf16"
 
@@ -34,7 +34,7 @@ def main() -> None:
         for name, problem in problems.items():
             logits[name].copy_(problem.logits)
 
-    calls = {
+    calls: dict[str, Call] = {
         name: partial(step, inplace, function, logits[name], problem)
         for name, problem in problems.items()
     }

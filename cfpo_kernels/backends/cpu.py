@@ -41,8 +41,8 @@ def _execution() -> dict[str, Any]:
 
 
 def _check_tokens(rows: KernelRows) -> None:
-    # Also here, since a compiled or direct call of an operator has not been checked, and a wrong id
-    # is a read outside the logits.
+    # Here rather than with the other arguments, since compiled and direct calls of an operator get
+    # past those, and a wrong id is a read outside the logits.
     logits = rows.logits
     check_token_range(rows.token_ids, rows.weights != 0, logits.shape[-1], logits.shape[:-1])
 

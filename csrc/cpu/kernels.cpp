@@ -105,7 +105,7 @@ template <class Policy>
 void policy_loss(const PolicyLossParams& params, const Policy& policy, const Execution& execution) {
   const SegmentOps& ops = ops_for(execution, params.problem.logits.dtype);
   const PolicyStage<Policy> stage{params, policy};
-  if (params.dlogits.data != params.problem.logits.data) prefer_huge_pages(params.dlogits);
+  prefer_huge_pages(params.dlogits, params.problem.logits);
   RowDriver<true, PolicyStage<Policy>>(ops, params.problem, params.dlogits, stage)
       .run(execution.threads);
 }
@@ -122,7 +122,7 @@ void token_logps(const TokenLogpsParams& params, const Execution& execution) {
 void token_logps_backward(const TokenLogpsBackwardParams& params, const Execution& execution) {
   const SegmentOps& ops = ops_for(execution, params.problem.logits.dtype);
   const LogpsBackwardStage stage{params, ops};
-  if (params.dlogits.data != params.problem.logits.data) prefer_huge_pages(params.dlogits);
+  prefer_huge_pages(params.dlogits, params.problem.logits);
   RowDriver<false, LogpsBackwardStage>(ops, params.problem, params.dlogits, stage)
       .run(execution.threads);
 }

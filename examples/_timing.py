@@ -10,6 +10,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from cfpo_kernels import CFPO, PPOClip
+from cfpo_kernels.reference import policy_term
+
 
 @dataclass
 class LossTime:
@@ -30,27 +33,19 @@ def naive_loss(
     advantages: Tensor,
     old_logps: Tensor,
     mask: Tensor,
-    epsilon: float,
-    objective: str,
+    objective: CFPO | PPOClip,
 ) -> Tensor:
-    """The same loss as it is usually written, in float32.
+    """The same loss as it is usually written, in float32: it is the (B, T, V) part that costs.
 
     Args:
         logits: (B, T, V), any floating dtype.
         token_ids, old_logps, mask: (B, T).
         advantages: (B,).
-        epsilon: the trust region.
-        objective: "cfpo" or "ppo".
     """
     all_logps = torch.log_softmax(logits.float(), dim=-1)
     logps = all_logps.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    ratio = torch.exp(logps - old_logps)
-    adv = advantages.unsqueeze(-1)
-    if objective == "cfpo":
-        gain = ratio * adv - adv.abs() / (2 * epsilon) * (ratio - 1) ** 2
-    else:
-        gain = torch.minimum(ratio * adv, ratio.clamp(1 - epsilon, 1 + epsilon) * adv)
-    return -(gain * mask).sum() / mask.sum()
+    loss = policy_term(objective, logps - old_logps, advantages[:, None].expand_as(logps))
+    return (loss * mask).sum() / mask.sum()
 
 
 def time_update(

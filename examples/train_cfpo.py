@@ -144,8 +144,14 @@ def policy_loss(logits: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, cfpo
     }
     if cfg.objective == "cfpo":
         return cfpo_kernels.cfpo_loss(*args, epsilon=cfg.epsilon, **settings)
-    clip = cfpo_kernels.PPOClip(cfg.epsilon, cfg.epsilon)
-    return cfpo_kernels.policy_loss(*args, objective=clip, **settings)
+    return cfpo_kernels.policy_loss(*args, objective=objective_of(cfg), **settings)
+
+
+def objective_of(cfg: Config) -> cfpo_kernels.CFPO | cfpo_kernels.PPOClip:
+    """The policy objective, as `policy_loss` takes it."""
+    if cfg.objective == "cfpo":
+        return cfpo_kernels.CFPO(cfg.epsilon)
+    return cfpo_kernels.PPOClip(cfg.epsilon, cfg.epsilon)
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
@@ -271,12 +277,12 @@ def time_losses(
 ) -> dict[str, LossTime]:
     """Time updates on one real minibatch, with the fused loss and with plain torch."""
     set_lr(optimizer, 0.0)  # the same work, but the weights stay
-    args = (batch.responses, batch.advantages, batch.old_logps, batch.mask, cfg.epsilon)
+    args = (batch.responses, batch.advantages, batch.old_logps, batch.mask)
     return measure_losses(
         forward=lambda: model.response_logits(batch.prompts, batch.responses),
         losses={
             "fused": lambda logits: policy_loss(logits, batch, cfg)[0],
-            "naive": lambda logits: naive_loss(logits, *args, objective=cfg.objective),
+            "naive": lambda logits: naive_loss(logits, *args, objective_of(cfg)),
         },
         finish=lambda loss: optimizer_step(model, optimizer, loss, cfg),
         repeats=cfg.timing_repeats,

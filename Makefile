@@ -14,7 +14,7 @@ NATIVE_OPTIONS := $(CFPO_KERNELS_CUDA)|$(CFPO_KERNELS_CUDA_ARCHS)|$(CFPO_KERNELS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench bench-micro gpu-check wheel clean distclean FORCE
+.PHONY: help demo test test-triton lint format bench bench-micro gpu-check wheel clean distclean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,8 +23,16 @@ help: ## Show this list
 demo: $(STAMPS)/native $(STAMPS)/demo ## Train a small policy with the CFPO loss on the CPU
 	$(VENV_PYTHON) examples/train_cfpo.py $(ARGS)
 
-test: $(STAMPS)/native $(STAMPS)/test ## Run the tests
-	$(VENV_PYTHON) -m pytest $(ARGS)
+test: $(STAMPS)/native $(STAMPS)/test ## Run the tests (ARGS="tests/test_loss.py -k ..." some of them)
+	$(VENV_PYTHON) -m pytest -n auto $(ARGS)
+	$(if $(ARGS),,$(MAKE) test-triton)
+
+# Triton interprets or compiles, never both in a process. Here the suites of the CPU backend run on
+# interpreted Triton kernels; the compiled ones are looked at in the ordinary tests.
+test-triton: $(STAMPS)/native $(STAMPS)/test ## Run the tests of the Triton kernels, interpreted
+	TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -n auto --backend triton \
+	  tests/test_triton_interpreted.py tests/test_triton_tools.py \
+	  tests/test_loss.py tests/test_token_logps.py tests/test_edges.py tests/test_autograd.py $(ARGS)
 
 lint: $(STAMPS)/torch $(STAMPS)/dev ## Check style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -5,19 +5,67 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from cfpo_kernels import backends
 from cfpo_kernels.backends import cpu
 
 LEVELS = tuple(cpu.native.cpu_levels())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "level" in metafunc.fixturenames:
+        only_cpu = metafunc.config.getoption("--backend") == "cpu"
+        metafunc.parametrize("level", LEVELS if only_cpu else LEVELS[:1], indirect=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        choices=("cpu", "triton"),
+        default="cpu",
+        help="what backend='auto' and 'cpu' mean for CPU tensors; triton: interpreted",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--backend") == "triton":
+        from triton_tools.interpreter import INTERPRETING, mend
+
+        if not INTERPRETING:
+            raise pytest.UsageError("--backend triton needs TRITON_INTERPRET=1")
+        mend()
+
+
+@pytest.fixture(autouse=True)
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.config.getoption("--backend") == "triton":
+        resolve = backends.resolve
+
+        def to_triton(name: str, device: torch.device) -> str:
+            return "triton" if name in ("auto", "cpu") else resolve(name, device)
+
+        monkeypatch.setattr(backends, "resolve", to_triton)
+
+
+def takes_too_long_interpreted(item: pytest.Item) -> bool:
+    parameters = getattr(item, "callspec", None) and item.callspec.params
+    of_reference = parameters and parameters.get("backend") == "reference"
+    long_rows = parameters and parameters.get("v", 0) > 130_000
+    of_cpu = item.name.startswith("test_every_instruction_set")
+    return bool(of_reference or long_rows or of_cpu) or "slow" in item.keywords
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--backend") == "triton":
+        dropped = [item for item in items if takes_too_long_interpreted(item)]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test once for each instruction set that this machine has."""
     monkeypatch.setenv("CFPO_KERNELS_CPU_LEVEL", request.param)

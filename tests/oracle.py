@@ -192,26 +192,37 @@ def oracle(case: Case) -> Outcome:
     )
 
 
-def run(case: Case, *, backend: str = "cpu", inplace: bool = False, **extra: Any) -> Outcome:
-    """The package on a fresh copy of the case's logits, laid out as they are."""
+def run(
+    case: Case, *, backend: str = "cpu", inplace: bool = False, device: str = "cpu", **extra: Any
+) -> Outcome:
+    """The package on a fresh copy of the case's logits, laid out as they are; results on the CPU.
+
+    On a GPU a new gradient is likely to be the poisoned memory that was freed just before.
+    """
     base = case.logits.detach()
-    storage = torch.empty(base.untyped_storage().nbytes(), dtype=torch.uint8)
+    storage = torch.empty(base.untyped_storage().nbytes(), dtype=torch.uint8, device=device)
     storage.untyped_storage().copy_(base.untyped_storage())
     logits = storage.view(base.dtype).as_strided(base.shape, base.stride(), base.storage_offset())
     logits = logits.detach().requires_grad_()
+
+    def there(x: Any) -> Any:
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    if device != "cpu":
+        torch.full_like(logits, torch.nan)
     loss, stats = cfpo_kernels.policy_loss(
         logits,
-        case.token_ids,
-        case.advantages,
-        case.old_logps,
+        there(case.token_ids),
+        there(case.advantages),
+        there(case.old_logps),
         objective=case.objective,
         backend=backend,
         inplace=inplace,
         return_stats=True,
-        **(case.options | extra),
+        **{name: there(x) for name, x in (case.options | extra).items()},
     )
     loss.sum().backward()
-    return Outcome(loss.detach(), logits.grad, stats.logps, stats.entropy)
+    return Outcome(loss.detach().cpu(), logits.grad.cpu(), stats.logps.cpu(), stats.entropy.cpu())
 
 
 def rounding_error(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
 
-from . import cpu
+from . import cpu, triton
 from .base import Backend
 
 NAMES = ("cuda", "triton", "cpu", "reference")
@@ -46,6 +48,50 @@ def _cuda_status() -> BackendStatus:
     return BackendStatus(False, f"{built}; sees {devices}; this release has no CUDA loss kernels")
 
 
+def _interpreted() -> bool:
+    """Whether Triton was told to run kernels on CPU tensors, before it was imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def _triton_status() -> BackendStatus:
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus(False, "triton is not installed: pip install triton")
+    if _interpreted():
+        return BackendStatus(True, "interpreted, on CPU tensors (TRITON_INTERPRET)")
+    kinds = [kind for kind in _TRITON_DEVICES if _has_device(kind)]
+    if not kinds:
+        return BackendStatus(False, "torch sees no GPU, and TRITON_INTERPRET is not set")
+    return BackendStatus(True, f"compiles for {', '.join(kinds)}; not yet verified on GPU")
+
+
+# ROCm calls itself cuda.
+_TRITON_DEVICES = ("cuda", "xpu")
+
+
+def _has_device(kind: str) -> bool:
+    module = getattr(torch, kind, None)
+    return module is not None and bool(module.is_available())
+
+
+def _cpu_status() -> BackendStatus:
+    if cpu.native is None:
+        return BackendStatus(False, cpu.import_failure)
+    return BackendStatus(True, "instruction sets: " + ", ".join(cpu.native.cpu_levels()))
+
+
+def _reference_status() -> BackendStatus:
+    return BackendStatus(True, "plain torch, any device, differentiable twice")
+
+
+_STATUS = {
+    "cuda": _cuda_status,
+    "triton": _triton_status,
+    "cpu": _cpu_status,
+    "reference": _reference_status,
+}
+_KERNELS: dict[str, Backend] = {"cpu": cpu.CPU, "triton": triton.TRITON}
+
+
 def available_backends() -> dict[str, BackendStatus]:
     """What this machine can run, and why the others cannot.
 
@@ -53,17 +99,7 @@ def available_backends() -> dict[str, BackendStatus]:
         A status for each of "cuda", "triton", "cpu" and "reference". A status is true where the
         backend is available, and its ``detail`` says what it would use or what is missing.
     """
-    cpu_status = (
-        BackendStatus(False, cpu.import_failure)
-        if cpu.native is None
-        else BackendStatus(True, "instruction sets: " + ", ".join(cpu.native.cpu_levels()))
-    )
-    return {
-        "cuda": _cuda_status(),
-        "triton": BackendStatus(False, "this release has no Triton kernels"),
-        "cpu": cpu_status,
-        "reference": BackendStatus(True, "plain torch, any device, differentiable twice"),
-    }
+    return {name: status() for name, status in _STATUS.items()}
 
 
 def resolve(name: str, device: torch.device) -> str:
@@ -78,13 +114,19 @@ def resolve(name: str, device: torch.device) -> str:
         raise BackendUnavailableError(
             f"backend='cpu' takes CPU tensors, the logits are on {device}"
         )
-    if name not in ("reference", "cpu") or (name == "cpu" and cpu.native is None):
-        status = available_backends()[name]
+    status = _STATUS[name]()
+    if not status:
         raise BackendUnavailableError(f"backend={name!r} is not available: {status.detail}")
+    takes = ("cpu",) if _interpreted() else _TRITON_DEVICES
+    if name == "triton" and device.type not in takes:
+        raise BackendUnavailableError(
+            f"backend='triton' takes {' and '.join(takes)} tensors "
+            f"{'where' if _interpreted() else 'unless'} TRITON_INTERPRET is set, "
+            f"the logits are on {device}"
+        )
     return name
 
 
 def kernels(name: str) -> Backend:
     """The kernels of a resolved backend other than "reference"."""
-    assert name == "cpu", name
-    return cpu.CPU
+    return _KERNELS[name]

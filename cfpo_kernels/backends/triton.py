@@ -1,0 +1,345 @@
+"""Launches the Triton kernels. On CPU tensors only under Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import KernelRows, KernelTerms
+from .layout import RowLayout, row_blocks, row_layout
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    # Triton takes a while to import, and is not installed everywhere: only on first use.
+    return importlib.import_module(f"cfpo_kernels.triton_kernels.{name}")
+
+
+@functools.cache
+def _device(device: torch.device) -> Any:
+    """What of a device config.py wants to know."""
+    config = _module("config")
+    if device.type == "cpu":  # interpreted: few processors, so that a program gets several rows
+        return config.Device(multiprocessors=2, l2_bytes=2**22)
+    properties = torch.get_device_module(device).get_device_properties(device)
+    if device.type == "xpu":
+        return config.Device(
+            properties.gpu_subslice_count,
+            getattr(properties, "last_level_cache_size", 2**24),
+            limits_registers=False,
+        )
+    return config.Device(
+        properties.multi_processor_count,
+        properties.L2_cache_size,
+        properties.warp_size,
+        limits_registers=torch.version.hip is None,
+    )
+
+
+class _Matrix(NamedTuple):
+    """Rows (..., V) as the kernels are told where they are; numbers in elements."""
+
+    tensor: Tensor  # its address is what `first` and the strides count from
+    first: int
+    layout: RowLayout
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Matrix:
+        layout = row_layout(tensor)
+        assert layout is not None  # row_blocks saw to it
+        return cls(tensor, 0, layout)
+
+    def misalignment(self, vector: int) -> int:
+        return self.tensor.data_ptr() // self.tensor.element_size() % vector
+
+    def is_aligned(self, vector: int) -> bool:
+        """Whether every row starts at a multiple of `vector` elements."""
+        strides = (self.layout.outer_stride, self.layout.inner_stride)
+        return self.misalignment(vector) == 0 and all(stride % vector == 0 for stride in strides)
+
+    def rows_alike(self, other: _Matrix, vector: int) -> bool:
+        """Whether row i of both starts at the same address modulo `vector` elements."""
+        (inner, outer, step), (their_inner, their_outer, their_step) = self.layout, other.layout
+        return (
+            self.misalignment(vector) == other.misalignment(vector)
+            and inner == their_inner
+            and (outer - their_outer) % vector == 0
+            and (step - their_step) % vector == 0
+        )
+
+    def from_aligned(self, vector: int) -> _Matrix | None:
+        """The same rows, counted from an aligned address; None if the storage has none before."""
+        tensor, back = self.tensor, self.misalignment(vector)
+        offset = tensor.storage_offset() - back
+        if offset < 0:
+            return None
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        extent = back + 1 + sum((size - 1) * stride for size, stride in steps)
+        return _Matrix(tensor.as_strided((extent,), (1,), offset), back, self.layout)
+
+    def arguments(self, name: str, unit: int) -> dict[str, int]:
+        return {
+            f"{name}_first": self.first,
+            f"{name}_inner": self.layout.inner,
+            f"{name}_outer": self.layout.outer_stride // unit,
+            f"{name}_step": self.layout.inner_stride // unit,
+        }
+
+
+class _Launch(NamedTuple):
+    """What the launches on one block of rows share."""
+
+    n_rows: int
+    n_cols: int
+    logits: _Matrix
+    dlogits: _Matrix | None
+    unit: int
+    column_unit: int
+    shifted: int
+    with_entropy: bool
+    tile: Any
+    register_limit: int
+    device: Any
+
+    @classmethod
+    def of(cls, x: Tensor, d: Tensor | None, with_entropy: bool) -> _Launch:
+        config = _module("config")
+        vector = config.VECTOR_BYTES // x.element_size()
+        n_cols = x.shape[-1]
+        tile = config.tile(n_cols, x.element_size())
+        matrices = [_Matrix.of(matrix) for matrix in (x, d) if matrix is not None]
+        aligned = all(matrix.is_aligned(vector) for matrix in matrices)
+        shifted = 0
+        if not aligned and matrices[0].rows_alike(matrices[-1], vector):
+            moved = [matrix.from_aligned(vector) for matrix in matrices]
+            if None not in moved:
+                matrices, shifted = moved, vector  # type: ignore[assignment]
+        return cls(
+            x.shape[:-1].numel(),
+            n_cols,
+            matrices[0],
+            matrices[1] if d is not None else None,
+            vector if aligned else 1,
+            vector if n_cols % vector == 0 else 1,
+            shifted,
+            with_entropy,
+            tile,
+            config.register_limit(tile, with_entropy, shifted > 0),
+            _device(x.device),
+        )
+
+    def segments(self) -> int:
+        return -(-self.n_cols // self.tile.segment)
+
+    def pieces(self) -> int:
+        """Segments of places: a shift may need one more than there are of columns."""
+        return -(-(self.n_cols + max(self.shifted - 1, 0)) // self.tile.segment)
+
+    def is_split(self) -> bool:
+        return bool(_module("config").split_rows(self.device, self.tile, self.n_rows, self.n_cols))
+
+    def row_programs(self) -> int:
+        """Programs for whole rows."""
+        itemsize = self.logits.tensor.element_size()
+        most = _module("config").row_programs(
+            self.device, self.tile, self.register_limit, self.n_cols, itemsize
+        )
+        return min(self.n_rows, most)
+
+    def rows(self) -> dict[str, Any]:
+        return {
+            "n_rows": self.n_rows,
+            "n_cols": self.n_cols // self.column_unit,
+            **self.logits.arguments("logits", self.unit),
+        }
+
+    def gradient_rows(self) -> dict[str, Any]:
+        matrix = self.dlogits or _Matrix(self.logits.tensor, 0, RowLayout(1, 0, 0))
+        return matrix.arguments("dlogits", self.unit)
+
+    def constants(self) -> dict[str, Any]:
+        limit = {"maxnreg": self.register_limit} if self.device.limits_registers else {}
+        return {
+            "UNIT": self.unit,
+            "COLUMN_UNIT": self.column_unit,
+            "SHIFTED": self.shifted,
+            "BLOCK": self.tile.block,
+            "num_warps": self.tile.threads // self.device.warp_size,
+            # What the source spells out is what is rounded: kernels that share a function agree.
+            "enable_fp_fusion": False,
+            **limit,
+        }
+
+
+def _launches(
+    x: Tensor, d: Tensor | None = None, *, with_entropy: bool = False
+) -> Iterator[tuple[int, _Launch]]:
+    matrices = [x] if d is None else [x, d]
+    for first, (logits, *gradient) in row_blocks(*matrices):
+        yield first, _Launch.of(logits, gradient[0] if gradient else None, with_entropy)
+
+
+def _from(x: Tensor | None, first: int) -> Tensor | None:
+    return x if x is None or first == 0 else x[first:]
+
+
+def _row_inputs(rows: KernelRows, first: int) -> dict[str, Any]:
+    per_row = int(rows.temperature.numel() > 1)
+    return {
+        "token_ids_ptr": _from(rows.token_ids, first),
+        "weights_ptr": _from(rows.weights, first),
+        "temperature_ptr": _from(rows.temperature, first * per_row),
+        "temperature_stride": per_row,
+    }
+
+
+def _partials(launch: _Launch, inputs: dict[str, Any]) -> Tensor | None:
+    """Stage 1 by a program a segment, where rows are so few that whole ones would leave most of
+    the GPU idle."""
+    if not launch.is_split():
+        return None
+    n_rows, segments = launch.n_rows, launch.segments()
+    partials = launch.logits.tensor.new_empty((n_rows, 3 * segments + 1), dtype=torch.float64)
+    _module("kernels").sum_segments_kernel[(n_rows * segments,)](
+        launch.logits.tensor,
+        partials,
+        **inputs,
+        **launch.rows(),
+        WITH_ENTROPY=launch.with_entropy,
+        SEGMENT=launch.tile.segment,
+        **launch.constants(),
+    )
+    return partials
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    guard: contextlib.AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    return guard
+
+
+class TritonBackend:
+    """See ``base.Backend``."""
+
+    def policy_loss(
+        self,
+        rows: KernelRows,
+        terms: KernelTerms,
+        *,
+        loss: Tensor,
+        logps: Tensor,
+        entropy: Tensor | None,
+        dlogits: Tensor | None,
+    ) -> None:
+        objective = _module("objective")
+        kernel = _module("kernels").policy_loss_kernel
+        with_entropy = entropy is not None or terms.entropy_coef != 0
+        p0, p1, p2 = (*terms.objective_parameters, 0.0, 0.0)[:3]
+        for first, launch in _launches(rows.logits, dlogits, with_entropy=with_entropy):
+            inputs = _row_inputs(rows, first)
+            with _on(launch.logits.tensor.device):
+                partials = _partials(launch, inputs)
+                pieces = 1
+                if partials is not None and launch.dlogits is not None:
+                    pieces = launch.pieces()
+                programs = launch.row_programs() if partials is None else launch.n_rows * pieces
+                kernel[(programs,)](
+                    launch.logits.tensor,
+                    launch.dlogits.tensor if launch.dlogits else None,
+                    partials,
+                    **inputs,
+                    advantages_ptr=_from(terms.advantages, first),
+                    old_logps_ptr=_from(terms.old_logps, first),
+                    token_weights_ptr=_from(terms.token_weights, first),
+                    ref_logps_ptr=_from(terms.ref_logps, first) if terms.kl_coef else None,
+                    grad_scale_ptr=terms.grad_scale,
+                    loss_ptr=_from(loss, first),
+                    logps_ptr=_from(logps, first),
+                    entropy_ptr=_from(entropy, first),
+                    **launch.rows(),
+                    **launch.gradient_rows(),
+                    n_pieces=pieces,
+                    p0=p0,
+                    p1=p1,
+                    p2=p2,
+                    kl_coef=terms.kl_coef,
+                    entropy_coef=terms.entropy_coef,
+                    OBJECTIVE=objective.OBJECTIVES[terms.objective],
+                    KL=objective.KL_ESTIMATORS[terms.kl_estimator] if terms.kl_coef else None,
+                    WITH_ENTROPY=with_entropy,
+                    SEGMENT=launch.tile.segment,
+                    **launch.constants(),
+                )
+
+    def token_logps(
+        self, rows: KernelRows, *, logps: Tensor, lse: Tensor, entropy: Tensor | None
+    ) -> None:
+        for first, launch in _launches(rows.logits, with_entropy=entropy is not None):
+            inputs = _row_inputs(rows, first)
+            with _on(launch.logits.tensor.device):
+                partials = _partials(launch, inputs)
+                programs = launch.n_rows if partials is not None else launch.row_programs()
+                _module("kernels").token_logps_kernel[(programs,)](
+                    launch.logits.tensor,
+                    partials,
+                    **inputs,
+                    logps_ptr=_from(logps, first),
+                    lse_ptr=_from(lse, first),
+                    entropy_ptr=_from(entropy, first),
+                    **launch.rows(),
+                    WITH_ENTROPY=entropy is not None,
+                    SEGMENT=launch.tile.segment,
+                    **launch.constants(),
+                )
+
+    def token_logps_backward(
+        self,
+        rows: KernelRows,
+        *,
+        lse: Tensor,
+        entropy: Tensor | None,
+        dlogps: Tensor | None,
+        dentropy: Tensor | None,
+        dlogits: Tensor,
+    ) -> None:
+        for first, launch in _launches(rows.logits, dlogits, with_entropy=dentropy is not None):
+            pieces = launch.pieces()
+            with _on(launch.logits.tensor.device):
+                _module("kernels").token_logps_backward_kernel[(launch.n_rows * pieces,)](
+                    launch.logits.tensor,
+                    launch.dlogits.tensor if launch.dlogits else None,
+                    **_row_inputs(rows, first),
+                    lse_ptr=_from(lse, first),
+                    entropy_ptr=_from(entropy, first) if dentropy is not None else None,
+                    dlogps_ptr=_from(dlogps, first),
+                    dentropy_ptr=_from(dentropy, first),
+                    **launch.rows(),
+                    **launch.gradient_rows(),
+                    n_pieces=pieces,
+                    SEGMENT=launch.tile.segment,
+                    **launch.constants(),
+                )
+
+    def multiply_rows(self, x: Tensor, factors: Tensor) -> None:
+        stride = factors.stride(0) if factors.numel() > 1 else 0
+        for first, launch in _launches(x):
+            most = launch.device.programs(launch.tile, launch.register_limit)
+            with _on(x.device):
+                _module("kernels").multiply_rows_kernel[(min(launch.n_rows, most),)](
+                    launch.logits.tensor,
+                    factors[first * stride :] if stride else factors,
+                    factor_stride=stride,
+                    **launch.rows(),
+                    **launch.constants(),
+                )
+
+
+TRITON = TritonBackend()

@@ -1,0 +1,480 @@
+"""The Triton kernels under the interpreter: every access, every layout, and the golden table.
+
+Only where TRITON_INTERPRET=1 was set before Triton was imported (``make test`` runs such a process
+of its own). There `pytest --backend triton` also runs the suites of the CPU backend on the Triton
+kernels; this file has what is particular to them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from oracle import Case, check_gradient, make_case, oracle, run, with_everything
+from test_objective import GOLDEN, OBJECTIVES
+from triton_tools.checker import AccessError, RaceError, checked_launches
+from triton_tools.interpreter import INTERPRETING, mend
+from triton_tools.memory import sparse
+
+import cfpo_kernels
+from cfpo_kernels import PPOClip
+from cfpo_kernels.backends import triton as backend
+from cfpo_kernels.triton_kernels import config, kernels, objective, scalar_math, softmax
+
+pytestmark = pytest.mark.skipif(not INTERPRETING, reason="TRITON_INTERPRET=1 is not set")
+
+if INTERPRETING:
+    mend()
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Sets the number of processors that the interpreter pretends to have."""
+
+    def pretend(count: int, l2_bytes: int = 2**22) -> None:
+        device = config.Device(count, l2_bytes)
+        monkeypatch.setattr(backend, "_device", lambda _: device)
+
+    yield pretend
+
+
+# Scalars
+
+
+@triton.jit
+def policy_kernel(x_ptr, a_ptr, loss_ptr, dlogp_ptr, p0, p1, p2, OBJECTIVE: tl.constexpr):
+    i = tl.program_id(0)
+    loss, dlogp = OBJECTIVE(tl.load(x_ptr + i), tl.load(a_ptr + i), p0, p1, p2)
+    tl.store(loss_ptr + i, loss)
+    tl.store(dlogp_ptr + i, dlogp)
+
+
+@triton.jit
+def unary_kernel(x_ptr, y_ptr, n, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.5)
+    tl.store(y_ptr + i, FUNCTION(x), mask=i < n)
+
+
+@triton.jit
+def kl_kernel(d_ptr, loss_ptr, dlogp_ptr, KL: tl.constexpr):
+    i = tl.program_id(0)
+    loss, dlogp = KL(tl.load(d_ptr + i))
+    tl.store(loss_ptr + i, loss)
+    tl.store(dlogp_ptr + i, dlogp)
+
+
+@triton.jit
+def log1p_of(x):
+    log, correction = scalar_math.log1p_near(x)
+    return log + correction
+
+
+@pytest.mark.parametrize("row", GOLDEN["policy"], ids=lambda row: row["note"])
+def test_golden_policy(row: dict) -> None:
+    chosen = OBJECTIVES[row["objective"]](**row["parameters"])
+    x = torch.tensor([row["log_ratio"]], dtype=torch.float32)
+    # The table's log-ratios are float64. Rounded to float32, those on a clip's boundary may land on
+    # either side of it: there the derivative is that of one side or the other.
+    a = torch.tensor([row["advantage"]], dtype=torch.float32)
+    loss, dlogp = torch.empty(1), torch.empty(1)
+    p = (*chosen.parameters(), 0.0, 0.0)[:3]
+    policy_kernel[(1,)](x, a, loss, dlogp, *p, OBJECTIVE=objective.OBJECTIVES[chosen.name])
+    scale = max(1.0, abs(row["loss"]))
+    slack = 5e-7 * scale * max(1.0, abs(row["log_ratio"]))
+    assert loss.item() == pytest.approx(row["loss"], rel=5e-7, abs=slack)
+    on_boundary = isinstance(chosen, PPOClip) and any(
+        math.isclose(math.exp(row["log_ratio"]), edge, rel_tol=1e-6)
+        for edge in (1 - chosen.epsilon_low, 1 + chosen.epsilon_high, chosen.dual_clip or 1e9)
+    )
+    either = {row["dlogp"], -math.exp(row["log_ratio"]) * row["advantage"], 0.0}
+    wanted = either if on_boundary else {row["dlogp"]}
+    allowed = 2e-6 * max(1.0, abs(row["dlogp"]))
+    assert min(abs(dlogp.item() - want) for want in wanted) <= allowed
+
+
+@pytest.mark.parametrize("row", GOLDEN["kl"], ids=lambda row: f"{row['estimator']} {row['d']}")
+def test_golden_kl(row: dict) -> None:
+    d = torch.tensor([row["d"]], dtype=torch.float32)
+    loss, dlogp = torch.empty(1), torch.empty(1)
+    kl_kernel[(1,)](d, loss, dlogp, KL=objective.KL_ESTIMATORS[row["estimator"]])
+    assert loss.item() == pytest.approx(row["loss"], rel=1e-6, abs=1e-7)
+    assert dlogp.item() == pytest.approx(row["dlogp"], rel=1e-6, abs=1e-7)
+
+
+def unary(function: Any, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    y = torch.empty_like(x, dtype=dtype)
+    unary_kernel[(1,)](x, y, len(x), FUNCTION=function, BLOCK=triton.next_power_of_2(len(x)))
+    return y
+
+
+def test_elementary_functions() -> None:
+    x = torch.cat([torch.linspace(-20, 88.7, 40001), torch.logspace(-30, 0, 2001)])
+    x = torch.cat([x, -x[-2001:]])
+    want = torch.expm1(x.double())
+    assert ((unary(scalar_math.expm1, x).double() - want) / want).abs().nan_to_num(0).max() < 3e-7
+    ends = torch.tensor([-1e4, -math.inf, 88.8, 1e4, math.inf, math.nan, 0.0])
+    got = unary(scalar_math.expm1, ends).tolist()
+    assert got[:5] == [-1, -1, math.inf, math.inf, math.inf]
+    assert math.isnan(got[5]) and got[6] == 0
+
+    q = torch.cat([torch.linspace(0, 1 / 3, 20001)[1:], torch.logspace(-30, -1, 2001)])
+    q = torch.cat([q, -q])
+    want = torch.log1p(q.double())
+    got = unary(log1p_of, q)
+    assert ((got.double() - want) / want).abs().max() < 1.2e-7
+
+    s = torch.logspace(-30, 30, 4001)
+    error = unary(scalar_math.log2, s, torch.float64) - torch.log2(s.double())
+    assert error.abs().max() < 1e-8
+    assert unary(scalar_math.log2, torch.tensor([math.nan]), torch.float64).isnan().all()
+
+
+# Accesses
+
+
+def strided(n: int, v: int, dtype: torch.dtype, step: int, first: int) -> torch.Tensor:
+    """(n, v) with rows `step` elements apart, from element `first` of their storage."""
+    return torch.full((first + n * step,), 7.0, dtype=dtype)[first:].as_strided(
+        (n, v), (step, 1), first
+    )
+
+
+LAYOUTS = {
+    "aligned": (1000, 1000, 0),
+    "aligned odd": (1001, 1008, 0),
+    "odd": (1001, 1001, 0),
+    "odd from 3": (1001, 1001, 3),
+    "wide from 5": (1000, 1003, 5),
+    "one": (1, 1, 0),
+    "seven": (7, 7, 2),
+    "block": (4096, 4096, 0),
+    "block and one": (4097, 4097, 1),
+    "segment and one": (32769, 32769, 0),
+}
+
+
+def of_rows(counts: Any, like: torch.Tensor) -> Any:
+    """Counts of rows that the launcher passed as one flat view from an aligned address on."""
+    if counts.ndim == 2:
+        return counts
+    n, v = like.shape
+    first = counts.size - (n - 1) * like.stride(0) - v
+    return np.stack([counts[first + i * like.stride(0) :][:v] for i in range(n)])
+
+
+@pytest.mark.parametrize("count", [1, 64], ids=["whole", "split"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_every_access(
+    dtype: torch.dtype, layout: str, inplace: bool, count: int, processors: Any
+) -> None:
+    """Nothing outside the views, no races, each gradient element written once, masked rows not
+    read, unmasked rows read twice by the fused kernel, nearly."""
+    processors(count)
+    v, step, first = LAYOUTS[layout]
+    case = with_everything(make_case(5, v, dtype, mask_every=3))
+    logits = strided(5, v, dtype, step, first)
+    logits.copy_(case.logits)
+    leaf = logits.detach().requires_grad_()
+    storage = logits.untyped_storage().nbytes() // logits.element_size()
+    with checked_launches() as log:
+        cfpo_kernels.cfpo_loss(
+            leaf,
+            case.token_ids,
+            case.advantages,
+            case.old_logps,
+            inplace=inplace,
+            backend="triton",
+            **case.options,
+        ).backward()
+    masked = ~case.mask()
+    fused = next(each for each in log.launches if each.kernel == "policy_loss_kernel")
+    assert (len(log.launches) == 3) == (count == 64 and v > 32768)  # and the kernel of backward
+    written = of_rows(fused.writes("dlogits_ptr"), logits if inplace else leaf.grad)
+    assert (written == 1).all()
+    reads = sum(
+        of_rows(each.reads("logits_ptr"), logits)
+        for each in log.launches
+        if each.kernel in ("policy_loss_kernel", "sum_segments_kernel")
+    )
+    assert not reads[masked].any()
+    block = config.tile(v, logits.element_size()).block
+    guessed = min(v, block)
+    pieces = -(-v // config.tile(v, logits.element_size()).segment) if count == 64 else 1
+    assert (reads[~masked] >= 2).all()
+    # Beyond the two sweeps: the columns of the guess, and the target. (A row of nothing but its
+    # target has no columns to guess from.)
+    assert v == 1 or (reads[~masked].sum(1) <= 2 * v + pieces * guessed + pieces + 1).all()
+    check_gradient(leaf.grad, oracle(case).dlogits, case)
+    if not inplace:
+        outside = torch.ones(storage, dtype=torch.bool)
+        outside.as_strided(logits.shape, logits.stride(), logits.storage_offset()).fill_(False)
+        everything = torch.empty(0, dtype=dtype).set_(logits.untyped_storage())
+        assert (everything[outside] == 7).all()
+
+
+@pytest.mark.parametrize("count", [1, 64], ids=["whole", "split"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
+def test_every_access_of_split_calls(
+    layout: str, inplace: bool, count: int, processors: Any
+) -> None:
+    processors(count)
+    v, step, first = LAYOUTS[layout]
+    case = make_case(5, v, torch.bfloat16, mask_every=3)
+    logits = strided(5, v, torch.bfloat16, step, first)
+    logits.copy_(case.logits)
+    leaf = logits.detach().requires_grad_()
+    with checked_launches() as log:
+        logps, entropy = cfpo_kernels.token_logps(
+            leaf,
+            case.token_ids,
+            mask=case.mask(),
+            return_entropy=True,
+            inplace=inplace,
+            backend="triton",
+        )
+        (logps * 0.5 + entropy * 0.1).sum().backward()
+    backward = log.launches[-1]
+    assert backward.kernel == "token_logps_backward_kernel"
+    assert (of_rows(backward.writes("dlogits_ptr"), logits if inplace else leaf.grad) == 1).all()
+    reads = of_rows(backward.reads("logits_ptr"), logits)
+    assert not reads[~case.mask()].any() and (reads[case.mask()].sum(1) <= v + 1).all()
+    assert leaf.grad.isfinite().all()
+
+
+def test_multiplied_rows() -> None:
+    for v, step, first in LAYOUTS.values():
+        x = strided(5, v, torch.bfloat16, step, first)
+        x.copy_(torch.randn(5, v))
+        want = x.float() * torch.tensor([1.0, 0.5, -3.0, 1.0, 0.0])[:, None]
+        with checked_launches() as log:
+            backend.TRITON.multiply_rows(x, torch.tensor([1.0, 0.5, -3.0, 1.0, 0.0]))
+        assert torch.equal(x.float(), want.bfloat16().float())
+        (launch,) = log.launches
+        touched = of_rows(launch.writes("logits_ptr"), x)
+        assert not touched[[0, 3]].any() and (touched[[1, 2, 4]] == 1).all()
+
+
+def test_offsets_beyond_32_bits() -> None:
+    v, step = 1001, 2**31 + 5  # odd: every row another shift
+    case = make_case(3, v, torch.bfloat16)
+    logits = sparse(3 * step, torch.bfloat16).as_strided((3, v), (step, 1))
+    logits.copy_(case.logits)
+    leaf = logits.detach().requires_grad_()
+    with checked_launches():
+        cfpo_kernels.cfpo_loss(
+            leaf, case.token_ids, case.advantages, case.old_logps, inplace=True, backend="triton"
+        ).backward()
+    check_gradient(leaf.grad, oracle(case).dlogits, case)
+
+
+# Reproducibility
+
+
+@pytest.mark.parametrize(
+    "dtype, v",
+    [*((dtype, v) for dtype in DTYPES for v in (7, 1000, 4097)), (torch.bfloat16, 50257)],
+    ids=str,
+)
+def test_a_row_depends_on_itself_only(dtype: torch.dtype, v: int, processors: Any) -> None:
+    """Neither on its address, nor the other rows, nor how many programs share it, nor whether the
+    gradient is wanted."""
+    case = with_everything(make_case(4, v, dtype))
+    processors(1)
+    want = run(case, backend="triton")
+    check_gradient(want.dlogits, oracle(case).dlogits, case)
+
+    def same(got: Any, rows: Any = slice(None)) -> None:
+        assert torch.equal(got.logps, want.logps[rows])
+        assert torch.equal(got.entropy, want.entropy[rows])
+        assert torch.equal(got.dlogits, want.dlogits[rows])
+
+    for first in (1, 2, 3, 8):
+        moved = strided(4, v, dtype, v + first % 3, first)
+        moved.copy_(case.logits)
+        other = Case(moved, case.token_ids, case.advantages, case.old_logps, case.options)
+        same(run(other, backend="triton"))
+        same(run(other, backend="triton", inplace=True))
+    processors(64)
+    same(run(case, backend="triton"))
+    same(run(case, backend="triton", inplace=True))
+    one = {k: x[2:3] if isinstance(x, torch.Tensor) else x for k, x in case.options.items()}
+    one["normalizer"] = 4.0
+    row = Case(
+        case.logits[2:3], case.token_ids[2:3], case.advantages[2:3], case.old_logps[2:3], one
+    )
+    same(run(row, backend="triton"), slice(2, 3))
+    for count in (1, 64):
+        processors(count)
+        logps, entropy = cfpo_kernels.token_logps(
+            case.logits,
+            case.token_ids,
+            temperature=case.options["temperature"],
+            return_entropy=True,
+            backend="triton",
+        )
+        assert torch.equal(logps, want.logps) and torch.equal(entropy, want.entropy)
+
+
+@pytest.mark.parametrize("v", [1000, 4097, 20000])
+def test_a_guess_that_fails(v: int, processors: Any) -> None:
+    """Segments far above, or far below, the columns that the reference is guessed from."""
+    for count in (1, 64):
+        processors(count)
+        for at, height in ((v - 1, 40.0), (v // 2, 300.0), (0, 300.0)):
+            case = make_case(4, v)
+            case.logits[:, at] = height
+            case.old_logps = None
+            got, want = run(case, backend="triton"), oracle(case)
+            torch.testing.assert_close(got.logps.double(), want.logps, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(got.dlogits.double(), want.dlogits, rtol=1e-5, atol=1e-12)
+
+
+# Against others
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_the_cpu_kernels(dtype: torch.dtype) -> None:
+    from cfpo_kernels import backends, ops
+
+    case = with_everything(make_case(13, 5003, dtype, mask_every=5))
+    got = run(case, backend="triton")
+    rows = (case.logits, case.token_ids, case.mask().float() / case.mask().sum())
+    terms = (
+        case.advantages,
+        case.old_logps,
+        case.options["token_weights"],
+        case.options["ref_logps"],
+        None,
+        "cfpo",
+        [0.2, math.inf],
+        "k3",
+        0.1,
+        0.05,
+    )
+    assert backends.kernels("cpu") is not backends.kernels("triton")
+    _, logps, entropy, dlogits = ops.policy_loss(
+        *rows, case.options["temperature"], True, True, "cpu", *terms
+    )
+    torch.testing.assert_close(got.logps, logps, rtol=3e-7, atol=1e-6)
+    torch.testing.assert_close(got.entropy, entropy, rtol=3e-6, atol=1e-6)
+    rounding = {torch.float32: 2e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
+    torch.testing.assert_close(
+        got.dlogits, dlogits, rtol=rounding, atol=6e-8 if dtype == torch.float16 else 1e-9
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_equals_ligers_grpo(beta: float) -> None:
+    """Its PPO objective, loss and gradient, in float32: the same formula by other hands."""
+    liger = pytest.importorskip("liger_kernel.transformers.grpo_loss")
+    b, t, v = 3, 4, 1000
+    case = make_case(b * (t + 1), v, spread=1.0)
+    logits = case.logits.view(b, t + 1, v)
+    ids = case.token_ids.view(b, t + 1)[:, :-1].contiguous()
+    old = case.old_logps.view(b, t + 1)[:, :-1].contiguous()
+    mask = torch.ones(b, t)
+    mask[1, 2:] = 0
+    advantages = torch.tensor([1.0, -0.7, 0.4])
+    ref = old + 0.1 if beta else None
+    theirs = logits.clone().requires_grad_()
+    per_token, _, _ = liger.triton_grpo_loss(
+        theirs,
+        old,
+        ref,
+        ids,
+        advantages,
+        mask,
+        temperature=0.9,
+        beta=beta,
+        eps_low=0.2,
+        eps_high=0.3,
+        inplace=False,
+        loss_type="grpo",
+        reduce=False,
+    )
+    (per_token * mask).sum().backward()
+    ours = logits.clone().requires_grad_()
+    loss = cfpo_kernels.policy_loss(
+        ours[:, :-1],
+        ids,
+        advantages,
+        old,
+        objective=PPOClip(0.2, 0.3),
+        mask=mask,
+        reduction="none",
+        temperature=0.9,
+        ref_logps=ref,
+        kl_coef=beta,
+        backend="triton",
+    )
+    loss.sum().backward()
+    torch.testing.assert_close(loss, per_token * mask, rtol=2e-5, atol=2e-6)
+    scale = theirs.grad.norm(dim=-1)
+    assert ((ours.grad - theirs.grad).norm(dim=-1) <= 2e-5 * scale + 1e-9).all()
+    assert (scale[:, :-1][mask.bool()] > 1e-4).any()
+
+
+# The checks themselves
+
+
+@triton.jit
+def one_too_many(start, first, end, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
+    places = start + tl.arange(0, BLOCK)
+    return (places >= first) & (places < end + 1)
+
+
+@triton.jit
+def one_too_few(start, first, end, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
+    places = start + tl.arange(0, BLOCK)
+    return (places >= first) & (places < end - 1)
+
+
+@triton.jit
+def narrow_place(
+    row, first, inner, outer_stride, inner_stride, UNIT: tl.constexpr, SHIFTED: tl.constexpr
+):
+    offset = (first + (row % inner) * inner_stride) * UNIT
+    return offset.to(tl.int32).to(tl.int64), tl.zeros([], tl.int32)
+
+
+def test_an_access_outside_is_found(monkeypatch: pytest.MonkeyPatch, processors: Any) -> None:
+    monkeypatch.setattr(softmax, "_inside", one_too_many)
+    with pytest.raises(AccessError):
+        test_every_access(torch.bfloat16, "odd", True, 1, processors)
+
+
+def test_a_missing_column_is_found(monkeypatch: pytest.MonkeyPatch, processors: Any) -> None:
+    monkeypatch.setattr(softmax, "_inside", one_too_few)
+    with pytest.raises(AssertionError):
+        test_every_access(torch.bfloat16, "odd", True, 1, processors)
+
+
+def test_a_32_bit_offset_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "row_place", narrow_place)
+    with pytest.raises((AccessError, AssertionError)):
+        test_offsets_beyond_32_bits()
+
+
+def test_a_race_is_found(monkeypatch: pytest.MonkeyPatch, processors: Any) -> None:
+    """Two programs that write the same piece of a row."""
+
+    @triton.jit
+    def overlapping(piece, n_pieces, n_places, SEGMENT: tl.constexpr):
+        begin = piece * SEGMENT
+        return begin, tl.maximum(begin, n_places)
+
+    monkeypatch.setattr(kernels, "_piece", overlapping)
+    with pytest.raises((RaceError, AssertionError)):
+        test_every_access(torch.bfloat16, "segment and one", False, 64, processors)

@@ -1,0 +1,531 @@
+"""The row kernels: fused, forward only, gradient only, and the two halves of a split row.
+
+Each is a loop over rows around the stages of softmax.py and objective.py. Kernels know pointers,
+strides and numbers only. N rows of V columns; per-row arrays are contiguous and (N,), float32 if
+nothing else is said, and may be None where the launcher says so.
+
+Common arguments:
+    logits_ptr, dlogits_ptr: (N, V), rows as rows.row_place says; the same memory if in place
+    logits_first, ..._inner, ..._outer, ..._step: its arguments; strides in units of UNIT elements
+    SHIFTED: 0, or the elements of 16 bytes: rows start anywhere, but those of logits and dlogits
+        at the same address modulo 16 bytes
+    n_cols: V in units of COLUMN_UNIT
+    token_ids_ptr: int64
+    weights_ptr: 0: the row is not read and its gradient is zeros
+    temperature_ptr, temperature_stride: one a row (1) or one for all (0)
+    BLOCK, SEGMENT: see softmax.py; they decide the last bits of a row
+Programs take every n-th row or piece of one, so that a launch may have fewer programs than rows:
+the rows that are on their way between stage 1 and stage 3 have to fit the L2 cache together.
+"""
+
+import triton
+import triton.language as tl
+
+from .objective import token_loss
+from .rows import row_place, target_column, target_logit
+from .scalar_math import LN2, expm1, log2e_over
+from .softmax import (
+    gradient_coefficients,
+    guess_reference,
+    join_target,
+    merge_sums,
+    multiply,
+    no_sums,
+    sum_columns,
+    write_gradient,
+    write_zeros,
+)
+
+# Lengths and strides differ from batch to batch: no variant of a kernel may depend on them.
+_PLAIN_NUMBERS = [
+    "n_rows",
+    "n_cols",
+    "temperature_stride",
+    "logits_first",
+    "logits_inner",
+    "logits_outer",
+    "logits_step",
+    "dlogits_first",
+    "dlogits_inner",
+    "dlogits_outer",
+    "dlogits_step",
+    "n_pieces",
+    "factor_stride",
+]
+_PER_ROW = [
+    "token_ids_ptr",
+    "weights_ptr",
+    "temperature_ptr",
+    "advantages_ptr",
+    "old_logps_ptr",
+    "token_weights_ptr",
+    "ref_logps_ptr",
+    "grad_scale_ptr",
+    "loss_ptr",
+    "logps_ptr",
+    "entropy_ptr",
+    "lse_ptr",
+    "dlogps_ptr",
+    "dentropy_ptr",
+    "partials_ptr",
+    "factors_ptr",
+]
+
+
+_kernel = triton.jit(do_not_specialize=_PLAIN_NUMBERS, do_not_specialize_on_alignment=_PER_ROW)
+
+
+@triton.jit
+def _row_scale(temperature_ptr, row, stride):
+    return log2e_over(tl.load(temperature_ptr + row * stride))
+
+
+@triton.jit
+def _piece(piece, n_pieces, n_places, SEGMENT: tl.constexpr):
+    """The places of one of the pieces that share a row; an only piece has all."""
+    begin = piece * SEGMENT
+    end = tl.where(n_pieces > 1, tl.minimum(begin + SEGMENT, n_places), n_places)
+    return begin, tl.maximum(begin, end)
+
+
+@triton.jit
+def _merge_partials(partials_ptr, row, n_cols, SEGMENT: tl.constexpr):
+    """What sum_columns would have returned, from what sum_segments_kernel left; and the logit."""
+    n_segments = tl.cdiv(n_cols, SEGMENT)
+    at = partials_ptr + row * (3 * n_segments + 1)
+    ref, total, weighted = no_sums()
+    for _ in range(n_segments):
+        ref, total, weighted = merge_sums(
+            ref, total, weighted, tl.load(at).to(tl.float32), tl.load(at + 1), tl.load(at + 2)
+        )
+        at += 3
+    return ref, total, weighted, tl.load(at).to(tl.float32)
+
+
+@triton.jit
+def _row_statistics(
+    x_ptr,
+    shift,
+    partials_ptr,
+    row,
+    column,
+    known,
+    scale,
+    n_cols,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+):
+    """Stage 1 of a whole row."""
+    if partials_ptr is None:
+        z_target = target_logit(x_ptr + shift, column, known)
+        guess, lift, usable = guess_reference(x_ptr, shift, n_cols, column, scale, BLOCK, SHIFTED)
+        ref, rest, weighted = sum_columns(
+            x_ptr,
+            shift,
+            0,
+            n_cols,
+            column,
+            scale,
+            guess,
+            lift,
+            usable,
+            BLOCK,
+            SEGMENT,
+            SHIFTED,
+            WITH_ENTROPY,
+        )
+    else:
+        ref, rest, weighted, z_target = _merge_partials(partials_ptr, row, n_cols, SEGMENT)
+    return join_target(z_target, scale, ref, rest, weighted, WITH_ENTROPY)
+
+
+@_kernel
+def policy_loss_kernel(
+    logits_ptr,
+    dlogits_ptr,  # None: no stage 3
+    partials_ptr,  # from sum_segments_kernel, or None: stage 1 is done here
+    token_ids_ptr,
+    weights_ptr,
+    temperature_ptr,
+    advantages_ptr,
+    old_logps_ptr,  # None: on-policy
+    token_weights_ptr,  # None: 1
+    ref_logps_ptr,  # None where KL is
+    grad_scale_ptr,  # () float32, or None: multiplies the gradient before it is rounded
+    loss_ptr,
+    logps_ptr,
+    entropy_ptr,  # or None
+    n_rows: tl.int64,
+    n_cols: tl.int32,
+    temperature_stride: tl.int32,
+    logits_first: tl.int64,
+    logits_inner: tl.int64,
+    logits_outer: tl.int64,
+    logits_step: tl.int64,
+    dlogits_first: tl.int64,
+    dlogits_inner: tl.int64,
+    dlogits_outer: tl.int64,
+    dlogits_step: tl.int64,
+    n_pieces: tl.int32,  # programs that share a row's stage 3; more than 1 only with partials
+    p0: tl.float32,
+    p1: tl.float32,
+    p2: tl.float32,
+    kl_coef: tl.float32,
+    entropy_coef: tl.float32,
+    OBJECTIVE: tl.constexpr,
+    KL: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    UNIT: tl.constexpr,
+    COLUMN_UNIT: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """Stages 1 and 2, and 3 where there is a gradient to write: one read and one write of a row."""
+    n_cols = n_cols * COLUMN_UNIT
+    first = tl.program_id(0).to(tl.int64)
+    for task in range(first, n_rows * n_pieces, tl.num_programs(0).to(tl.int64)):
+        row = task // n_pieces
+        piece = (task % n_pieces).to(tl.int32)
+        x_place, shift = row_place(
+            row, logits_first, logits_inner, logits_outer, logits_step, UNIT, SHIFTED
+        )
+        x_ptr = logits_ptr + x_place
+        begin, end = _piece(piece, n_pieces, n_cols + shift, SEGMENT)
+        if tl.load(weights_ptr + row) == 0:
+            if dlogits_ptr is not None:
+                d_place, _ = row_place(
+                    row, dlogits_first, dlogits_inner, dlogits_outer, dlogits_step, UNIT, SHIFTED
+                )
+                write_zeros(dlogits_ptr + d_place, shift, begin, end, BLOCK, SHIFTED)
+            if piece == 0:
+                tl.store(loss_ptr + row, 0.0)
+                tl.store(logps_ptr + row, 0.0)
+                if entropy_ptr is not None:
+                    tl.store(entropy_ptr + row, 0.0)
+        else:
+            column, known = target_column(token_ids_ptr, row, n_cols)
+            scale = _row_scale(temperature_ptr, row, temperature_stride)
+            ref, log2_total, total, exact_logp, complement, entropy = _row_statistics(
+                x_ptr,
+                shift,
+                partials_ptr,
+                row,
+                column,
+                known,
+                scale,
+                n_cols,
+                BLOCK,
+                SEGMENT,
+                SHIFTED,
+                WITH_ENTROPY,
+            )
+            logp = exact_logp.to(tl.float32)
+            # From the unrounded log p; but logits that this kernel scored give exactly r = 1.
+            old_logp = exact_logp
+            if old_logps_ptr is not None:
+                given = tl.load(old_logps_ptr + row)
+                old_logp = tl.where(given == logp, exact_logp, given.to(tl.float64))
+            kl_distance = 0.0
+            if KL is not None:
+                kl_distance = (tl.load(ref_logps_ptr + row).to(tl.float64) - exact_logp).to(
+                    tl.float32
+                )
+            policy_weight = 1.0
+            if token_weights_ptr is not None:
+                policy_weight = tl.load(token_weights_ptr + row)
+            loss, c, h = token_loss(
+                (exact_logp - old_logp).to(tl.float32),
+                kl_distance,
+                entropy,
+                tl.load(advantages_ptr + row),
+                policy_weight,
+                tl.load(weights_ptr + row),
+                p0,
+                p1,
+                p2,
+                kl_coef,
+                entropy_coef,
+                OBJECTIVE,
+                KL,
+            )
+            if piece == 0:
+                tl.store(loss_ptr + row, loss)
+                tl.store(logps_ptr + row, logp)
+                if entropy_ptr is not None:
+                    tl.store(entropy_ptr + row, entropy)
+            if dlogits_ptr is not None:
+                if grad_scale_ptr is not None:
+                    grad_scale = tl.load(grad_scale_ptr)
+                    c *= grad_scale
+                    h *= grad_scale
+                constant, linear, target_value = gradient_coefficients(
+                    scale, log2_total, total, exact_logp, complement, entropy, c, h, WITH_ENTROPY
+                )
+                d_place, _ = row_place(
+                    row, dlogits_first, dlogits_inner, dlogits_outer, dlogits_step, UNIT, SHIFTED
+                )
+                write_gradient(
+                    x_ptr,
+                    dlogits_ptr + d_place,
+                    shift,
+                    begin,
+                    end,
+                    column,
+                    target_value,
+                    scale,
+                    ref,
+                    constant,
+                    linear,
+                    BLOCK,
+                    SHIFTED,
+                    WITH_ENTROPY,
+                )
+
+
+@_kernel
+def token_logps_kernel(
+    logits_ptr,
+    partials_ptr,  # from sum_segments_kernel, or None: stage 1 is done here
+    token_ids_ptr,
+    weights_ptr,
+    temperature_ptr,
+    logps_ptr,
+    lse_ptr,  # float64: T * logsumexp(z / T)
+    entropy_ptr,  # or None
+    n_rows: tl.int64,
+    n_cols: tl.int32,
+    temperature_stride: tl.int32,
+    logits_first: tl.int64,
+    logits_inner: tl.int64,
+    logits_outer: tl.int64,
+    logits_step: tl.int64,
+    WITH_ENTROPY: tl.constexpr,
+    UNIT: tl.constexpr,
+    COLUMN_UNIT: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """Stage 1."""
+    n_cols = n_cols * COLUMN_UNIT
+    first = tl.program_id(0).to(tl.int64)
+    for row in range(first, n_rows, tl.num_programs(0).to(tl.int64)):
+        logp = 0.0
+        lse = tl.zeros([], tl.float64)
+        entropy = 0.0
+        if tl.load(weights_ptr + row) != 0:
+            x_place, shift = row_place(
+                row, logits_first, logits_inner, logits_outer, logits_step, UNIT, SHIFTED
+            )
+            column, known = target_column(token_ids_ptr, row, n_cols)
+            scale = _row_scale(temperature_ptr, row, temperature_stride)
+            ref, log2_total, _, exact_logp, _, entropy = _row_statistics(
+                logits_ptr + x_place,
+                shift,
+                partials_ptr,
+                row,
+                column,
+                known,
+                scale,
+                n_cols,
+                BLOCK,
+                SEGMENT,
+                SHIFTED,
+                WITH_ENTROPY,
+            )
+            logp = exact_logp.to(tl.float32)
+            lse = (ref.to(tl.float64) + log2_total) / scale.to(tl.float64)
+        tl.store(logps_ptr + row, logp)
+        tl.store(lse_ptr + row, lse)
+        if entropy_ptr is not None:
+            tl.store(entropy_ptr + row, entropy)
+
+
+@_kernel
+def token_logps_backward_kernel(
+    logits_ptr,
+    dlogits_ptr,
+    token_ids_ptr,
+    weights_ptr,
+    temperature_ptr,
+    lse_ptr,
+    entropy_ptr,  # None where dentropy is
+    dlogps_ptr,  # or None
+    dentropy_ptr,  # or None
+    n_rows: tl.int64,
+    n_cols: tl.int32,
+    temperature_stride: tl.int32,
+    logits_first: tl.int64,
+    logits_inner: tl.int64,
+    logits_outer: tl.int64,
+    logits_step: tl.int64,
+    dlogits_first: tl.int64,
+    dlogits_inner: tl.int64,
+    dlogits_outer: tl.int64,
+    dlogits_step: tl.int64,
+    n_pieces: tl.int32,  # programs that share a row
+    UNIT: tl.constexpr,
+    COLUMN_UNIT: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """Stage 3 from what token_logps_kernel left of stage 1."""
+    n_cols = n_cols * COLUMN_UNIT
+    first = tl.program_id(0).to(tl.int64)
+    for task in range(first, n_rows * n_pieces, tl.num_programs(0).to(tl.int64)):
+        row = task // n_pieces
+        piece = (task % n_pieces).to(tl.int32)
+        x_place, shift = row_place(
+            row, logits_first, logits_inner, logits_outer, logits_step, UNIT, SHIFTED
+        )
+        d_place, _ = row_place(
+            row, dlogits_first, dlogits_inner, dlogits_outer, dlogits_step, UNIT, SHIFTED
+        )
+        x_ptr = logits_ptr + x_place
+        d_ptr = dlogits_ptr + d_place
+        begin, end = _piece(piece, n_pieces, n_cols + shift, SEGMENT)
+        c = 0.0
+        if dlogps_ptr is not None:
+            c = tl.load(dlogps_ptr + row)
+        h = 0.0
+        if dentropy_ptr is not None:
+            # dH/dlogit_v = -p_v (log p_v + H): the negative of what an entropy bonus brings.
+            h = -tl.load(dentropy_ptr + row)
+        if (tl.load(weights_ptr + row) == 0) | ((c == 0) & (h == 0)):
+            write_zeros(d_ptr, shift, begin, end, BLOCK, SHIFTED)
+        else:
+            column, known = target_column(token_ids_ptr, row, n_cols)
+            scale = _row_scale(temperature_ptr, row, temperature_stride)
+            log2_total = tl.load(lse_ptr + row) * scale.to(tl.float64)
+            ref = tl.floor(log2_total.to(tl.float32))
+            log2_sum = log2_total - ref.to(tl.float64)
+            total = tl.exp2(log2_sum.to(tl.float32))
+            # Only the piece that holds the target writes its value, so only that piece may read
+            # its logit: another may have overwritten it.
+            logp = log2_sum
+            place = column + shift
+            if (place >= begin) & (place < end):
+                z = target_logit(x_ptr + shift, column, known).to(tl.float64)
+                logp = (z * scale.to(tl.float64) - log2_total) * LN2
+            logp32 = logp.to(tl.float32)
+            entropy = 0.0
+            if dentropy_ptr is not None:
+                entropy = tl.load(entropy_ptr + row)
+            constant, linear, target_value = gradient_coefficients(
+                scale,
+                log2_sum,
+                total,
+                logp,
+                -expm1(logp32),
+                entropy,
+                c,
+                h,
+                dentropy_ptr is not None,
+            )
+            write_gradient(
+                x_ptr,
+                d_ptr,
+                shift,
+                begin,
+                end,
+                column,
+                target_value,
+                scale,
+                ref,
+                constant,
+                linear,
+                BLOCK,
+                SHIFTED,
+                dentropy_ptr is not None,
+            )
+
+
+@_kernel
+def sum_segments_kernel(
+    logits_ptr,
+    partials_ptr,  # (N, 3 * segments + 1) float64: (ref, sum, weighted) of each, and the logit
+    token_ids_ptr,
+    weights_ptr,
+    temperature_ptr,
+    n_rows: tl.int64,
+    n_cols: tl.int32,
+    temperature_stride: tl.int32,
+    logits_first: tl.int64,
+    logits_inner: tl.int64,
+    logits_outer: tl.int64,
+    logits_step: tl.int64,
+    WITH_ENTROPY: tl.constexpr,
+    UNIT: tl.constexpr,
+    COLUMN_UNIT: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """Stage 1 of few rows, a program a segment; the same sums as those of a whole row."""
+    n_cols = n_cols * COLUMN_UNIT
+    n_segments = tl.cdiv(n_cols, SEGMENT)
+    row = tl.program_id(0).to(tl.int64) // n_segments
+    segment = tl.program_id(0) % n_segments
+    if tl.load(weights_ptr + row) != 0:
+        x_place, shift = row_place(
+            row, logits_first, logits_inner, logits_outer, logits_step, UNIT, SHIFTED
+        )
+        x_ptr = logits_ptr + x_place
+        column, known = target_column(token_ids_ptr, row, n_cols)
+        scale = _row_scale(temperature_ptr, row, temperature_stride)
+        guess, lift, usable = guess_reference(x_ptr, shift, n_cols, column, scale, BLOCK, SHIFTED)
+        begin = segment * SEGMENT
+        ref, total, weighted = sum_columns(
+            x_ptr,
+            shift,
+            begin,
+            tl.minimum(begin + SEGMENT, n_cols),
+            column,
+            scale,
+            guess,
+            lift,
+            usable,
+            BLOCK,
+            SEGMENT,
+            SHIFTED,
+            WITH_ENTROPY,
+        )
+        of_row = partials_ptr + row * (3 * n_segments + 1)
+        tl.store(of_row + 3 * segment, ref.to(tl.float64))
+        tl.store(of_row + 3 * segment + 1, total)
+        tl.store(of_row + 3 * segment + 2, weighted)
+        if segment == 0:
+            z_target = target_logit(x_ptr + shift, column, known)
+            tl.store(of_row + 3 * n_segments, z_target.to(tl.float64))
+
+
+@_kernel
+def multiply_rows_kernel(
+    logits_ptr,
+    factors_ptr,  # (N,) float32, factor_stride 1, or (1,), 0
+    n_rows: tl.int64,
+    n_cols: tl.int32,
+    factor_stride: tl.int32,
+    logits_first: tl.int64,
+    logits_inner: tl.int64,
+    logits_outer: tl.int64,
+    logits_step: tl.int64,
+    UNIT: tl.constexpr,
+    COLUMN_UNIT: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x[i] *= factors[i]; where the factor is 1 the row is not touched."""
+    n_cols = n_cols * COLUMN_UNIT
+    first = tl.program_id(0).to(tl.int64)
+    for row in range(first, n_rows, tl.num_programs(0).to(tl.int64)):
+        factor = tl.load(factors_ptr + row * factor_stride)
+        if factor != 1:
+            place, shift = row_place(
+                row, logits_first, logits_inner, logits_outer, logits_step, UNIT, SHIFTED
+            )
+            multiply(logits_ptr + place, shift, n_cols + shift, factor, BLOCK, SHIFTED)

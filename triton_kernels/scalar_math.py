@@ -1,0 +1,76 @@
+"""Elementary functions that Triton lacks, for float32: same results compiled and interpreted.
+
+libdevice has them, but the interpreter does not know it and other vendors spell it differently.
+They run once a row. Every fused multiply-add is spelled out: kernels are compiled without
+contraction, so that two kernels that share a function round alike.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# ln 2 in two parts; a small whole number times the first is exact in float32.
+_LN2_HIGH = tl.constexpr(0.693359375)
+_LN2_LOW = tl.constexpr(-2.12194440e-4)
+
+
+# log2(e) = the float32 next to it + this.
+_LOG2E_LOW = tl.constexpr(1.92596299e-8)
+
+
+@triton.jit
+def log2e_over(t):
+    """log2(e) / t, rounded once: an error here is one of the temperature, in every logit."""
+    quotient = tl.math.div_rn(LOG2E, t)
+    rest = tl.fma(-quotient, t, LOG2E) + _LOG2E_LOW
+    return quotient + rest / t
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1, to a relative error of 2e-7; -1 and inf far out, NaN for NaN."""
+    n = tl.floor(x * LOG2E + 0.5)
+    f = tl.fma(n, -_LN2_LOW, tl.fma(n, -_LN2_HIGH, x))  # |f| <= ln(2) / 2
+    p = 1.0 / 5040
+    p = tl.fma(p, f, 1.0 / 720)
+    p = tl.fma(p, f, 1.0 / 120)
+    p = tl.fma(p, f, 1.0 / 24)
+    p = tl.fma(p, f, 1.0 / 6)
+    p = tl.fma(p, f, 0.5)
+    e = tl.fma(p * f, f, f)
+    half = tl.exp2(n - 1)  # 2^n itself would overflow a little early
+    result = 2 * tl.fma(half, e, half - 0.5)
+    result = tl.where(x > 88.72284, float("inf"), result)
+    return tl.where(x < -30.0, -1.0, result)
+
+
+@triton.jit
+def log1p_near(x):
+    """log(1 + x) for -1/3 <= x <= 1/3 as a float32 and a correction; NaN for NaN.
+
+    Their sum has a relative error of 1e-8; the first alone is log(1 + x) to a few percent.
+    """
+    d = 2 + x
+    s = tl.math.div_rn(x, d)  # log(1 + x) = 2 artanh(s)
+    lost = tl.fma(-s, d, x) - s * (x - (d - 2))
+    t = s * s
+    p = 1.0 / 11
+    p = tl.fma(p, t, 1.0 / 9)
+    p = tl.fma(p, t, 1.0 / 7)
+    p = tl.fma(p, t, 1.0 / 5)
+    p = tl.fma(p, t, 1.0 / 3)
+    return 2 * s, 2 * tl.fma(p * t, s, lost / d)
+
+
+@triton.jit
+def log2(x):
+    """log2 of a normal positive float32, in float64, to 1e-8; NaN for NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    high = mantissa > 4 / 3
+    mantissa = tl.where(high, 0.5 * mantissa, mantissa)
+    whole = (bits >> 23) - 127 + high.to(tl.int32)
+    log, correction = log1p_near(mantissa - 1)
+    log = (log.to(tl.float64) + correction.to(tl.float64)) * LOG2E
+    return tl.where(x == x, whole.to(tl.float64) + log, float("nan"))

@@ -1,0 +1,390 @@
+"""Stages 1 and 3 of a row: the sum of its exponentials, and its gradient. docs/design.md, "Triton".
+
+In units of log2, with scale = log2(e) / T and an integer `ref` near the row's maximum,
+
+    u_v = z_v scale - ref        sum = sum_v 2^u_v        p_v = 2^u_v / sum
+
+The target is left out of the sums and joined at the end, so that 1 - p and log p of a likely token
+keep their relative accuracy.
+
+A row is summed in segments of SEGMENT columns, BLOCK lanes wide: lane l adds the columns v = l mod
+BLOCK of its segment in float32, in order, and the lanes are then added as 64-bit fixed-point
+numbers. Integers add up to the same in any order, so the result does not depend on how the
+compiler lays the lanes out: neither on the alignment, nor the number of warps, nor the kernel.
+
+Rows may start at any address. Column v of a row is at *place* v + shift of x_ptr: where SHIFTED,
+x_ptr is an aligned address up to 7 elements before the row, so that whole blocks are aligned and
+their accesses 128 bits wide, whatever V is; otherwise shift is 0. Places before the row and behind
+it are not touched. Columns and places are int32.
+"""
+
+import triton
+import triton.language as tl
+
+from .scalar_math import LN2, LOG2E, log1p_near, log2
+
+# References beyond are floats too far apart to be near anything: such a row is NaN.
+LARGEST_REF = tl.constexpr(2147483648.0)
+# A lane counts in multiples of 2^-32. A segment of 2^15 columns that found its own reference sums
+# up to 2^15 at most, which is below the mark; 2^13 lanes of the mark fit 63 bits.
+_FIXED = tl.constexpr(2.0**32)
+_FIXED_WEIGHTED = tl.constexpr(2.0**30)  # its lanes are below 2^19
+_LANE_LIMIT = tl.constexpr(2.0**12)
+_MARK = tl.constexpr(2.0**48)
+_MARK_INT = tl.constexpr(2**48)
+_LOWEST = tl.constexpr(-1024.0)  # 0 * -inf would be NaN; 2^-1024 is far below the smallest float
+
+
+@triton.jit
+def _inside(start, first, end, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
+    """Which of a block's places are in [first, end); first is not looked at without a shift."""
+    places = start + tl.arange(0, BLOCK)
+    inside = places < end
+    if SHIFTED:  # a second condition would make the accesses narrow
+        inside = inside & (places >= first)
+    return inside
+
+
+@triton.jit
+def _load_edge(x_ptr, start, first, end, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
+    """A block that may reach beyond places [first, end); -inf there."""
+    places = start + tl.arange(0, BLOCK)
+    inside = _inside(start, first, end, BLOCK, SHIFTED)
+    return tl.load(x_ptr + places, mask=inside, other=float("-inf"))
+
+
+@triton.jit
+def _load_ahead(x_ptr, start, wanted, BLOCK: tl.constexpr, EVICTION: tl.constexpr):
+    """A whole block, or nothing. One condition for all lanes leaves the access wide."""
+    places = start + tl.arange(0, BLOCK)
+    return tl.load(x_ptr + places, mask=wanted, other=0, eviction_policy=EVICTION)
+
+
+@triton.jit
+def _add_block(
+    sums, weighted, x, start, target, scale, ref, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr
+):
+    u = tl.fma(x.to(tl.float32), scale, -ref)
+    others = start + tl.arange(0, BLOCK) != target
+    e = tl.where(others, tl.exp2(u), 0.0)
+    sums += e
+    if WEIGHTED:
+        weighted = tl.fma(tl.maximum(u, _LOWEST), e, weighted)
+    return sums, weighted
+
+
+@triton.jit
+def _reference(top, scale):
+    """The reference for a largest element, and its lift: where 2^u of that element lies.
+
+    The lift is 0 or 1 up to |top| scale = 2^24; beyond, float32 numbers are too far apart for an
+    integer near the maximum, and the lift makes up for it.
+    """
+    # Only bans, by -inf or -1e10, say: zeros beside any row that is not NaN.
+    ref = tl.maximum(tl.ceil(top * scale), -LARGEST_REF)
+    lift = tl.ceil(tl.fma(top, scale, -ref))
+    return ref, tl.where(tl.abs(lift) <= 128, lift, 0.0)
+
+
+@triton.jit
+def _total(sums, weighted, lift, WEIGHTED: tl.constexpr):
+    """The lanes' sums in fixed point; the first >= _MARK_INT where a lane is NaN or too large.
+
+    The lanes are taken times 2^-lift.
+    """
+    down = tl.exp2(-lift)
+    fits = sums * down < _LANE_LIMIT
+    fixed = tl.where(fits, tl.floor(sums * (down * _FIXED) + 0.5), _MARK)
+    total = tl.sum(fixed.to(tl.int64))
+    total_weighted = tl.zeros([], tl.int64)
+    if WEIGHTED:
+        fixed = tl.where(fits, tl.floor(weighted * (down * _FIXED_WEIGHTED) + 0.5), 0.0)
+        total_weighted = tl.sum(fixed.to(tl.int64))
+    return total, total_weighted
+
+
+@triton.jit
+def _partial(total, total_weighted, lift):
+    """(sum, weighted sum) in float64; NaN where the total is marked."""
+    up = tl.exp2(lift).to(tl.float64)
+    return (
+        tl.where(total < _MARK_INT, total.to(tl.float64) * (up * (1 / _FIXED)), float("nan")),
+        total_weighted.to(tl.float64) * (up * (1 / _FIXED_WEIGHTED)),
+    )
+
+
+@triton.jit
+def _sum_again(
+    x_ptr,
+    segment,
+    first,
+    end,
+    target,
+    scale,
+    BLOCK: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    """Sums a segment with a reference of its own: two passes instead of one."""
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(segment, end, BLOCK):
+        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED).to(tl.float32)
+        others = start + tl.arange(0, BLOCK) != target
+        top = tl.maximum(top, tl.where(others, x, float("-inf")))
+    ref, lift = _reference(tl.max(top), scale)
+    sums = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    for start in range(segment, end, BLOCK):
+        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED)
+        sums, weighted = _add_block(sums, weighted, x, start, target, scale, ref, BLOCK, WEIGHTED)
+    total, total_weighted = _total(sums, weighted, lift, WEIGHTED)
+    return ref, lift, total, total_weighted
+
+
+@triton.jit
+def guess_reference(
+    x_ptr, shift, n_cols, target, scale, BLOCK: tl.constexpr, SHIFTED: tl.constexpr
+):
+    """A reference from the row's first columns, its lift, and whether it is usable.
+
+    Any reference gives the same sum; only overflow and underflow matter. Since these columns take
+    part in the sum, the sum cannot vanish; segments that overflow find their own.
+    """
+    # The same columns whatever the shift.
+    end = shift + tl.minimum(n_cols, BLOCK - 16)
+    x = _load_edge(x_ptr, 0, shift, end, BLOCK, SHIFTED).to(tl.float32)
+    others = tl.arange(0, BLOCK) != target + shift
+    ref, lift = _reference(tl.max(tl.where(others, x, float("-inf"))), scale)
+    usable = tl.abs(ref) < LARGEST_REF
+    return tl.where(usable, ref, 0.0), lift, usable
+
+
+@triton.jit
+def merge_sums(ref, total, weighted, part_ref, part_total, part_weighted):
+    """Two partial sums of a row, float64, at the larger of their references."""
+    top = tl.maximum(ref, part_ref)
+    down = tl.exp2(ref - top).to(tl.float64)  # powers of two
+    part_down = tl.exp2(part_ref - top).to(tl.float64)
+    weighted = ((ref - top) * total + weighted) * down
+    part_weighted = ((part_ref - top) * part_total + part_weighted) * part_down
+    return top, total * down + part_total * part_down, weighted + part_weighted
+
+
+@triton.jit
+def no_sums():
+    """What merge_sums starts from."""
+    zero = tl.zeros([], tl.float64)
+    return tl.full([], -LARGEST_REF, tl.float32), zero, zero
+
+
+@triton.jit
+def sum_columns(
+    x_ptr,
+    shift,
+    begin,
+    end,
+    target,
+    scale,
+    guess,
+    guess_lift,
+    usable,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    """Stage 1 over columns [begin, end), but the target; begin is a multiple of SEGMENT.
+
+    Returns (ref, sum, weighted sum of u 2^u), the sums in float64.
+    """
+    # With a shift, a segment's first block is cut off in front and its last one behind.
+    FIRST: tl.constexpr = BLOCK if SHIFTED else 0
+    end += shift
+    target += shift
+    ref, total, weighted_total = no_sums()
+    # The next block is on its way while one is worked on, also across the end of a segment.
+    x = _load_ahead(x_ptr, begin + FIRST, begin + FIRST + BLOCK <= end, BLOCK, "evict_last")
+    for segment in range(begin, end - shift, SEGMENT):
+        segment_first = segment + shift
+        segment_end = tl.minimum(segment_first + SEGMENT, end)
+        whole_end = segment + (segment_end - segment) // BLOCK * BLOCK
+        sums = tl.zeros([BLOCK], tl.float32)
+        weighted = tl.zeros([BLOCK], tl.float32)
+        if SHIFTED:
+            edge = _load_edge(x_ptr, segment, segment_first, segment_end, BLOCK, SHIFTED)
+            sums, weighted = _add_block(
+                sums, weighted, edge, segment, target, scale, guess, BLOCK, WEIGHTED
+            )
+        for start in range(segment + FIRST, whole_end, BLOCK):
+            following = start + BLOCK
+            if SHIFTED:
+                following = tl.where(following < whole_end, following, segment + SEGMENT + FIRST)
+            ahead = _load_ahead(x_ptr, following, following + BLOCK <= end, BLOCK, "evict_last")
+            sums, weighted = _add_block(
+                sums, weighted, x, start, target, scale, guess, BLOCK, WEIGHTED
+            )
+            x = ahead
+        tail = tl.maximum(whole_end, segment + FIRST)
+        if tail < segment_end:
+            edge = _load_edge(x_ptr, tail, segment_first, segment_end, BLOCK, SHIFTED)
+            sums, weighted = _add_block(
+                sums, weighted, edge, tail, target, scale, guess, BLOCK, WEIGHTED
+            )
+        part_ref = guess
+        lift = guess_lift
+        part, part_weighted = _total(sums, weighted, lift, WEIGHTED)
+        if (part >= _MARK_INT) | (usable == 0):
+            part_ref, lift, part, part_weighted = _sum_again(
+                x_ptr, segment, segment_first, segment_end, target, scale, BLOCK, SHIFTED, WEIGHTED
+            )
+        part_sum, part_weighted_sum = _partial(part, part_weighted, lift)
+        ref, total, weighted_total = merge_sums(
+            ref, total, weighted_total, part_ref, part_sum, part_weighted_sum
+        )
+    return ref, total, weighted_total
+
+
+@triton.jit
+def join_target(z_target, scale, ref, rest, weighted, WITH_ENTROPY: tl.constexpr):
+    """Joins the target with the sums over the rest of its row.
+
+    Returns (ref, log2 of the sum in float64, the sum, logp in float64, 1 - p, entropy), float32
+    unless said otherwise. A few operations are in float64, which is slow on some GPUs, but cheap
+    beside a row: float32 would round log p to 1e-6, and near r* the gradient is a difference.
+    """
+    u = z_target.to(tl.float64) * scale.to(tl.float64)
+    top = tl.maximum(ref, tl.ceil(u.to(tl.float32)))
+    top = tl.where(tl.abs(top) < LARGEST_REF, top, float("nan"))
+    gap = u - top.to(tl.float64)
+    mass = tl.exp2(gap.to(tl.float32))
+    _, rest, weighted = merge_sums(ref, rest, weighted, top, 0.0, 0.0)
+    exact_total = rest + mass.to(tl.float64)
+    total = exact_total.to(tl.float32)
+    rest32 = rest.to(tl.float32)
+    lost = (exact_total - total.to(tl.float64)).to(tl.float32) / total * LOG2E
+    log2_total = log2(total) + lost.to(tl.float64)
+    logp = (gap - log2_total) * LN2
+    # Of a likely token the difference would keep few digits.
+    near = mass > 4 * rest32
+    near_logp, correction = log1p_near(tl.where(near, rest32 / mass, 0.0))
+    near_logp = 0.0 - (near_logp.to(tl.float64) + correction.to(tl.float64))
+    logp = tl.where(near, near_logp, logp)
+    log2_total = tl.where(near, gap - near_logp * LOG2E, log2_total)
+    entropy = tl.zeros([], tl.float32)
+    if WITH_ENTROPY:
+        # The target's share apart: where it has nearly all the mass, the others' terms are small.
+        own = tl.where(mass == 0, 0.0, -logp.to(tl.float32) * mass)
+        others = (log2_total * rest - weighted) * LN2
+        entropy = (own + others.to(tl.float32)) / total
+    return top, log2_total, total, logp, rest32 / total, entropy
+
+
+@triton.jit
+def gradient_coefficients(
+    scale, log2_total, total, logp, complement, entropy, c, h, WITH_ENTROPY: tl.constexpr
+):
+    """d_v = 2^u_v (constant + linear u_v) off the target, and the target's own value."""
+    inv_t = scale * LN2
+    target = inv_t * (c * complement)
+    level = -c
+    if WITH_ENTROPY:
+        logp = logp.to(tl.float32)
+        p = tl.exp2(logp * LOG2E)
+        target += tl.where((h == 0) | (p == 0), 0.0, inv_t * (h * p * (logp + entropy)))
+        level += h * (entropy - log2_total.to(tl.float32) * LN2)
+    return inv_t * level / total, inv_t * h * LN2 / total, target
+
+
+@triton.jit
+def _gradient_block(
+    x, columns, target, target_value, scale, ref, constant, linear, WITH_ENTROPY: tl.constexpr
+):
+    u = tl.fma(x.to(tl.float32), scale, -ref)
+    factor = constant
+    if WITH_ENTROPY:
+        factor = tl.fma(linear, tl.maximum(u, _LOWEST), constant)
+    return tl.where(columns == target, target_value, tl.exp2(u) * factor)
+
+
+@triton.jit
+def write_gradient(
+    x_ptr,
+    d_ptr,
+    shift,
+    begin,
+    end,
+    target,
+    target_value,
+    scale,
+    ref,
+    constant,
+    linear,
+    BLOCK: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+):
+    """Stage 3 at places [begin, end), backwards: what stage 1 read last is in the cache still.
+
+    begin is a multiple of BLOCK. x and d may be the same memory.
+    """
+    lanes = tl.arange(0, BLOCK)
+    dtype = d_ptr.dtype.element_ty
+    target += shift
+    n_whole = (end - begin) // BLOCK
+    tail = begin + n_whole * BLOCK
+    if tail < end:
+        x = _load_edge(x_ptr, tail, shift, end, BLOCK, SHIFTED)
+        places = tail + lanes
+        d = _gradient_block(
+            x, places, target, target_value, scale, ref, constant, linear, WITH_ENTROPY
+        )
+        tl.store(d_ptr + places, d.to(dtype), mask=_inside(tail, shift, end, BLOCK, SHIFTED))
+
+    first = begin
+    if SHIFTED:
+        first += tl.where((begin < shift) & (n_whole > 0), BLOCK, 0)
+    x = _load_ahead(x_ptr, tail - BLOCK, first < tail, BLOCK, "evict_first")
+    for done in range(first, tail, BLOCK):
+        start = tail - BLOCK - (done - first)
+        ahead = _load_ahead(x_ptr, start - BLOCK, first < start, BLOCK, "evict_first")
+        places = start + lanes
+        d = _gradient_block(
+            x, places, target, target_value, scale, ref, constant, linear, WITH_ENTROPY
+        )
+        tl.store(d_ptr + places, d.to(dtype), eviction_policy="evict_first")
+        x = ahead
+    if SHIFTED:  # noqa: SIM102
+        if first > begin:
+            x = _load_edge(x_ptr, begin, shift, end, BLOCK, SHIFTED)
+            places = begin + lanes
+            d = _gradient_block(
+                x, places, target, target_value, scale, ref, constant, linear, WITH_ENTROPY
+            )
+            tl.store(d_ptr + places, d.to(dtype), mask=places >= shift)
+
+
+@triton.jit
+def write_zeros(d_ptr, shift, begin, end, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
+    """Zeros at places [begin, end) from `shift` on."""
+    zeros = tl.zeros([BLOCK], d_ptr.dtype.element_ty)
+    for start in range(begin, end, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        if (start >= shift) & (start + BLOCK <= end):
+            tl.store(d_ptr + places, zeros, eviction_policy="evict_first")
+        else:
+            tl.store(d_ptr + places, zeros, mask=_inside(start, shift, end, BLOCK, SHIFTED))
+
+
+@triton.jit
+def multiply(x_ptr, shift, end, factor, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
+    """Multiplies places [shift, end) by a number."""
+    dtype = x_ptr.dtype.element_ty
+    for start in range(0, end, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        if (start >= shift) & (start + BLOCK <= end):
+            x = tl.load(x_ptr + places)
+            tl.store(x_ptr + places, (x.to(tl.float32) * factor).to(dtype))
+        else:
+            inside = _inside(start, shift, end, BLOCK, SHIFTED)
+            x = tl.load(x_ptr + places, mask=inside, other=0)
+            tl.store(x_ptr + places, (x.to(tl.float32) * factor).to(dtype), mask=inside)

@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .api import CFPOLoss, cfpo_loss, policy_loss, token_logps
 from .autograd import CFPOFunction
 from .backends import BackendStatus, BackendUnavailableError, available_backends
+from .from_logps import cfpo_loss_from_logps, policy_loss_from_logps
 from .objectives import CFPO, PPOClip
 from .stats import CFPOStats
 
@@ -23,6 +24,8 @@ __all__ = [
     "PPOClip",
     "available_backends",
     "cfpo_loss",
+    "cfpo_loss_from_logps",
     "policy_loss",
+    "policy_loss_from_logps",
     "token_logps",
 ]

@@ -104,20 +104,57 @@ def policy_loss_rows(
     Returns:
         loss, logps: (N,); entropy: (N,), or (0,) if neither asked for nor needed.
     """
-    active = weights != 0
     with_entropy = with_entropy or entropy_coef != 0
-    logps, entropy = token_logps(logits, token_ids, active, temperature, with_entropy)
+    logps, entropy = token_logps(logits, token_ids, weights != 0, temperature, with_entropy)
+    loss = loss_of_logps(
+        logps,
+        entropy,
+        weights,
+        advantages,
+        old_logps,
+        token_weights,
+        ref_logps,
+        objective,
+        kl_estimator,
+        kl_coef,
+        entropy_coef,
+    )
+    return loss, logps, entropy
+
+
+def loss_of_logps(
+    logps: Tensor,
+    entropy: Tensor | None,
+    weights: Tensor,
+    advantages: Tensor,
+    old_logps: Tensor | None,
+    token_weights: Tensor | None,
+    ref_logps: Tensor | None,
+    objective: Objective,
+    kl_estimator: str,
+    kl_coef: float,
+    entropy_coef: float,
+) -> Tensor:
+    """Each token's weighted loss (N,), differentiable in logps and entropy.
+
+    Args:
+        all tensors: (N,). What a token with weight 0 holds may be anything: it reaches neither the
+            loss nor a gradient. entropy is used only where entropy_coef is not 0.
+    """
+    active = weights != 0
 
     def of_active(x: Tensor) -> Tensor:
-        return torch.where(active, x.detach().to(logps.dtype), torch.zeros_like(logps))
+        return torch.where(active, x.to(logps.dtype), torch.zeros_like(logps))
 
-    old = logps.detach() if old_logps is None else of_active(old_logps)
-    advantages = of_active(advantages)
+    logps = of_active(logps)
+    old = logps.detach() if old_logps is None else of_active(old_logps.detach())
+    advantages = of_active(advantages.detach())
     loss = policy_term(objective, logps - old, advantages)
     if token_weights is not None:
-        loss = torch.where(advantages == 0, loss, loss * of_active(token_weights))
+        loss = torch.where(advantages == 0, loss, loss * of_active(token_weights.detach()))
     if kl_coef != 0 and ref_logps is not None:
-        loss = loss + kl_coef * kl_term(kl_estimator, logps, of_active(ref_logps))
+        loss = loss + kl_coef * kl_term(kl_estimator, logps, of_active(ref_logps.detach()))
     if entropy_coef != 0:
-        loss = loss - entropy_coef * entropy
-    return torch.where(active, weights * loss, torch.zeros_like(loss)), logps, entropy
+        assert entropy is not None  # validation
+        loss = loss - entropy_coef * of_active(entropy)
+    return torch.where(active, weights * loss, torch.zeros_like(loss))

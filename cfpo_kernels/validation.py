@@ -25,30 +25,50 @@ SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).
 
 
 @dataclass
-class Rows:
-    """The arguments that every entry point has, N = number of tokens.
+class Tokens:
+    """What the per-token arguments are held against, N = number of tokens."""
+
+    name: str  # of `source`: "logits", (..., V), or "logps", (...)
+    source: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.source.shape[:-1] if self.name == "logits" else self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of per-token numbers: float32, or float64 where the reference runs in it."""
+        return torch.promote_types(self.source.dtype, torch.float32)
+
+
+@dataclass
+class Rows(Tokens):
+    """The arguments that every entry point with logits has.
 
     ``logits`` stays as it came: (..., V), any leading strides. The rest is contiguous.
     """
 
-    logits: Tensor
     token_ids: Tensor  # (N,) int64
     temperature: Tensor  # (N,) or (1,)
     active: Tensor  # (N,) bool
 
     @property
-    def shape(self) -> torch.Size:
-        return self.logits.shape[:-1]
+    def logits(self) -> Tensor:
+        return self.source
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of per-token numbers: float32, or float64 where the reference runs in it."""
-        return torch.promote_types(self.logits.dtype, torch.float32)
+
+@dataclass
+class Logps(Tokens):
+    """The differentiable arguments where the log-probs exist already, (N,) in ``dtype``."""
+
+    logps: Tensor
+    entropy: Tensor | None
+    active: Tensor  # (N,) bool
 
 
 @dataclass
 class LossTerms:
-    """What the loss needs beside the rows; tensors are (N,), in ``Rows.dtype``, and detached."""
+    """What the loss needs beside the rows; tensors are (N,), in ``Tokens.dtype``, and detached."""
 
     weights: Tensor
     advantages: Tensor
@@ -69,12 +89,14 @@ def _type_error(name: str, got: object, accepted: str) -> TypeError:
     return TypeError(f"{name} must be {accepted}, got {described}")
 
 
-def _check_tensor(name: str, value: object, like: Tensor, accepted: str) -> Tensor:
+def _check_tensor(
+    name: str, value: object, like: Tensor, accepted: str, like_name: str = "logits"
+) -> Tensor:
     if not isinstance(value, Tensor):
         raise _type_error(name, value, accepted)
     if value.device != like.device:
         raise ValueError(
-            f"{name} must be on the device of the logits, {like.device}, got {value.device}"
+            f"{name} must be on the device of the {like_name}, {like.device}, got {value.device}"
         )
     return value
 
@@ -114,50 +136,47 @@ def _check_token_ids(token_ids: object, logits: Tensor) -> Tensor:
     return ids.reshape(-1).to(torch.int64).contiguous()
 
 
-def _per_token(name: str, value: object, rows: Rows) -> Tensor:
+def _shape_error(name: str, got: Tensor, tokens: Tokens, also: str = "") -> ValueError:
+    like = "token_ids" if tokens.name == "logits" else tokens.name
+    return ValueError(
+        f"{name} must have the shape of {like}, {tuple(tokens.shape)}{also}, got {tuple(got.shape)}"
+    )
+
+
+def _per_token(name: str, value: object, tokens: Tokens) -> Tensor:
     accepted = "a floating-point tensor"
-    tensor = _check_tensor(name, value, rows.logits, accepted)
+    tensor = _check_tensor(name, value, tokens.source, accepted, tokens.name)
     if not tensor.is_floating_point():
         raise _type_error(name, tensor, accepted)
-    if tensor.shape != rows.shape:
-        raise ValueError(
-            f"{name} must have the shape of token_ids, {tuple(rows.shape)}, "
-            f"got {tuple(tensor.shape)}"
-        )
-    return tensor.detach().reshape(-1).to(rows.dtype).contiguous()
+    if tensor.shape != tokens.shape:
+        raise _shape_error(name, tensor, tokens)
+    return tensor.reshape(-1).to(tokens.dtype).contiguous()
 
 
-def _optional_per_token(name: str, value: object, rows: Rows) -> Tensor | None:
-    return None if value is None else _per_token(name, value, rows)
+def _constant(name: str, value: object | None, tokens: Tokens) -> Tensor | None:
+    return None if value is None else _per_token(name, value, tokens).detach()
 
 
-def _advantages(value: object, rows: Rows) -> Tensor:
-    tensor = _check_tensor("advantages", value, rows.logits, "a floating-point tensor")
-    per_sequence = len(rows.shape) == 2 and tensor.shape in (rows.shape[:1], (rows.shape[0], 1))
-    if per_sequence:
-        tensor = tensor.reshape(-1, 1).expand(rows.shape)
-    elif tensor.shape != rows.shape:
-        also = ""
-        if len(rows.shape) == 2:
-            also = f", or one a sequence, ({rows.shape[0]},) or ({rows.shape[0]}, 1)"
-        raise ValueError(
-            f"advantages must have the shape of token_ids, {tuple(rows.shape)}{also}, "
-            f"got {tuple(tensor.shape)}"
-        )
-    return _per_token("advantages", tensor, rows)
+def _advantages(value: object, tokens: Tokens) -> Tensor:
+    accepted, shape = "a floating-point tensor", tokens.shape
+    tensor = _check_tensor("advantages", value, tokens.source, accepted, tokens.name)
+    if len(shape) == 2 and tensor.shape in (shape[:1], (shape[0], 1)):
+        tensor = tensor.reshape(-1, 1).expand(shape)
+    elif tensor.shape != shape:
+        also = f", or one a sequence, ({shape[0]},) or ({shape[0]}, 1)" if len(shape) == 2 else ""
+        raise _shape_error("advantages", tensor, tokens, also)
+    return _per_token("advantages", tensor, tokens).detach()
 
 
-def _active(mask: object, logits: Tensor) -> Tensor:
-    shape = logits.shape[:-1]
+def _active(mask: object, tokens: Tokens) -> Tensor:
     if mask is None:
-        return torch.ones(shape.numel(), dtype=torch.bool, device=logits.device)
-    tensor = _check_tensor("mask", mask, logits, "a bool, integer or float tensor")
+        return torch.ones(tokens.shape.numel(), dtype=torch.bool, device=tokens.source.device)
+    accepted = "a bool, integer or float tensor"
+    tensor = _check_tensor("mask", mask, tokens.source, accepted, tokens.name)
     if tensor.is_complex():
-        raise _type_error("mask", tensor, "a bool, integer or float tensor")
-    if tensor.shape != shape:
-        raise ValueError(
-            f"mask must have the shape of token_ids, {tuple(shape)}, got {tuple(tensor.shape)}"
-        )
+        raise _type_error("mask", tensor, accepted)
+    if tensor.shape != tokens.shape:
+        raise _shape_error("mask", tensor, tokens)
     return (tensor.detach() != 0).reshape(-1).contiguous()
 
 
@@ -256,8 +275,8 @@ def check_rows(
     """The checks that all entry points share."""
     checked = _check_logits(logits, backend)
     ids = _check_token_ids(token_ids, checked)
-    active = _active(mask, checked)
-    rows = Rows(checked, ids, _temperature(temperature, checked, active), active)
+    active = _active(mask, Tokens("logits", checked))
+    rows = Rows("logits", checked, ids, _temperature(temperature, checked, active), active)
     # The kernels check the ids themselves, when they run: compiled code gets there unchecked.
     if backend == "reference" and values_can_be_checked(ids):
         check_token_range(ids, active, checked.shape[-1], rows.shape)
@@ -269,21 +288,38 @@ def check_rows(
     return rows
 
 
+def check_logps(logps: object, *, entropy: object | None, mask: object) -> Logps:
+    """The checks of the entry points that take log-probs."""
+    accepted = "a floating-point tensor of shape (...)"
+    if not isinstance(logps, Tensor) or not logps.is_floating_point():
+        raise _type_error("logps", logps, accepted)
+    if logps.layout != torch.strided:
+        raise TypeError(f"logps must be {accepted}, got one of layout {logps.layout}")
+    tokens = Tokens("logps", logps)
+    return Logps(
+        "logps",
+        logps,
+        _per_token("logps", logps, tokens),
+        None if entropy is None else _per_token("entropy", entropy, tokens),
+        _active(mask, tokens),
+    )
+
+
 def _sequence_index(
-    rows: Rows, reduction: str, cu_seqlens: object | None
+    tokens: Tokens, reduction: str, cu_seqlens: object | None
 ) -> tuple[Tensor | None, int]:
+    source, shape, name = tokens.source, tokens.shape, tokens.name
+    got = f"got {name} of shape {tuple(source.shape)}"
+    padded, packed = ("(B, T, V)", "(N, V)") if name == "logits" else ("(B, T)", "(N,)")
     if cu_seqlens is not None:
-        bounds = _check_tensor("cu_seqlens", cu_seqlens, rows.logits, "an integer tensor")
+        bounds = _check_tensor("cu_seqlens", cu_seqlens, source, "an integer tensor", name)
         if bounds.dtype not in (torch.int64, torch.int32):
             raise _type_error("cu_seqlens", bounds, "an int64 or int32 tensor")
         if bounds.dim() != 1 or bounds.shape[0] < 2:
             raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(bounds.shape)}")
-        if len(rows.shape) != 1:
-            raise ValueError(
-                "cu_seqlens goes with packed logits (N, V), got logits of shape "
-                f"{tuple(rows.logits.shape)}"
-            )
-        n_tokens = rows.shape[0]
+        if len(shape) != 1:
+            raise ValueError(f"cu_seqlens goes with packed {name} {packed}, {got}")
+        n_tokens = shape[0]
         if values_can_be_checked(bounds):
             ends = (int(bounds[0]), int(bounds[-1]))
             if ends != (0, n_tokens) or bool((bounds[1:] < bounds[:-1]).any()):
@@ -294,12 +330,12 @@ def _sequence_index(
         return packed_sequence_index(bounds, n_tokens)
     if not reduction.startswith("seq-"):
         return None, 0
-    if len(rows.shape) < 2:
+    if len(shape) < 2:
         raise ValueError(
-            f"reduction {reduction!r} needs sequences: logits (B, T, V), or cu_seqlens for packed "
-            f"(N, V) logits, got logits of shape {tuple(rows.logits.shape)}"
+            f"reduction {reduction!r} needs sequences: {name} {padded}, or cu_seqlens for packed "
+            f"{packed} {name}, {got}"
         )
-    return padded_sequence_index(rows.shape, rows.logits.device)
+    return padded_sequence_index(shape, source.device)
 
 
 def _normalizer(value: object | None, logits: Tensor) -> float | Tensor | None:
@@ -347,7 +383,7 @@ def check_objective(objective: object) -> Objective:
 
 
 def check_loss_terms(
-    rows: Rows,
+    rows: Rows | Logps,
     advantages: object,
     old_logps: object | None,
     *,
@@ -359,7 +395,7 @@ def check_loss_terms(
     kl_coef: object,
     kl_estimator: object,
     entropy_coef: object,
-    grad_scale: object | None,
+    grad_scale: object | None = None,
 ) -> LossTerms:
     """The checks of the policy losses; computes the weights of the rows."""
     chosen = check_choice("reduction", reduction, REDUCTIONS)
@@ -368,18 +404,18 @@ def check_loss_terms(
     if _finite_number("kl_coef", kl_coef) != 0 and ref_logps is None:
         raise ValueError(f"ref_logps must be given where kl_coef is not 0, got kl_coef={kl_coef}")
     advantage_rows = _advantages(advantages, rows)
-    old = _optional_per_token("old_logps", old_logps, rows)
-    policy_weights = _optional_per_token("token_weights", token_weights, rows)
-    ref = _optional_per_token("ref_logps", ref_logps, rows)
+    old = _constant("old_logps", old_logps, rows)
+    policy_weights = _constant("token_weights", token_weights, rows)
+    ref = _constant("ref_logps", ref_logps, rows)
     sequence_index, n_sequences = _sequence_index(rows, chosen, cu_seqlens)
     weights = row_weights(
         rows.active,
         chosen,
         sequence_index=sequence_index,
         n_sequences=n_sequences,
-        normalizer=_normalizer(normalizer, rows.logits),
+        normalizer=_normalizer(normalizer, rows.source),
         dtype=rows.dtype,
     )
     return LossTerms(
-        weights, advantage_rows, old, policy_weights, ref, _grad_scale(grad_scale, rows.logits)
+        weights, advantage_rows, old, policy_weights, ref, _grad_scale(grad_scale, rows.source)
     )

@@ -10,11 +10,12 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+EXAMPLES := $(filter-out examples/train_cfpo.py,$(wildcard examples/[a-z]*.py))
 NATIVE_OPTIONS := $(CFPO_KERNELS_CUDA)|$(CFPO_KERNELS_CUDA_ARCHS)|$(CFPO_KERNELS_BUILD_TYPE)|$(CFPO_KERNELS_CMAKE_ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-triton lint format bench bench-micro gpu-check wheel clean distclean FORCE
+.PHONY: help demo examples test test-triton lint format bench bench-micro gpu-check wheel clean distclean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,7 +24,10 @@ help: ## Show this list
 demo: $(STAMPS)/native $(STAMPS)/demo ## Train a small policy with the CFPO loss on the CPU
 	$(VENV_PYTHON) examples/train_cfpo.py $(ARGS)
 
-test: $(STAMPS)/native $(STAMPS)/test ## Run the tests (ARGS="tests/test_loss.py -k ..." some of them)
+examples: $(STAMPS)/native $(STAMPS)/trainers ## Run the examples with transformers, trainers and FSDP2
+	set -e; for example in $(EXAMPLES); do echo "== $$example"; $(VENV_PYTHON) $$example $(ARGS); done
+
+test: $(STAMPS)/native $(STAMPS)/test $(STAMPS)/trainers ## Run the tests (ARGS="tests/test_loss.py -k ..." some of them)
 	$(VENV_PYTHON) -m pytest -n auto $(ARGS)
 	$(if $(ARGS),,$(MAKE) test-triton)
 
@@ -83,6 +87,12 @@ $(STAMPS)/venv:
 $(STAMPS)/torch: requirements/torch.txt requirements/triton.txt | $(STAMPS)/venv
 	$(PIP_INSTALL) -r requirements/torch.txt
 	$(PIP_INSTALL) --no-deps -r requirements/triton.txt
+	@touch $@
+
+# Constrained, so that no trainer brings another torch.
+$(STAMPS)/trainers: requirements/trainers.txt requirements/trainers-no-deps.txt | $(STAMPS)/torch
+	$(PIP_INSTALL) -r $< -c requirements/torch.txt
+	$(PIP_INSTALL) --no-deps -r requirements/trainers-no-deps.txt
 	@touch $@
 
 $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/dev: $(STAMPS)/%: requirements/%.txt | $(STAMPS)/torch

@@ -1,0 +1,226 @@
+"""CFPO in OpenRLHF: its PolicyLoss with one line changed, and log-probs without a float32 copy.
+
+OpenRLHF has no registry of losses; :mod:`.openrlhf_ray` puts these in place by one line of
+configuration, :func:`use_cfpo` in a process of your own.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..from_logps import policy_loss_from_logps
+from ..objectives import CFPO
+from ._logps import entropy_of_rows, logps_of_labels, replace_everywhere
+
+try:
+    import openrlhf.models.actor as openrlhf_actor
+    import openrlhf.models.loss as openrlhf_loss
+except ImportError as error:
+    raise ImportError(
+        "cfpo_kernels.integrations.openrlhf needs OpenRLHF, with its flash-attn and deepspeed: "
+        "pip install 'openrlhf>=0.11.2'"
+    ) from error
+
+__all__ = ["PolicyLoss", "log_probs_from_logits", "use_cfpo"]
+
+# OpenRLHF's own loss clamps log r to this range before it takes its exponential.
+LOG_RATIO_CLIP = 20.0
+_ActorForward = openrlhf_actor.Actor.forward
+_FORWARD_SIGNATURE = signature(_ActorForward)
+
+
+class PolicyLoss(openrlhf_loss.PolicyLoss):
+    """OpenRLHF's PolicyLoss with the CFPO objective in the place of the clipped one.
+
+    Aggregation, normalisers and the correction for the rollout's log-probs are OpenRLHF's own code.
+
+    Args:
+        clip_eps_low, clip_eps_high: CFPO's epsilon; they must be equal.
+        dual_clip: must be None.
+        policy_loss_type: "ppo", whose ratio of each token CFPO takes, or "cfpo".
+        others: as OpenRLHF's.
+
+    Raises:
+        ValueError: an argument that CFPO cannot take; the message says what to set.
+    """
+
+    def __init__(
+        self,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
+        **others: Any,
+    ) -> None:
+        if clip_eps_low != clip_eps_high:
+            raise ValueError(
+                f"clip_eps_low={clip_eps_low} and clip_eps_high={clip_eps_high} differ, but CFPO "
+                "has one epsilon: set --actor.eps_clip, or both of --actor.eps_clip_low_high alike"
+            )
+        if dual_clip is not None:
+            raise ValueError(
+                f"dual_clip={dual_clip} has no meaning for CFPO, which clips nothing: leave "
+                "--actor.dual_clip unset"
+            )
+        if policy_loss_type not in ("ppo", "cfpo"):
+            why = " takes ratios of whole sequences, CFPO those of tokens:"
+            raise ValueError(
+                f"policy_loss_type={policy_loss_type!r}{why if policy_loss_type == 'gspo' else ''} "
+                "set --actor.policy_loss_type to 'ppo' to train with CFPO"
+            )
+        super().__init__(
+            clip_eps_low, clip_eps_high, None, token_level_loss, policy_loss_type="ppo", **others
+        )
+        self.objective = CFPO(clip_eps_low, log_ratio_clip=LOG_RATIO_CLIP)
+
+    def forward(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        **normalizers: Any,
+    ) -> tuple[Any, ...]:
+        """As OpenRLHF's, with all arguments (B, T).
+
+        Returns:
+            What OpenRLHF's returns, (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio), where
+            clip_ratio is the share of tokens with |r - 1| > epsilon: CFPO clips none.
+        """
+        if self.is_correction_level != "off" and rollout_log_probs is None:
+            raise ValueError(
+                "rollout_log_probs must be given where is_correction_level is "
+                f"{self.is_correction_level!r}: set --algo.advantage.is_correction_level off, or "
+                "have the rollout return its log-probs"
+            )
+        if action_mask is not None:  # NaN times 0 is NaN, so what is masked is cleaned first
+
+            def cleaned(x: Tensor) -> Tensor:
+                return torch.where(action_mask != 0, x, 0.0)
+
+            log_probs, old_log_probs = cleaned(log_probs), cleaned(old_log_probs)
+            advantages = cleaned(advantages)
+            rollout_log_probs = None if rollout_log_probs is None else cleaned(rollout_log_probs)
+        others = {"action_mask": action_mask, "rollout_log_probs": rollout_log_probs, **normalizers}
+        with torch.no_grad():
+            _, _, ppo_kl, *rest = super().forward(log_probs, old_log_probs, advantages, **others)
+        loss, stats = policy_loss_from_logps(
+            log_probs,
+            advantages,
+            old_log_probs,
+            objective=self.objective,
+            mask=action_mask,
+            token_weights=self._token_weights(old_log_probs, others),
+            reduction="sum",
+            return_stats=True,
+        )
+        return loss, stats.outside_fraction, ppo_kl, *rest
+
+    def _token_weights(self, old_log_probs: Tensor, others: dict[str, Any]) -> Tensor:
+        """The factor (B, T) by which each token's loss enters OpenRLHF's.
+
+        OpenRLHF's loss is linear in the losses of tokens. With A = -1 at r = 1 that of a token is
+        r, whose derivative is 1; so the factors are the gradient, whatever the settings are.
+        """
+        with torch.enable_grad():
+            logps = old_log_probs.detach().float().requires_grad_()
+            minus_one = torch.full_like(logps, -1.0)
+            loss, *_ = super().forward(logps, logps.detach(), minus_one, **others)
+            return torch.autograd.grad(loss, logps)[0]
+
+
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """OpenRLHF's function of this name over :func:`cfpo_kernels.token_logps`.
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16; not modified, unlike by OpenRLHF's.
+        labels: (...) int64.
+
+    Returns:
+        (...) float32. No float32 copy of the logits is made.
+    """
+    return logps_of_labels(logits, labels, temperature=temperature)
+
+
+class _ModelLogits:
+    """Stands for a model's logits inside Actor.forward: takes its steps without doing them."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self.temperature = 1.0
+        self.entropy_reads_them = False
+
+    def to(self, dtype: torch.dtype) -> _ModelLogits:
+        return self  # the kernels accumulate in float32 whatever they read
+
+    def div_(self, temperature: float) -> _ModelLogits:
+        self.temperature *= temperature
+        return self
+
+    def entropy(self) -> Tensor:
+        self.entropy_reads_them = True
+        return entropy_of_rows(self.logits, temperature=self.temperature)
+
+    def log_probs(self, labels: Tensor) -> Tensor:
+        return logps_of_labels(
+            self.logits,
+            labels,
+            temperature=self.temperature,
+            inplace=not self.entropy_reads_them,
+        )
+
+
+def _compute_entropy(logits: Any) -> Tensor:
+    return logits.entropy() if isinstance(logits, _ModelLogits) else entropy_of_rows(logits)
+
+
+def _log_probs_from_logits(logits: Any, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    if isinstance(logits, _ModelLogits):
+        return logits.log_probs(labels)
+    return log_probs_from_logits(logits, labels, temperature)
+
+
+@wraps(_ActorForward)
+def _actor_forward(self: Any, *arguments: Any, **named: Any) -> Any:
+    call = _FORWARD_SIGNATURE.bind(self, *arguments, **named).arguments
+    if call.get("action_mask") is None and not call.get("return_logprobs"):
+        return _ActorForward(self, *arguments, **named)  # the logits are wanted
+    model = self.model
+
+    def with_stand_in(*arguments: Any, **named: Any) -> Any:
+        output = model(*arguments, **named)
+        output["logits"] = _ModelLogits(output["logits"])
+        return output
+
+    # In the instance's dict it comes before the submodule of that name, which stays registered.
+    self.__dict__["model"] = with_stand_in
+    try:
+        result = _ActorForward(self, *arguments, **named)
+    finally:
+        del self.__dict__["model"]
+    if call.get("return_output"):
+        result[1]["logits"] = result[1]["logits"].logits
+    return result
+
+
+def use_cfpo(*, fused_log_probs: bool = True) -> None:
+    """Puts CFPO in the place of OpenRLHF's PPO loss, in this process; may be called again.
+
+    Args:
+        fused_log_probs: also let Actor.forward take log-probs and entropies by
+            :func:`cfpo_kernels.token_logps`, from the model's own logits: no float32 copy of them,
+            and no V-sized temporaries. Their backward overwrites the logits where no entropy is
+            wanted.
+    """
+    replace_everywhere(openrlhf_loss, {"PolicyLoss": PolicyLoss})
+    if fused_log_probs:
+        openrlhf_actor.compute_entropy = _compute_entropy
+        openrlhf_actor.log_probs_from_logits = _log_probs_from_logits
+        openrlhf_actor.Actor.forward = _actor_forward

@@ -1,0 +1,1 @@
+"""Trainers that compute their loss with this package; each module imports its own trainer."""

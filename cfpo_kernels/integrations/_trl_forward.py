@@ -1,0 +1,128 @@
+"""From TRL's inputs through the model to the loss: with all logits at once, or a few at a time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._chunked_head import chunked_head_loss
+from ._trl_batch import Tokens
+from ._trl_loss import Scored, TokenLoss
+
+# Beside the token ids; only multimodal models have them.
+MODEL_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+# What configs call that which models do to the logits after the head.
+AFTER_THE_HEAD = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+)
+
+# Gives the tokens of a head with that many rows, and their loss.
+Prepare = Callable[[int, torch.device], tuple[Tokens, TokenLoss]]
+
+
+def forward(trainer: Any, model: Any, inputs: dict[str, Any], unwrapped: Any) -> Any:
+    """The model's outputs, with the logits of the completion before the temperature, (B, R, V)."""
+    arguments = {name: inputs[name] for name in MODEL_INPUTS if inputs.get(name) is not None}
+    arguments["input_ids"] = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    arguments["attention_mask"] = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    if "logits_to_keep" in inspect.signature(unwrapped.forward).parameters:
+        arguments["logits_to_keep"] = inputs["completion_ids"].shape[1] + 1
+    if trainer.aux_loss_enabled:
+        arguments["output_router_logits"] = True
+    with trainer.accelerator.autocast():
+        return model(**arguments, use_cache=False)
+
+
+def unwrap(trainer: Any, model: Any) -> Any:
+    unwrapped = trainer.accelerator.unwrap_model(model)
+    return unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped  # PEFT
+
+
+def plain_head(trainer: Any, unwrapped: Any) -> nn.Linear | None:
+    """The model's head where its output is the logits, unchanged; None otherwise."""
+    head = unwrapped.get_output_embeddings()
+    linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not linear or "forward" in vars(head):  # TRL's float32 head, or moved between devices
+        return None
+    config = unwrapped.config.get_text_config()
+    if any(getattr(config, name, None) not in (None, 1.0) for name in AFTER_THE_HEAD):
+        return None
+    # A loss scale means float16: accelerate makes a model's outputs float32, but not a head's, and
+    # the gradient of float16 logits would underflow.
+    return None if trainer.accelerator.scaler is not None else head
+
+
+def score_all(outputs: Any, prepare: Prepare) -> tuple[Tokens, TokenLoss, Scored]:
+    """The loss of all logits at once."""
+    logits = outputs.logits
+    tokens, loss_of = prepare(logits.shape[1], logits.device)
+    return tokens, loss_of, loss_of(logits, tokens)
+
+
+def score_in_chunks(
+    run: Callable[[], Any], head: nn.Linear, prepare: Prepare, chunk: int
+) -> tuple[Any, tuple[Tokens, TokenLoss, Scored] | None]:
+    """The loss computed in place of the head, inside the model's forward; returns its outputs too.
+
+    There, hooks of wrappers (sharding, offloading) have the weight ready. None: the model does not
+    call its head as a module, and its outputs hold the logits.
+
+    Raises:
+        RuntimeError: the model changes what its head returns.
+    """
+    results: list[tuple[Tokens, TokenLoss, Scored]] = []
+
+    def loss_head(hidden: Tensor) -> Tensor:
+        tokens, loss_of = prepare(hidden.shape[1], hidden.device)
+        mask, chosen = tokens.mask, tokens[tokens.mask]
+        loss, logps, entropy = chunked_head_loss(
+            hidden[mask],
+            head.weight,
+            head.bias,
+            lambda logits, rows: loss_of(logits, chosen[rows])[:3],
+            chunk,
+        )
+        zeros = torch.zeros(mask.shape, device=mask.device)
+        logps, entropy = (zeros.masked_scatter(mask, x) for x in (logps, entropy))
+        results.append((tokens, loss_of, Scored(loss, logps, entropy, mask)))
+        return loss.reshape(1, 1, 1)
+
+    with _forward_of(head, loss_head):
+        outputs = run()
+    if not results:
+        return outputs, None
+    tokens, loss_of, scored = results[0]
+    loss = outputs.logits
+    if len(results) > 1 or loss.numel() != 1 or not torch.equal(loss.reshape(()), scored.loss):
+        raise RuntimeError(
+            "this model changes its logits after the head, or calls the head more than once: set "
+            "logits_tokens=None, so that the loss gets the logits that the model returns"
+        )
+    return outputs, (tokens, loss_of, scored._replace(loss=loss.reshape(())))
+
+
+@contextmanager
+def _forward_of(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward

@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from bench.memory import can_measure_cpu, cpu_extra_bytes
 from cfpo_kernels import CFPO, PPOClip
 from cfpo_kernels.integrations import _trl_forward
+from cfpo_kernels.integrations._chunked_head import chunked_head_loss
 from cfpo_kernels.integrations._trl_batch import align
 from cfpo_kernels.integrations._trl_loss import TokenLoss
 from cfpo_kernels.integrations.trl import CFPOTrainer, compute_cfpo_loss
@@ -226,7 +227,48 @@ def test_no_more_logits_than_asked_for(tmp_path: Path, monkeypatch: pytest.Monke
     assert max(rows) <= 5 and sum(rows) == inputs["completion_mask"].sum()
 
 
-V, K, MIB = 151936, 65, 2**20
+def test_evaluation_computes_no_gradient() -> None:
+    seen = []
+
+    def loss_of(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+        seen.append(logits.requires_grad)
+        return logits.sum(), logits[:, 0], logits[:, 1]
+
+    hidden, weight = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    with torch.no_grad():
+        chunked_head_loss(hidden, weight, None, loss_of, 2)
+    assert seen == [False] * 3
+    chunked_head_loss(hidden, weight, None, loss_of, 2)[0].backward()
+    assert seen[3:] == [True] * 3
+    torch.testing.assert_close(hidden.grad, weight.detach().sum(0).expand(5, 3))
+    torch.testing.assert_close(weight.grad, hidden.detach().sum(0).expand(7, 3))
+
+
+def test_a_head_with_a_bias_in_bfloat16_sums_in_float32() -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=g).bfloat16() for n in (512, 40))
+    bias = torch.randn(40, generator=g).bfloat16()
+    factor = torch.randn(512, 40, generator=g)
+
+    def loss_of(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+        return (logits.tanh() * factor[rows].to(logits.dtype)).sum(), logits[:, 0], logits[:, 1]
+
+    def gradients(dtype: torch.dtype, chunk: int) -> list[torch.Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+        chunked_head_loss(*leaves, loss_of, chunk)[0].backward()
+        assert all(leaf.grad.dtype == dtype for leaf in leaves)
+        return [leaf.grad.double() for leaf in leaves]
+
+    exact = gradients(torch.float64, 512)
+    for got, at_once, want in zip(
+        gradients(torch.bfloat16, 4), gradients(torch.bfloat16, 512), exact, strict=True
+    ):
+        error, error_at_once = (got - want).norm(), (at_once - want).norm()
+        assert error <= 1.1 * error_at_once
+
+
+MIB = 2**20
+V = 151936
 
 
 @pytest.mark.skipif(not can_measure_cpu(), reason="needs /proc/self/clear_refs")

@@ -96,12 +96,16 @@ def low_token_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(i < VOCABULARY // 2 for i in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
+def make_prompts() -> Dataset:
+    return Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(3, 40)]})
+
+
 def make_trainer(
     folder: Path, kind: str = "llama", cls: type = GRPOTrainer, **settings: Any
 ) -> GRPOTrainer:
     of_trainer = ("peft_config", "objective", "logits_tokens", "inplace", "backend")
     own = {name: settings.pop(name) for name in of_trainer if name in settings}
-    prompts = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(3, 40)]})
+    prompts = make_prompts()
     return cls(
         make_model(folder / "model", kind),
         low_token_reward,

@@ -34,6 +34,9 @@ def chunked_head_loss(
     Memory: chunk x V logits; with a gradient also one of hidden and one of weight, kept until
     backward. That of weight is a float32 sum while there are several chunks.
     """
+    if not torch.is_grad_enabled():  # which the function itself cannot see
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     loss, logps, entropy = _ChunkedHead.apply(hidden, weight, bias, loss_of, chunk)
     return loss, logps, entropy
 

@@ -59,6 +59,8 @@ def unwrap(trainer: Any, model: Any) -> Any:
 def plain_head(trainer: Any, unwrapped: Any) -> nn.Linear | None:
     """The model's head where its output is the logits, unchanged; None otherwise."""
     head = unwrapped.get_output_embeddings()
+    if trainer.args.torch_compile:  # the compiled model has the head's code in it
+        return None
     linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     if not linear or "forward" in vars(head):  # TRL's float32 head, or moved between devices
         return None
@@ -111,7 +113,10 @@ def score_in_chunks(
         return outputs, None
     tokens, loss_of, scored = results[0]
     loss = outputs.logits
-    if len(results) > 1 or loss.numel() != 1 or not torch.equal(loss.reshape(()), scored.loss):
+    unchanged = loss.numel() == 1 and torch.allclose(
+        loss.reshape(()), scored.loss, rtol=0, atol=0, equal_nan=True
+    )
+    if len(results) > 1 or not unchanged:
         raise RuntimeError(
             "this model changes its logits after the head, or calls the head more than once: set "
             "logits_tokens=None, so that the loss gets the logits that the model returns"

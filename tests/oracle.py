@@ -90,6 +90,14 @@ def make_case(
     return Case(logits, token_ids, advantages, old_logps, options, objective)
 
 
+def peak_over_a_flat_tail(v: int, dtype: torch.dtype, top: float, below: float) -> Case:
+    """One early peak, and a tail so low and equal that all of its sums round the same way."""
+    logits = torch.full((2, v), top - below)
+    logits[:, 5] = top
+    logits[0, -1] = top - 3
+    return Case(logits.to(dtype), torch.tensor([v - 1, 5]), torch.ones(2), None)
+
+
 def with_everything(case: Case, seed: int = 1) -> Case:
     """Adds a KL term, an entropy bonus, token weights and a temperature a row."""
     g = torch.Generator().manual_seed(seed)

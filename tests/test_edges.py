@@ -9,7 +9,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import Case, check, check_gradient, logps64, make_case, oracle, run, with_everything
+from oracle import (
+    Case,
+    check,
+    check_gradient,
+    logps64,
+    make_case,
+    oracle,
+    peak_over_a_flat_tail,
+    run,
+    with_everything,
+)
 
 import cfpo_kernels
 from cfpo_kernels import CFPO
@@ -104,6 +114,13 @@ def test_nan_with_a_payload_stays_nan(level: str) -> None:
         got = run(case)
         assert got.dlogits[1].isnan().all() and got.logps[1].isnan()
         assert got.dlogits[0].isfinite().all()
+
+
+@pytest.mark.parametrize("below", [12.0, 23.0, 24.5, 26.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_flat_tail_far_below_the_peak(dtype: torch.dtype, below: float) -> None:
+    for top in (0.01, 10.0):
+        check(peak_over_a_flat_tail(100_000, dtype, top, below))
 
 
 @pytest.mark.parametrize("height", [1e6, 1e7, 1e8, 1.4e9])

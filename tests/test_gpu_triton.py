@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from oracle import (
     LARGE_V,
     SMALL_V,
@@ -14,6 +16,7 @@ from oracle import (
     check_gradient,
     make_case,
     oracle,
+    peak_over_a_flat_tail,
     run,
     with_everything,
 )
@@ -63,6 +66,39 @@ def test_likely_tokens_and_offsets(dtype: torch.dtype, peak: float) -> None:
     check(make_case(16, 4096, dtype, peak=peak), **HOW)
     if dtype != torch.float16:
         check(make_case(16, 4096, dtype, peak=peak, offset=1e4), **HOW)
+
+
+def test_a_flat_tail_far_below_the_peak() -> None:
+    for below in (12.0, 23.0, 24.5, 26.0):
+        check(peak_over_a_flat_tail(262144, torch.bfloat16, 0.01, below), **HOW)
+
+
+def test_powers_of_two_are_exact() -> None:
+    """The hardware's exp2 of whole numbers: segments merge by it."""
+    x = torch.arange(-126, 128, device="cuda", dtype=torch.float32)
+    y = torch.empty_like(x)
+    exp2_kernel[(1,)](x, y, len(x), BLOCK=256)
+    assert torch.equal(y, torch.ldexp(torch.ones_like(x), x.int()))
+
+
+@triton.jit
+def exp2_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.exp2(tl.load(x_ptr + i, mask=i < n)), mask=i < n)
+
+
+def test_the_slice_of_a_trainer() -> None:
+    for v in (32000, 50257):
+        flat = make_case(30, v, torch.bfloat16)
+        whole = flat.logits.view(5, 6, v)
+        case = Case(
+            whole[:, :-1],
+            flat.token_ids.view(5, 6)[:, :-1],
+            flat.advantages.view(5, 6)[:, :-1],
+            flat.old_logps.view(5, 6)[:, :-1],
+        )
+        check(case, **HOW)
+        check(case, inplace=True, **HOW)
 
 
 @pytest.mark.parametrize("v", [1001, 50257])

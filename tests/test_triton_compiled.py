@@ -116,6 +116,8 @@ def check_code(launches: Sequence[Launch], itemsize: int, v: int) -> None:
     tile = config.tile(v, itemsize)
     for launch in launches:
         nvidia = launch.arch.startswith("sm_")
+        # Otherwise one thread could overwrite in place what another has not read yet.
+        assert "convert_layout" not in launch.asm["ttgir"], launch.summary()
         # AMD parks scalar registers in vector registers: no memory, so no harm.
         assert launch.code.stack == 0 and (launch.spills == 0 or not nvidia), launch.summary()
         assert launch.shared <= 1024, launch.summary()
@@ -124,7 +126,7 @@ def check_code(launches: Sequence[Launch], itemsize: int, v: int) -> None:
             weighted = launch.arguments.get("WITH_ENTROPY") or (
                 launch.arguments.get("dentropy_ptr") is not None
             )
-            limit = config.register_limit(tile, weighted, shifted)
+            limit = config.register_limit(tile, weighted, shifted, narrow=False)
             assert launch.registers <= limit, launch.summary()
         # The ends of a row are narrow where its address is odd; what lies between is not. AMD's
         # assembly does not tell the two apart.
@@ -179,6 +181,21 @@ def test_the_check_can_fail(
     assert launch.spills if match == "spills" else set(hot(launch, "load")) != {16}
 
 
+def test_rows_that_start_differently(on: Callable[[str], None]) -> None:
+    """Of logits and gradient: narrow accesses, but no spills."""
+    on("sm_90")
+    with offline("sm_90") as launches:
+        v = 50257
+        sliced = fake((16, 512, v), torch.bfloat16, strides=(513 * v, v, 1))
+        launch_policy(sliced, dlogits=fake((16, 512, v), torch.bfloat16))
+        launch_policy(
+            fake((8192, 1001), torch.bfloat16), dlogits=fake((8192, 1001), torch.bfloat16, offset=3)
+        )
+    for launch in launches:
+        assert launch.spills == 0 and launch.registers <= 128, launch.summary()
+        assert set(hot(launch, "store")) == {2}
+
+
 def test_vocabularies_of_whole_vectors_share_their_kernels(on: Callable[[str], None]) -> None:
     """Nothing is compiled again for another N, T, V of the same kind, or other strides."""
     on("sm_90")
@@ -224,7 +241,7 @@ def test_few_rows_fill_the_processors(on: Callable[[str], None]) -> None:
     split, gradient, long, medium, short = launches
     assert split.name == "sum_segments_kernel" and split.grid[0] == 128 == gradient.grid[0]
     # One row of 256 kB a processor, two of 64 kB, as many short ones as the registers hold.
-    assert [launch.grid[0] for launch in (long, medium, short)] == [132, 2 * 132, 8 * 132]
+    assert [launch.grid[0] for launch in (long, medium, short)] == [132, 2 * 132, 7 * 132]
 
 
 def test_table() -> None:
@@ -236,7 +253,7 @@ def test_table() -> None:
         for _, tile in of_size:
             assert tile.block * itemsize % (tile.threads * config.VECTOR_BYTES) == 0
             assert tile.segment % tile.block == 0 and tile.segment >= 2 * tile.block
-            assert tile.block <= 2**13 and tile.segment <= 2**15  # softmax._MARK
+            assert tile.block <= 2**13 and tile.segment <= 2**15  # softmax._FIXED
             assert tile.threads * tile.registers <= 65536
 
 
@@ -256,7 +273,7 @@ def test_older_triton(tmp_path: Path) -> None:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {launch["triton"] for launch in found} == {"3.6.0"}
     assert {launch["kernel"] for launch in found} >= {"policy_loss_kernel", "token_logps_kernel"}
-    assert all(launch["registers"] <= 128 for launch in found), found
+    assert all(launch["spills"] == 0 and launch["stack"] == 0 for launch in found), found
 
 
 def sample() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 VECTOR_BYTES = 16  # the widest access of a thread
+LARGEST_V = 2**31 - 2**17  # columns are int32, and loops look a segment ahead
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,13 @@ class Tile:
 # (largest V, tile), by the size of an element in bytes.
 TABLE: dict[int, tuple[tuple[int, Tile], ...]] = {
     2: (
-        (2048, Tile(block=1024, segment=8192, threads=128, registers=64)),
+        (2048, Tile(block=1024, segment=8192, threads=128, registers=72)),
         (65536, Tile(block=4096, segment=32768, threads=512, registers=64)),
-        (2**31 - 1, Tile(block=8192, segment=32768, threads=512, registers=128)),
+        (LARGEST_V, Tile(block=8192, segment=32768, threads=512, registers=128)),
     ),
     4: (
-        (2048, Tile(block=512, segment=4096, threads=128, registers=80)),
-        (16384, Tile(block=1024, segment=8192, threads=256, registers=80)),
-        (2**31 - 1, Tile(block=4096, segment=32768, threads=512, registers=128)),
+        (16384, Tile(block=512, segment=4096, threads=128, registers=88)),
+        (LARGEST_V, Tile(block=4096, segment=32768, threads=512, registers=128)),
     ),
 }
 
@@ -66,13 +66,23 @@ L2_SHARE = 0.6
 
 
 def tile(n_cols: int, itemsize: int) -> Tile:
-    """The tile for rows of n_cols elements."""
+    """The tile for rows of n_cols elements.
+
+    Raises:
+        ValueError: more than LARGEST_V.
+    """
+    if n_cols > LARGEST_V:
+        raise ValueError(f"backend='triton' takes at most {LARGEST_V} columns, got {n_cols}")
     return next(tile for largest, tile in TABLE[itemsize] if n_cols <= largest)
 
 
-def register_limit(tile: Tile, with_entropy: bool, shifted: bool) -> int:
-    """Registers of a thread; sums for the entropy on rows with narrow ends need more."""
-    return 128 if with_entropy and shifted else tile.registers
+def register_limit(tile: Tile, with_entropy: bool, shifted: bool, narrow: bool) -> int:
+    """Registers of a thread.
+
+    Narrow accesses need more, as do sums for the entropy on rows whose ends are narrow. (Narrow
+    blocks of 32 bytes a thread still spill a little.)
+    """
+    return 128 if narrow or (with_entropy and shifted) else tile.registers
 
 
 def row_programs(

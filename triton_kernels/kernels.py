@@ -50,7 +50,6 @@ _PLAIN_NUMBERS = [
     "dlogits_outer",
     "dlogits_step",
     "n_pieces",
-    "factor_stride",
 ]
 _PER_ROW = [
     "token_ids_ptr",
@@ -116,6 +115,7 @@ def _row_statistics(
     SEGMENT: tl.constexpr,
     SHIFTED: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     """Stage 1 of a whole row."""
     if partials_ptr is None:
@@ -135,6 +135,7 @@ def _row_statistics(
             SEGMENT,
             SHIFTED,
             WITH_ENTROPY,
+            EVICTION,
         )
     else:
         ref, rest, weighted, z_target = _merge_partials(partials_ptr, row, n_cols, SEGMENT)
@@ -221,6 +222,7 @@ def policy_loss_kernel(
                 SEGMENT,
                 SHIFTED,
                 WITH_ENTROPY,
+                "evict_last" if dlogits_ptr is not None else "evict_first",
             )
             logp = exact_logp.to(tl.float32)
             # From the unrounded log p; but logits that this kernel scored give exactly r = 1.
@@ -335,6 +337,7 @@ def token_logps_kernel(
                 SEGMENT,
                 SHIFTED,
                 WITH_ENTROPY,
+                "evict_first",
             )
             logp = exact_logp.to(tl.float32)
             lse = (ref.to(tl.float64) + log2_total) / scale.to(tl.float64)
@@ -404,8 +407,9 @@ def token_logps_backward_kernel(
             ref = tl.floor(log2_total.to(tl.float32))
             log2_sum = log2_total - ref.to(tl.float64)
             total = tl.exp2(log2_sum.to(tl.float32))
-            # Only the piece that holds the target writes its value, so only that piece may read
-            # its logit: another may have overwritten it.
+            # Only the piece that holds the target may read its logit: another program may have
+            # overwritten it. Within the program there is no barrier either, but nothing except
+            # target_value may depend on the logit: the thread that stores it has loaded it before.
             logp = log2_sum
             place = column + shift
             if (place >= begin) & (place < end):
@@ -493,6 +497,7 @@ def sum_segments_kernel(
             SEGMENT,
             SHIFTED,
             WITH_ENTROPY,
+            "evict_last",
         )
         of_row = partials_ptr + row * (3 * n_segments + 1)
         tl.store(of_row + 3 * segment, ref.to(tl.float64))
@@ -506,10 +511,9 @@ def sum_segments_kernel(
 @_kernel
 def multiply_rows_kernel(
     logits_ptr,
-    factors_ptr,  # (N,) float32, factor_stride 1, or (1,), 0
+    factors_ptr,
     n_rows: tl.int64,
     n_cols: tl.int32,
-    factor_stride: tl.int32,
     logits_first: tl.int64,
     logits_inner: tl.int64,
     logits_outer: tl.int64,
@@ -523,7 +527,7 @@ def multiply_rows_kernel(
     n_cols = n_cols * COLUMN_UNIT
     first = tl.program_id(0).to(tl.int64)
     for row in range(first, n_rows, tl.num_programs(0).to(tl.int64)):
-        factor = tl.load(factors_ptr + row * factor_stride)
+        factor = tl.load(factors_ptr + row)
         if factor != 1:
             place, shift = row_place(
                 row, logits_first, logits_inner, logits_outer, logits_step, UNIT, SHIFTED

@@ -33,6 +33,6 @@ def target_column(token_ids_ptr, row, n_cols):
 def target_logit(x_ptr, column, known):
     """The target's logit in float32; NaN for a token that is not in the vocabulary.
 
-    Has to be read before the row is overwritten, so before the last reduction of stage 1.
+    Read before a reduction of stage 1 it is read before any thread overwrites the row.
     """
     return tl.where(known, tl.load(x_ptr + column).to(tl.float32), float("nan"))

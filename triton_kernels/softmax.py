@@ -25,13 +25,12 @@ from .scalar_math import LN2, LOG2E, log1p_near, log2
 
 # References beyond are floats too far apart to be near anything: such a row is NaN.
 LARGEST_REF = tl.constexpr(2147483648.0)
-# A lane counts in multiples of 2^-32. A segment of 2^15 columns that found its own reference sums
-# up to 2^15 at most, which is below the mark; 2^13 lanes of the mark fit 63 bits.
-_FIXED = tl.constexpr(2.0**32)
-_FIXED_WEIGHTED = tl.constexpr(2.0**30)  # its lanes are below 2^19
-_LANE_LIMIT = tl.constexpr(2.0**12)
-_MARK = tl.constexpr(2.0**48)
-_MARK_INT = tl.constexpr(2**48)
+# A lane below 2^8 counts in multiples of 2^-41: 2^13 lanes fit 62 bits. Lanes of a long row that
+# are rounded to nothing are then, at 2^-42 each, at most 3e-8 of its sum.
+_FIXED = tl.constexpr(2.0**41)
+_FIXED_WEIGHTED = tl.constexpr(2.0**34)  # its lanes are below 2^15
+_LANE_LIMIT = tl.constexpr(2.0**8)
+_UNFIT = tl.constexpr(2**62)  # in place of a sum with a lane that is NaN or beyond the limit
 _LOWEST = tl.constexpr(-1024.0)  # 0 * -inf would be NaN; 2^-1024 is far below the smallest float
 
 
@@ -88,14 +87,12 @@ def _reference(top, scale):
 
 @triton.jit
 def _total(sums, weighted, lift, WEIGHTED: tl.constexpr):
-    """The lanes' sums in fixed point; the first >= _MARK_INT where a lane is NaN or too large.
-
-    The lanes are taken times 2^-lift.
-    """
+    """The lanes' sums, times 2^-lift, in fixed point; the first is _UNFIT where a lane is."""
     down = tl.exp2(-lift)
     fits = sums * down < _LANE_LIMIT
-    fixed = tl.where(fits, tl.floor(sums * (down * _FIXED) + 0.5), _MARK)
+    fixed = tl.where(fits, tl.floor(sums * (down * _FIXED) + 0.5), 0.0)
     total = tl.sum(fixed.to(tl.int64))
+    total = tl.where(tl.max(tl.where(fits, 0, 1)) > 0, _UNFIT, total)
     total_weighted = tl.zeros([], tl.int64)
     if WEIGHTED:
         fixed = tl.where(fits, tl.floor(weighted * (down * _FIXED_WEIGHTED) + 0.5), 0.0)
@@ -105,10 +102,10 @@ def _total(sums, weighted, lift, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def _partial(total, total_weighted, lift):
-    """(sum, weighted sum) in float64; NaN where the total is marked."""
+    """(sum, weighted sum) in float64; NaN where a lane did not fit."""
     up = tl.exp2(lift).to(tl.float64)
     return (
-        tl.where(total < _MARK_INT, total.to(tl.float64) * (up * (1 / _FIXED)), float("nan")),
+        tl.where(total < _UNFIT, total.to(tl.float64) * (up * (1 / _FIXED)), float("nan")),
         total_weighted.to(tl.float64) * (up * (1 / _FIXED_WEIGHTED)),
     )
 
@@ -192,10 +189,12 @@ def sum_columns(
     SEGMENT: tl.constexpr,
     SHIFTED: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     """Stage 1 over columns [begin, end), but the target; begin is a multiple of SEGMENT.
 
-    Returns (ref, sum, weighted sum of u 2^u), the sums in float64.
+    Returns (ref, sum, weighted sum of u 2^u), the sums in float64. EVICTION: "evict_last" where
+    stage 3 will read the row again.
     """
     # With a shift, a segment's first block is cut off in front and its last one behind.
     FIRST: tl.constexpr = BLOCK if SHIFTED else 0
@@ -203,7 +202,7 @@ def sum_columns(
     target += shift
     ref, total, weighted_total = no_sums()
     # The next block is on its way while one is worked on, also across the end of a segment.
-    x = _load_ahead(x_ptr, begin + FIRST, begin + FIRST + BLOCK <= end, BLOCK, "evict_last")
+    x = _load_ahead(x_ptr, begin + FIRST, begin + FIRST + BLOCK <= end, BLOCK, EVICTION)
     for segment in range(begin, end - shift, SEGMENT):
         segment_first = segment + shift
         segment_end = tl.minimum(segment_first + SEGMENT, end)
@@ -219,7 +218,7 @@ def sum_columns(
             following = start + BLOCK
             if SHIFTED:
                 following = tl.where(following < whole_end, following, segment + SEGMENT + FIRST)
-            ahead = _load_ahead(x_ptr, following, following + BLOCK <= end, BLOCK, "evict_last")
+            ahead = _load_ahead(x_ptr, following, following + BLOCK <= end, BLOCK, EVICTION)
             sums, weighted = _add_block(
                 sums, weighted, x, start, target, scale, guess, BLOCK, WEIGHTED
             )
@@ -233,7 +232,7 @@ def sum_columns(
         part_ref = guess
         lift = guess_lift
         part, part_weighted = _total(sums, weighted, lift, WEIGHTED)
-        if (part >= _MARK_INT) | (usable == 0):
+        if (part == _UNFIT) | (usable == 0):
             part_ref, lift, part, part_weighted = _sum_again(
                 x_ptr, segment, segment_first, segment_end, target, scale, BLOCK, SHIFTED, WEIGHTED
             )

@@ -130,7 +130,7 @@ class _Launch(NamedTuple):
             shifted,
             with_entropy,
             tile,
-            config.register_limit(tile, with_entropy, shifted > 0),
+            config.register_limit(tile, with_entropy, shifted > 0, not aligned and not shifted),
             _device(x.device),
         )
 
@@ -329,14 +329,12 @@ class TritonBackend:
                 )
 
     def multiply_rows(self, x: Tensor, factors: Tensor) -> None:
-        stride = factors.stride(0) if factors.numel() > 1 else 0
         for first, launch in _launches(x):
             most = launch.device.programs(launch.tile, launch.register_limit)
             with _on(x.device):
                 _module("kernels").multiply_rows_kernel[(min(launch.n_rows, most),)](
                     launch.logits.tensor,
-                    factors[first * stride :] if stride else factors,
-                    factor_stride=stride,
+                    _from(factors, first),
                     **launch.rows(),
                     **launch.constants(),
                 )

@@ -44,7 +44,7 @@ def policy_loss(
     kl_estimator: str,
     kl_coef: float,
     entropy_coef: float,
-    grad_scale: float,
+    grad_scale: int,
     loss: int,
     logps: int,
     entropy: int,

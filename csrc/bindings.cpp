@@ -97,7 +97,7 @@ void policy_loss(const RowsTuple& logits, const std::optional<RowsTuple>& dlogit
                  std::uintptr_t old_logps, std::uintptr_t token_weights, std::uintptr_t ref_logps,
                  const std::string& objective, const std::vector<double>& objective_parameters,
                  const std::string& estimator, double kl_coef, double entropy_coef,
-                 float grad_scale, std::uintptr_t loss, std::uintptr_t logps,
+                 std::uintptr_t grad_scale, std::uintptr_t loss, std::uintptr_t logps,
                  std::uintptr_t entropy, int threads, const std::string& level) {
   PolicyLossParams params;
   params.problem = make_problem(logits, token_ids, temperature, temperature_stride, weights);
@@ -107,7 +107,7 @@ void policy_loss(const RowsTuple& logits, const std::optional<RowsTuple>& dlogit
   params.token_weights = pointer<const float>(token_weights);
   params.ref_logps = pointer<const float>(ref_logps);
   params.regularizers = {kl_estimator(estimator), kl_coef, entropy_coef};
-  params.grad_scale = grad_scale;
+  params.grad_scale = pointer<const float>(grad_scale);
   params.loss = pointer<float>(loss);
   params.logps = pointer<float>(logps);
   params.entropy = pointer<float>(entropy);

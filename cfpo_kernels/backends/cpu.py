@@ -87,7 +87,7 @@ class CpuBackend:
                 kl_estimator=terms.kl_estimator,
                 kl_coef=terms.kl_coef,
                 entropy_coef=terms.entropy_coef,
-                grad_scale=1.0 if terms.grad_scale is None else terms.grad_scale.item(),
+                grad_scale=_address(terms.grad_scale, 0),
                 loss=_address(loss, first),
                 logps=_address(logps, first),
                 entropy=_address(entropy, first),

@@ -45,10 +45,10 @@ struct PolicyLossParams {
   const float* token_weights;  // (N), null: 1
   const float* ref_logps;      // (N), may be null where kl_coef is 0
   Regularizers regularizers;
-  float grad_scale;  // multiplies the gradient before it is rounded
-  float* loss;       // (N), weighted
-  float* logps;      // (N)
-  float* entropy;    // (N), may be null
+  const float* grad_scale;  // one for all; multiplies the gradient before it is rounded; null: 1
+  float* loss;              // (N), weighted
+  float* logps;             // (N)
+  float* entropy;           // (N), may be null
 };
 
 struct TokenLogpsParams {

@@ -13,89 +13,15 @@
 #include <vector>
 
 #include "core/params.h"
+#include "core/row_math.h"
 #include "cpu/levels.h"
 #include "cpu/parallel.h"
 
 namespace cfpo::cpu {
 
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 constexpr std::int64_t kSegment = 8192;        // elements
 constexpr std::int64_t kHintColumns = 512;     // how many decide the first reference
 constexpr std::int64_t kItemElements = 16384;  // short rows are handed out several at a time
-
-// What stage 1 leaves of a row; u_v = z_v * scale - ref, p_v = 2^u_v / sum.
-struct RowStats {
-  float scale;  // log2(e) / T
-  float ref;
-  double sum;
-  double logp;        // of the target, nats
-  double complement;  // 1 - p of the target, to full relative accuracy
-  double entropy;     // nats; 0 unless asked for
-
-  double lse() const { return (ref + std::log2(sum)) / scale; }  // T * logsumexp(z / T)
-};
-
-// What stage 3 needs: d_v = coefs(v) off the target, and the target's own value.
-struct RowGradient {
-  GradientCoefs coefs{};
-  float target = 0.0f;
-};
-
-inline float row_scale(const Problem& p, std::int64_t row) {
-  return static_cast<float>(kLog2E / p.temperature[row * p.temperature_stride]);
-}
-
-// Sums over part of a row, in float64 and with the reference taken along.
-struct RowSum {
-  double ref = -INFINITY;
-  double sum = 0.0;
-  double weighted = 0.0;
-
-  void rebase(double top) {
-    if (sum != 0.0) weighted = (weighted + (ref - top) * sum) * std::exp2(ref - top);
-    if (sum != 0.0) sum *= std::exp2(ref - top);
-    ref = top;
-  }
-  void add(RowSum part) {
-    const double top = std::max(ref, part.ref);
-    rebase(top);
-    part.rebase(top);
-    sum += part.sum;
-    weighted += part.weighted;
-  }
-};
-
-// Joins the target, which the sums leave out, with the rest of its row. That way 1 - p and log p
-// of a likely token keep their relative accuracy.
-inline RowStats join_target(float scale, float target, RowSum rest) {
-  const double u = static_cast<double>(target) * scale;
-  // A float, because that is what stage 3 takes; any reference near the largest u is exact. A
-  // float beyond 2^31 need not be near: such a row is given up rather than got wrong.
-  double top = std::max<double>(rest.ref, static_cast<float>(std::ceil(u)));
-  if (std::abs(top) >= kLargestRef) top = NAN;
-  rest.rebase(top);
-  const double mass = std::exp2(u - top);  // NaN for a target of NaN or +inf, or a row of -inf
-  const double sum = rest.sum + mass;
-  const double weighted = rest.weighted + (mass == 0.0 ? 0.0 : (u - top) * mass);
-  const double log2_sum = std::log2(sum);
-  RowStats stats;
-  stats.scale = scale;
-  stats.ref = static_cast<float>(top);
-  stats.sum = sum;
-  stats.logp = mass > rest.sum ? 0.0 - std::log1p(rest.sum / mass) : (u - top - log2_sum) * kLn2;
-  stats.complement = rest.sum / sum;
-  stats.entropy = (log2_sum - weighted / sum) * kLn2;
-  return stats;
-}
-
-// The stats of a row whose sums an earlier call has left as its lse.
-inline RowStats stats_from_lse(float scale, float target, double lse, double entropy) {
-  const double log2_total = lse * scale;
-  const float ref = static_cast<float>(std::floor(log2_total));
-  const double logp = (static_cast<double>(target) * scale - log2_total) * kLn2;
-  return {scale, ref, std::exp2(log2_total - ref), logp, -std::expm1(logp), entropy};
-}
 
 class RowSummer {
  public:
@@ -135,22 +61,6 @@ class RowSummer {
   float hint_;
 };
 
-// A NaN that came from outside may carry bits that rounding to bfloat16 would turn into a number.
-inline float plain_nan(double x) { return std::isnan(x) ? NAN : static_cast<float>(x); }
-
-// c = d loss / d logp, h = the factor of p_v (log p_v + H); 1/T comes from scale.
-inline RowGradient row_gradient(const RowStats& s, double c, double h) {
-  const double inv_t = s.scale * kLn2;
-  const double p = std::exp(s.logp);
-  const double log_sum = std::log(s.sum);
-  const double entropy_term = h == 0.0 || p == 0.0 ? 0.0 : h * p * (s.logp + s.entropy);
-  RowGradient g;
-  g.coefs = {s.scale, s.ref, plain_nan(inv_t * (h * (s.entropy - log_sum) - c) / s.sum),
-             plain_nan(inv_t * h * kLn2 / s.sum)};
-  g.target = plain_nan(inv_t * (c * s.complement + entropy_term));
-  return g;
-}
-
 // Columns [begin, begin + n) of a row's gradient.
 inline void write_columns(const SegmentOps& ops, const Problem& problem, const Rows& dlogits,
                           std::int64_t row, std::int64_t begin, std::int64_t n,
@@ -168,13 +78,8 @@ inline void write_zeros(const Rows& dlogits, std::int64_t row) {
   std::memset(dlogits.row(row), 0, dlogits.n_cols * dtype_size(dlogits.dtype));
 }
 
-// A Stage2 provides
-//   bool skip(row)             the row is not read and its gradient is zeros
-//   bool entropy()             stage 1 must sum for the entropy
-//   RowGradient operator()(row, stats)
-//   void skipped(row)          sets the scalar outputs of such a row
-// and, where kSums is false (stage 1 ran in an earlier call), RowStats stats(row).
-template <bool kSums, class Stage2>
+// For what a stage 2 provides see core/stages.h.
+template <class Stage2>
 class RowDriver {
  public:
   // A `dlogits` without data: no stage 3.
@@ -211,6 +116,8 @@ class RowDriver {
   }
 
  private:
+  static constexpr bool kSums = Stage2::kSums;
+
   // A remainder of rows that would keep some threads idle for a noticeable share of the time.
   std::int64_t rows_to_split(int threads) const {
     const bool worthwhile = threads > 1 && n_cols_ >= 2 * kSegment && n_rows_ < 8 * threads;
@@ -244,7 +151,7 @@ class RowDriver {
       const RowSummer sums = summer(row);
       return sums.merge([&](std::int64_t s) { return sums.segment(s); });
     } else {
-      return stage2_.stats(row);
+      return stage2_.stats(row, ops_.load(problem_.logits.row(row), problem_.token_ids[row]));
     }
   }
 
@@ -268,7 +175,7 @@ class RowDriver {
         gradients[k] = stage2_(
             row, summer(row).merge([&](std::int64_t s) { return partials[k * segments_ + s]; }));
       } else {
-        gradients[k] = stage2_(row, stage2_.stats(row));
+        gradients[k] = stage2_(row, stats(row));
       }
     }
     if (dlogits_.data == nullptr) return;

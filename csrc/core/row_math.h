@@ -1,0 +1,109 @@
+// From a row's sums to its log p, entropy and gradient coefficients, in float64: a few dozen
+// operations a row, shared by the CPU and the GPU. docs/design.md derives every line.
+#pragma once
+
+#include <cmath>
+
+#include "core/host_device.h"
+#include "core/params.h"
+#include "core/row_types.h"
+
+namespace cfpo {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+// What stage 1 leaves of a row; u_v = z_v * scale - ref, p_v = 2^u_v / sum.
+struct RowStats {
+  float scale;  // log2(e) / T
+  float ref;
+  double sum;
+  double logp;        // of the target, nats
+  double complement;  // 1 - p of the target, to full relative accuracy
+  double entropy;     // nats; 0 unless asked for
+
+  // T * logsumexp(z / T)
+  CFPO_HOST_DEVICE double lse() const { return (ref + std::log2(sum)) / scale; }
+};
+
+// What stage 3 needs: d_v = coefs(v) off the target, and the target's own value.
+struct RowGradient {
+  GradientCoefs coefs{};
+  float target = 0.0f;
+};
+
+CFPO_HOST_DEVICE inline float row_scale(const Problem& p, std::int64_t row) {
+  return static_cast<float>(kLog2E / p.temperature[row * p.temperature_stride]);
+}
+
+// Sums over part of a row, in float64 and with the reference taken along.
+struct RowSum {
+  double ref = -INFINITY;
+  double sum = 0.0;
+  double weighted = 0.0;
+
+  CFPO_HOST_DEVICE void rebase(double top) {
+    if (sum != 0.0) weighted = (weighted + (ref - top) * sum) * std::exp2(ref - top);
+    if (sum != 0.0) sum *= std::exp2(ref - top);
+    ref = top;
+  }
+  CFPO_HOST_DEVICE void add(RowSum part) {
+    const double top = std::fmax(ref, part.ref);
+    rebase(top);
+    part.rebase(top);
+    sum += part.sum;
+    weighted += part.weighted;
+  }
+};
+
+// Joins the target, which the sums leave out, with the rest of its row. That way 1 - p and log p
+// of a likely token keep their relative accuracy.
+CFPO_HOST_DEVICE inline RowStats join_target(float scale, float target, RowSum rest) {
+  const double u = static_cast<double>(target) * scale;
+  // A float, because that is what stage 3 takes; any reference near the largest u is exact. A
+  // float beyond 2^31 need not be near: such a row is given up rather than got wrong.
+  double top = std::fmax(rest.ref, static_cast<double>(static_cast<float>(std::ceil(u))));
+  if (std::fabs(top) >= kLargestRef) top = NAN;
+  rest.rebase(top);
+  const double mass = std::exp2(u - top);  // NaN for a target of NaN or +inf, or a row of -inf
+  const double sum = rest.sum + mass;
+  const double weighted = rest.weighted + (mass == 0.0 ? 0.0 : (u - top) * mass);
+  const double log2_sum = std::log2(sum);
+  RowStats stats;
+  stats.scale = scale;
+  stats.ref = static_cast<float>(top);
+  stats.sum = sum;
+  stats.logp = mass > rest.sum ? 0.0 - std::log1p(rest.sum / mass) : (u - top - log2_sum) * kLn2;
+  stats.complement = rest.sum / sum;
+  stats.entropy = (log2_sum - weighted / sum) * kLn2;
+  return stats;
+}
+
+// The stats of a row whose sums an earlier call has left as its lse.
+CFPO_HOST_DEVICE inline RowStats stats_from_lse(float scale, float target, double lse,
+                                                double entropy) {
+  const double log2_total = lse * scale;
+  const float ref = static_cast<float>(std::floor(log2_total));
+  const double logp = (static_cast<double>(target) * scale - log2_total) * kLn2;
+  return {scale, ref, std::exp2(log2_total - ref), logp, -std::expm1(logp), entropy};
+}
+
+// A NaN that came from outside may carry bits that rounding to bfloat16 would turn into a number.
+CFPO_HOST_DEVICE inline float plain_nan(double x) {
+  return x != x ? static_cast<float>(NAN) : static_cast<float>(x);
+}
+
+// c = d loss / d logp, h = the factor of p_v (log p_v + H); 1/T comes from scale.
+CFPO_HOST_DEVICE inline RowGradient row_gradient(const RowStats& s, double c, double h) {
+  const double inv_t = s.scale * kLn2;
+  const double p = std::exp(s.logp);
+  const double log_sum = std::log(s.sum);
+  const double entropy_term = h == 0.0 || p == 0.0 ? 0.0 : h * p * (s.logp + s.entropy);
+  RowGradient g;
+  g.coefs = {s.scale, s.ref, plain_nan(inv_t * (h * (s.entropy - log_sum) - c) / s.sum),
+             plain_nan(inv_t * h * kLn2 / s.sum)};
+  g.target = plain_nan(inv_t * (c * s.complement + entropy_term));
+  return g;
+}
+
+}  // namespace cfpo

@@ -1,0 +1,115 @@
+// Stage 2: what happens to a row between its sums and its gradient, for the CPU and the GPU.
+//
+// A stage provides
+//   bool skip(row)                  the row is not read and its gradient is zeros
+//   void skipped(row)               sets the scalar outputs of such a row
+//   RowGradient operator()(row, stats, publish)
+//                                   `publish`: store the row's scalar outputs
+//   kSums                           stage 1 has to sum the row; if not, RowStats stats(row, target)
+//   bool entropy()                  the sums must include the one for the entropy
+// It is trivially copyable, because a GPU kernel takes it as an argument. The scalars are float64
+// on a GPU too: see "Float64 for a row's scalars" in docs/decisions.md.
+#pragma once
+
+#include "core/row_math.h"
+
+namespace cfpo {
+
+template <class Policy>
+struct PolicyStage {
+  static constexpr bool kSums = true;
+  PolicyLossParams p;
+  Policy policy;
+
+  CFPO_HOST_DEVICE bool skip(std::int64_t row) const { return p.problem.weights[row] == 0.0f; }
+  CFPO_HOST_DEVICE bool entropy() const {
+    return p.entropy != nullptr || p.regularizers.entropy_coef != 0.0;
+  }
+
+  CFPO_HOST_DEVICE void skipped(std::int64_t row) const {
+    p.loss[row] = p.logps[row] = 0.0f;
+    if (p.entropy != nullptr) p.entropy[row] = 0.0f;
+  }
+
+  // From the unrounded log p: rounding it to float32 would cost 5e-7 |A| / eps of the gradient.
+  // But scoring these very logits gives exactly `logp`, and must give exactly r = 1.
+  CFPO_HOST_DEVICE double log_ratio(std::int64_t row, double exact_logp, float logp) const {
+    const bool on_policy = p.old_logps == nullptr || p.old_logps[row] == logp;
+    return exact_logp -
+           (on_policy ? exact_logp : p.old_logps[row]);  // NaN where logp is not finite
+  }
+
+  CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const RowStats& stats,
+                                          bool publish = true) const {
+    const float logp = static_cast<float>(stats.logp);
+    Token<double> token;
+    token.log_ratio = log_ratio(row, stats.logp, logp);
+    token.kl_distance = p.ref_logps != nullptr ? p.ref_logps[row] - stats.logp : 0.0;
+    token.entropy = stats.entropy;
+    token.advantage = p.advantages[row];
+    token.policy_weight = p.token_weights != nullptr ? p.token_weights[row] : 1.0;
+    token.weight = p.problem.weights[row];
+    const TokenLoss<double> loss = token_loss(policy, p.regularizers, token);
+    if (publish) {
+      p.loss[row] = static_cast<float>(loss.loss);
+      p.logps[row] = logp;
+      if (p.entropy != nullptr) p.entropy[row] = static_cast<float>(stats.entropy);
+    }
+    const double scale = p.grad_scale != nullptr ? *p.grad_scale : 1.0f;
+    return row_gradient(stats, scale * loss.dlogp, scale * loss.dentropy_term);
+  }
+};
+
+struct LogpsStage {
+  static constexpr bool kSums = true;
+  TokenLogpsParams p;
+
+  CFPO_HOST_DEVICE bool skip(std::int64_t row) const { return p.problem.weights[row] == 0.0f; }
+  CFPO_HOST_DEVICE bool entropy() const { return p.entropy != nullptr; }
+
+  CFPO_HOST_DEVICE void skipped(std::int64_t row) const {
+    p.logps[row] = 0.0f;
+    p.lse[row] = 0.0;
+    if (p.entropy != nullptr) p.entropy[row] = 0.0f;
+  }
+
+  CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const RowStats& stats,
+                                          bool publish = true) const {
+    if (publish) {
+      p.logps[row] = static_cast<float>(stats.logp);
+      p.lse[row] = stats.lse();
+      if (p.entropy != nullptr) p.entropy[row] = static_cast<float>(stats.entropy);
+    }
+    return {};
+  }
+};
+
+struct LogpsBackwardStage {
+  static constexpr bool kSums = false;
+  TokenLogpsBackwardParams p;
+
+  CFPO_HOST_DEVICE float dlogp(std::int64_t row) const {
+    return p.dlogps != nullptr ? p.dlogps[row] : 0.0f;
+  }
+  CFPO_HOST_DEVICE float dentropy(std::int64_t row) const {
+    return p.dentropy != nullptr ? p.dentropy[row] : 0.0f;
+  }
+  CFPO_HOST_DEVICE bool skip(std::int64_t row) const {
+    return p.problem.weights[row] == 0.0f || (dlogp(row) == 0.0f && dentropy(row) == 0.0f);
+  }
+  CFPO_HOST_DEVICE bool entropy() const { return false; }
+  CFPO_HOST_DEVICE void skipped(std::int64_t) const {}
+
+  CFPO_HOST_DEVICE RowStats stats(std::int64_t row, float target) const {
+    const double entropy = p.entropy != nullptr ? p.entropy[row] : 0.0;
+    return stats_from_lse(row_scale(p.problem, row), target, p.lse[row], entropy);
+  }
+
+  // dH/dlogit_v = -p_v (log p_v + H): the negative of what an entropy bonus brings to a loss.
+  CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const RowStats& stats,
+                                          bool = true) const {
+    return row_gradient(stats, dlogp(row), -dentropy(row));
+  }
+};
+
+}  // namespace cfpo

@@ -265,7 +265,10 @@ def check_gradient(got: Tensor, want: Tensor, case: Case, relative: float = 1e-5
     temperature = case.options.get("temperature", 1.0)
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature[mask].double()
-    floor = 0.1 / width * weight * advantages[mask].double().abs() / temperature
+    slope = advantages[mask].double().abs() / width
+    for name in ("kl_coef", "entropy_coef"):  # where A is 0, these terms may cancel each other
+        slope = slope + abs(case.options.get(name, 0.0))
+    floor = 0.1 * weight * slope / temperature
     scale = torch.maximum(off_want.norm(dim=-1), floor * p_off.norm(dim=-1))
     error = (off_got - off_want).norm(dim=-1)
     allowed = relative * scale

@@ -1,3 +1,4 @@
+from types import ModuleType
 from typing import TypedDict
 
 Rows = tuple[int, int, int, int, int, int, int]
@@ -17,6 +18,9 @@ class CudaQuery(TypedDict):
     driver_version: int
     devices: list[CudaDevice]
 
+# Only where cuda_built: the four kernels below, with `device`, `stream` and `workspace` in place
+# of `threads` and `level`, and workspace_bytes(logits, device).
+cuda: ModuleType
 cuda_built: bool
 cuda_archs: str
 cuda_reason: str

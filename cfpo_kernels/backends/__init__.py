@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cpu, triton
+from . import cpu, cuda, triton
 from .base import Backend
 
 NAMES = ("cuda", "triton", "cpu", "reference")
@@ -35,17 +35,24 @@ class BackendStatus:
 
 
 def _cuda_status() -> BackendStatus:
-    if cpu.native is None:
-        return BackendStatus(False, cpu.import_failure)
-    if not cpu.native.cuda_built:
-        return BackendStatus(False, f"built without CUDA: {cpu.native.cuda_reason}")
+    if reason := cuda.why_not_built():
+        return BackendStatus(False, reason)
     built = f"compiled for {cpu.native.cuda_archs}"
     query = cpu.native.cuda_query()
     if query["status"] != 0:
         why = f"{query['status_name']}: {query['status_text']}"
         return BackendStatus(False, f"{built}, but no usable GPU ({why})")
-    devices = ", ".join(device["name"] for device in query["devices"]) or "no device"
-    return BackendStatus(False, f"{built}; sees {devices}; this release has no CUDA loss kernels")
+    devices = query["devices"]
+    names = ", ".join(device["name"] for device in devices) or "no device"
+    runs = any(
+        cuda.runs_on(
+            cpu.native.cuda_archs, (device["capability_major"], device["capability_minor"])
+        )
+        for device in devices
+    )
+    if not runs:
+        return BackendStatus(False, f"{built}, which does not run here; sees {names}")
+    return BackendStatus(True, f"{built}; sees {names}; not yet verified on GPU, so never 'auto'")
 
 
 def _interpreted() -> bool:
@@ -89,7 +96,7 @@ _STATUS = {
     "cpu": _cpu_status,
     "reference": _reference_status,
 }
-_KERNELS: dict[str, Backend] = {"cpu": cpu.CPU, "triton": triton.TRITON}
+_KERNELS: dict[str, Backend] = {"cuda": cuda.CUDA, "cpu": cpu.CPU, "triton": triton.TRITON}
 
 
 def available_backends() -> dict[str, BackendStatus]:
@@ -114,6 +121,13 @@ def resolve(name: str, device: torch.device) -> str:
         raise BackendUnavailableError(
             f"backend='cpu' takes CPU tensors, the logits are on {device}"
         )
+    if name == "cuda":
+        # Each device is asked once. torch.compile cannot ask while it traces.
+        if not torch.compiler.is_compiling() and (why := cuda.why_not(device)):
+            status = _cuda_status()
+            detail = why if status else status.detail
+            raise BackendUnavailableError(f"backend='cuda' is not available: {detail}")
+        return name
     status = _STATUS[name]()
     if not status:
         raise BackendUnavailableError(f"backend={name!r} is not available: {status.detail}")

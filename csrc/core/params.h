@@ -22,8 +22,11 @@ struct Rows {
   std::int64_t outer_stride = 0;
   std::int64_t inner_stride = 0;
 
-  CFPO_HOST_DEVICE void* row(std::int64_t i) const {
-    const std::int64_t element = (i / inner) * outer_stride + (i % inner) * inner_stride;
+  // GPUs have no 64-bit division: there `i` is an int.
+  template <class Index>
+  CFPO_HOST_DEVICE void* row(Index i) const {
+    const Index size = static_cast<Index>(inner);
+    const std::int64_t element = i / size * outer_stride + i % size * inner_stride;
     return static_cast<char*>(data) + element * dtype_size(dtype);
   }
 };

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #include "core/host_device.h"
 #include "core/params.h"
@@ -36,6 +38,15 @@ CFPO_HOST_DEVICE inline float row_scale(const Problem& p, std::int64_t row) {
   return static_cast<float>(kLog2E / p.temperature[row * p.temperature_stride]);
 }
 
+// 2^exponent for a whole exponent <= 0, or NaN; what would be subnormal is 0.
+CFPO_HOST_DEVICE inline double power_of_two(double exponent) {
+  if (!(exponent >= -1022.0)) return exponent != exponent ? exponent : 0.0;
+  const std::int64_t bits = (static_cast<std::int64_t>(exponent) + 1023) << 52;
+  double power;
+  std::memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
 // Sums over part of a row, in float64 and with the reference taken along.
 struct RowSum {
   double ref = -INFINITY;
@@ -43,8 +54,11 @@ struct RowSum {
   double weighted = 0.0;
 
   CFPO_HOST_DEVICE void rebase(double top) {
-    if (sum != 0.0) weighted = (weighted + (ref - top) * sum) * std::exp2(ref - top);
-    if (sum != 0.0) sum *= std::exp2(ref - top);
+    if (sum != 0.0) {
+      const double factor = power_of_two(ref - top);
+      weighted = (weighted + (ref - top) * sum) * factor;
+      sum *= factor;
+    }
     ref = top;
   }
   CFPO_HOST_DEVICE void add(RowSum part) {

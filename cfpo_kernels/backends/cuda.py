@@ -1,0 +1,96 @@
+"""The CUDA kernels: which devices they can run on, and calls on torch's current stream.
+
+Inputs and outputs belong to the caller, and the workspace is allocated and used on one stream, so
+nothing needs ``record_stream``. Nothing here waits for the device, so calls can be captured into
+CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .addresses import address, describe
+from .cpu import import_failure, native
+from .native import NativeBackend
+
+
+def runs_on(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether a build for `archs`, such as "80-real,90a-real,80-virtual", runs on a device.
+
+    Machine code runs on its own major version from its minor version on; with the suffix "a" on
+    that very device only, with "f" on its family; "virtual" code on anything not older.
+    """
+    for arch in archs.split(","):
+        match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", arch.strip())
+        if match is None:
+            continue
+        own = int(match[1]), int(match[2])
+        suffix, kind = match[3], match[4]
+        if own == capability or (
+            suffix != "a" and own[0] == capability[0] and own[1] <= capability[1]
+        ):
+            return True
+        if suffix == "" and kind != "-real" and own <= capability:
+            return True
+    return False
+
+
+def why_not_built() -> str:
+    """Why there are no CUDA kernels in this build, or ""."""
+    if native is None:
+        return import_failure
+    return "" if native.cuda_built else f"built without CUDA: {native.cuda_reason}"
+
+
+_usable: dict[int, str] = {}  # device index -> why not, or ""
+
+
+def why_not(device: torch.device) -> str:
+    """Why the CUDA kernels cannot run on `device`, or ""."""
+    if reason := why_not_built():
+        return reason
+    if device.type != "cuda":
+        return f"it takes CUDA tensors, the logits are on {device}"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _usable:
+        capability = torch.cuda.get_device_capability(index)
+        runs = runs_on(native.cuda_archs, capability)
+        _usable[index] = (
+            ""
+            if runs
+            else f"compiled for {native.cuda_archs}, which does not run on {device}, "
+            f"a {torch.cuda.get_device_name(index)} of compute capability "
+            f"{capability[0]}.{capability[1]}; build again with CFPO_KERNELS_CUDA_ARCHS"
+        )
+    return _usable[index]
+
+
+class CudaBackend(NativeBackend):
+    """See ``base.Backend``."""
+
+    @property
+    def kernels(self) -> Any:
+        return native.cuda
+
+    @contextmanager
+    def where(self, logits: Tensor, workspace: bool = False) -> Iterator[dict[str, Any]]:
+        # The kernels choose the device; leaving this block restores what torch had.
+        with torch.cuda.device(logits.device):
+            stream = torch.cuda.current_stream(logits.device).cuda_stream
+            device = torch.cuda.current_device()
+            memory = self.workspace(logits, device) if workspace else None
+            yield {"device": device, "stream": stream, "workspace": address(memory)}
+
+    def workspace(self, logits: Tensor, device: int) -> Tensor | None:
+        """Memory for the sums of few long rows; kept until the kernels are enqueued."""
+        size = self.kernels.workspace_bytes(describe(logits), device)
+        return torch.empty(size, dtype=torch.uint8, device=logits.device) if size else None
+
+
+CUDA = CudaBackend()

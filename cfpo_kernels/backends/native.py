@@ -1,0 +1,106 @@
+"""The native module's kernels as a backend, the same for the CPU and for CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..validation import check_token_range, values_can_be_checked
+from .addresses import address, describe, policy_terms, problem
+from .base import KernelRows, KernelTerms
+from .layout import row_blocks
+
+
+class NativeBackend:
+    """See ``base.Backend``. A subclass says where the kernels are and how a call runs."""
+
+    @property
+    def kernels(self) -> Any:
+        """What has the four functions of csrc/kernel_bindings.h."""
+        raise NotImplementedError
+
+    def where(self, logits: Tensor, workspace: bool = False) -> Any:
+        """A context manager that yields a call's arguments beside the kernel's own."""
+        raise NotImplementedError
+
+    @staticmethod
+    def check_tokens(rows: KernelRows) -> None:
+        # Here rather than with the other arguments, since compiled and direct calls of an operator
+        # get past those. On a GPU only with CFPO_KERNELS_DEBUG: its kernels read no wrong address.
+        if values_can_be_checked(rows.token_ids):
+            logits = rows.logits
+            active = rows.weights != 0
+            check_token_range(rows.token_ids, active, logits.shape[-1], logits.shape[:-1])
+
+    def policy_loss(
+        self,
+        rows: KernelRows,
+        terms: KernelTerms,
+        *,
+        loss: Tensor,
+        logps: Tensor,
+        entropy: Tensor | None,
+        dlogits: Tensor | None,
+    ) -> None:
+        self.check_tokens(rows)
+        pieces = [rows.logits] if dlogits is None else [rows.logits, dlogits]
+        for first, (logits, *gradient) in row_blocks(*pieces):
+            with self.where(logits, workspace=True) as where:
+                self.kernels.policy_loss(
+                    **problem(rows, logits, first),
+                    **policy_terms(terms, first),
+                    **where,
+                    dlogits=describe(gradient[0]) if gradient else None,
+                    loss=address(loss, first),
+                    logps=address(logps, first),
+                    entropy=address(entropy, first),
+                )
+
+    def token_logps(
+        self, rows: KernelRows, *, logps: Tensor, lse: Tensor, entropy: Tensor | None
+    ) -> None:
+        self.check_tokens(rows)
+        for first, (logits,) in row_blocks(rows.logits):
+            with self.where(logits, workspace=True) as where:
+                self.kernels.token_logps(
+                    **problem(rows, logits, first),
+                    **where,
+                    logps=address(logps, first),
+                    lse=address(lse, first),
+                    entropy=address(entropy, first),
+                )
+
+    def token_logps_backward(
+        self,
+        rows: KernelRows,
+        *,
+        lse: Tensor,
+        entropy: Tensor | None,
+        dlogps: Tensor | None,
+        dentropy: Tensor | None,
+        dlogits: Tensor,
+    ) -> None:
+        self.check_tokens(rows)
+        for first, (logits, gradient) in row_blocks(rows.logits, dlogits):
+            with self.where(logits) as where:
+                self.kernels.token_logps_backward(
+                    **problem(rows, logits, first),
+                    **where,
+                    dlogits=describe(gradient),
+                    lse=address(lse, first),
+                    entropy=address(entropy, first),
+                    dlogps=address(dlogps, first),
+                    dentropy=address(dentropy, first),
+                )
+
+    def multiply_rows(self, x: Tensor, factors: Tensor) -> None:
+        stride = factors.stride(0) if factors.numel() > 1 else 0
+        for first, (piece,) in row_blocks(x):
+            with self.where(piece) as where:
+                self.kernels.multiply_rows(
+                    rows=describe(piece),
+                    factors=address(factors, first * stride),
+                    factor_stride=stride,
+                    **where,
+                )

@@ -1,0 +1,30 @@
+// The CUDA kernels as Python functions of a module; shared by _C and the emulation in the tests.
+#pragma once
+
+#include "cuda/kernels.h"
+#include "kernel_bindings.h"
+
+namespace cfpo::bindings {
+
+struct CudaKernels {
+  static cuda::Execution execution(int device, std::uintptr_t stream, std::uintptr_t workspace) {
+    return {device, stream, pointer<void>(workspace)};
+  }
+  template <class... Arguments>
+  static void policy_loss(const Arguments&... arguments) {
+    cuda::policy_loss(arguments...);
+  }
+  static constexpr auto token_logps = cuda::token_logps;
+  static constexpr auto token_logps_backward = cuda::token_logps_backward;
+  static constexpr auto multiply_rows = cuda::multiply_rows;
+};
+
+inline void bind_cuda_kernels(py::module_& m) {
+  bind_kernels<CudaKernels, int, std::uintptr_t, std::uintptr_t>(
+      m, py::arg("device"), py::arg("stream"), py::arg("workspace"));
+  m.def("workspace_bytes", [](const RowsTuple& logits, int device) {
+    return cuda::workspace_bytes(make_rows(logits), device);
+  });
+}
+
+}  // namespace cfpo::bindings

@@ -1,0 +1,72 @@
+#include <map>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/launch.h"
+
+namespace cfpo::cuda {
+
+namespace {
+
+std::string describe(int device) {
+  cudaDeviceProp properties;
+  std::string text = "device " + std::to_string(device);
+  if (cudaGetDeviceProperties(&properties, device) == cudaSuccess) {
+    text += " (" + std::string(properties.name) + ")";
+  }
+  return text;
+}
+
+void check(const std::string& what, int device, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or a later, unrelated check would report it
+  throw std::runtime_error("cfpo_kernels: " + what + " on " + describe(device) + " failed: " +
+                           cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check("reading the attributes", device, cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+}  // namespace
+
+DeviceLimits device_limits(int device) {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  DeviceLimits limits;
+  limits.sm_count = attribute(cudaDevAttrMultiProcessorCount, device);
+  limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  limits.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return known[device] = limits;
+}
+
+void prepare_launch(const char* name, const void* kernel, int device) {
+  check(std::string("choosing the device for ") + name, device, cudaSetDevice(device));
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> ready;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (ready.count({kernel, device}) != 0) return;
+  // The kernels may have all the shared memory there is, and need no L1; what a block gets is what
+  // its launch asks for.
+  const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const std::string what = std::string("reserving shared memory for ") + name;
+  check(what, device,
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  check(what, device,
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared));
+  ready.insert({kernel, device});
+}
+
+void check_launch(const char* name, int device, cudaError_t status) {
+  check(std::string("launching ") + name, device, status);
+}
+
+}  // namespace cfpo::cuda

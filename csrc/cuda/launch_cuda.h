@@ -1,0 +1,27 @@
+// Launches by the CUDA runtime.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+namespace cfpo::cuda {
+
+// Makes `device` current and, once, gives the kernel its shared memory; throws if either fails.
+void prepare_launch(const char* name, const void* kernel, int device);
+// Throws unless the launch succeeded.
+void check_launch(const char* name, int device, cudaError_t status);
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid,
+            const Execution& execution, const Arguments&... arguments) {
+  prepare_launch(name, reinterpret_cast<const void*>(kernel), execution.device);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.blocks_y));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(grid.shared_bytes);
+  config.stream = reinterpret_cast<cudaStream_t>(execution.stream);
+  check_launch(name, execution.device, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace cfpo::cuda

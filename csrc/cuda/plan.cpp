@@ -1,0 +1,94 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace cfpo::cuda {
+
+namespace {
+
+constexpr int kReservedPerBlock = 1024;  // of an SM's shared memory, by the system
+constexpr int kPassingSlots = 3;  // of a warp, where rows only pass: two under way, one in use
+constexpr int kMinSplitSegments = 32;
+
+int windows_that_fit(RowPlan plan, int shared_bytes) {
+  plan.slots = plan.extra_slots = 0;
+  const int left = shared_bytes - RowSharedMemory(plan).bytes;
+  return left <= 0 ? 0 : left / kWindowBytes;
+}
+
+// The most blocks on an SM that have `wanted` windows a warp, or nearly the whole row; or one block
+// with what there is.
+RowPlan fit(RowPlan plan, int wanted, bool both_sweeps, const DeviceLimits& limits) {
+  const int threads = plan.warps() * 32;
+  for (int blocks = kRowThreadsPerSm / threads; blocks > 0; --blocks) {
+    const int shared =
+        std::min(limits.shared_per_block, limits.shared_per_sm / blocks - kReservedPerBlock);
+    const int windows = std::min(wanted * plan.warps(), windows_that_fit(plan, shared));
+    plan.slots = windows / plan.warps();
+    plan.extra_slots = windows % plan.warps();
+    plan.blocks_per_sm = blocks;
+    const bool nearly_whole = 10 * windows >= 9 * plan.n_segments * plan.rows_per_block;
+    if (plan.slots == wanted || (both_sweeps && plan.slots > kRing && nearly_whole)) break;
+  }
+  return plan;
+}
+
+RowPlan fit(RowPlan plan, bool both_sweeps, const DeviceLimits& limits) {
+  const int each = (plan.n_segments + plan.warps_per_row() - 1) / plan.warps_per_row();
+  if (!both_sweeps) return fit(plan, std::min(each, kPassingSlots), both_sweeps, limits);
+  if (plan.warps_per_row() == 1) {
+    // A short row's successor is fetched beside it, since alone its latency would not be hidden;
+    // but two blocks, of which one can wait, are worth more.
+    const RowPlan with_successor = fit(plan, 2 * each, both_sweeps, limits);
+    if (with_successor.blocks_per_sm > 1) return with_successor;
+  }
+  return fit(plan, each, both_sweeps, limits);
+}
+
+bool works(const RowPlan& plan) {
+  return plan.slots > kRing || plan.slots * plan.warps_per_row() >= plan.n_segments;
+}
+
+}  // namespace
+
+RowPlan plan_rows(int n_segments, bool both_sweeps, const DeviceLimits& limits) {
+  RowPlan plan;
+  plan.n_segments = n_segments;
+  plan.rows_per_block = n_segments <= 4 ? 8 : 1;
+  plan.log2_warps_per_row = n_segments <= 4 ? 0 : n_segments <= 24 ? 2 : 3;
+  plan = fit(plan, both_sweeps, limits);
+  if (n_segments > 24 && both_sweeps && plan.blocks_per_sm == 1) {
+    // One row on the SM: more warps to work on it, unless that leaves them too few windows.
+    RowPlan wider = plan;
+    wider.log2_warps_per_row = 4;
+    wider = fit(wider, both_sweeps, limits);
+    if (works(wider)) plan = wider;
+  }
+  if (works(plan)) return plan;
+  throw std::invalid_argument("a row of " + std::to_string(n_segments) +
+                              " segments is too long for this device's shared memory");
+}
+
+std::int64_t row_blocks(std::int64_t n_rows, const RowPlan& plan, const DeviceLimits& limits) {
+  const std::int64_t needed = (n_rows + plan.rows_per_block - 1) / plan.rows_per_block;
+  return std::min<std::int64_t>(needed, limits.sm_count * plan.blocks_per_sm);
+}
+
+bool split_rows(std::int64_t n_rows, int n_segments, const DeviceLimits& limits) {
+  return n_segments >= kMinSplitSegments && 2 * n_rows <= limits.sm_count;
+}
+
+std::int64_t SplitWorkspace::bytes(std::int64_t n_rows, int n_segments) {
+  return n_rows * (n_segments * static_cast<std::int64_t>(sizeof(PartialSum)) + sizeof(float));
+}
+
+SplitWorkspace SplitWorkspace::at(void* memory, std::int64_t n_rows, int n_segments) {
+  SplitWorkspace workspace;
+  workspace.parts = static_cast<PartialSum*>(memory);
+  workspace.targets = reinterpret_cast<float*>(workspace.parts + n_rows * n_segments);
+  return workspace;
+}
+
+}  // namespace cfpo::cuda

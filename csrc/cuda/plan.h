@@ -1,0 +1,84 @@
+// How a call is laid out on a device: pure arithmetic, tested without one.
+#pragma once
+
+#include <cstdint>
+
+#include "core/host_device.h"
+#include "core/row_math.h"
+
+namespace cfpo::cuda {
+
+// 2 KiB of a row: the unit of work of a warp and of reduction of every kernel; see segment.cuh.
+constexpr int kSegmentBytes = 2048;
+constexpr int kWindowBytes = kSegmentBytes + 16;
+
+CFPO_HOST_DEVICE inline int count_segments(std::int64_t n_cols, DType dtype) {
+  const std::int64_t columns = kSegmentBytes / dtype_size(dtype);
+  return static_cast<int>((n_cols + columns - 1) / columns);
+}
+
+// Windows that pass segments through which do not fit into shared memory.
+constexpr int kRing = 2;
+// What the row kernel is compiled for: 80 registers a thread, so that as many threads fit an SM.
+// Blocks are smaller.
+constexpr int kRowThreadsPerSm = 640;
+constexpr int kSplitThreads = 256;
+
+struct DeviceLimits {
+  int sm_count = 0;
+  int shared_per_block = 0;  // bytes, opted in
+  int shared_per_sm = 0;
+};
+
+// The row kernel: a block works on rows_per_block rows at a time, each by warps_per_row warps.
+struct RowPlan {
+  int n_segments = 0;  // of a row
+  int log2_warps_per_row = 0;
+  int rows_per_block = 0;
+  int slots = 0;        // windows of each warp
+  int extra_slots = 0;  // warps, from the first, that have one more
+  int blocks_per_sm = 0;
+
+  CFPO_HOST_DEVICE int warps_per_row() const { return 1 << log2_warps_per_row; }
+  CFPO_HOST_DEVICE int windows_before(int warp) const {
+    return warp * slots + (warp < extra_slots ? warp : extra_slots);
+  }
+  CFPO_HOST_DEVICE int warps() const { return rows_per_block << log2_warps_per_row; }
+};
+
+// What a block exchanges about each of its rows.
+struct SharedRow {
+  RowSum sum;
+  RowGradient gradient;
+  float target;  // logit
+};
+
+// Offsets into the row kernel's shared memory, which begins with the windows.
+struct RowSharedMemory {
+  int rows;   // SharedRow of each row
+  int parts;  // PartialSum of each row and segment
+  int bytes;
+
+  CFPO_HOST_DEVICE explicit RowSharedMemory(const RowPlan& plan) {
+    rows = plan.windows_before(plan.warps()) * kWindowBytes;
+    parts = rows + plan.rows_per_block * static_cast<int>(sizeof(SharedRow));
+    bytes = parts + plan.rows_per_block * plan.n_segments * static_cast<int>(sizeof(PartialSum));
+  }
+};
+
+// `both_sweeps`: sums and gradient, so that a row is worth keeping; otherwise it only passes.
+RowPlan plan_rows(int n_segments, bool both_sweeps, const DeviceLimits& limits);
+std::int64_t row_blocks(std::int64_t n_rows, const RowPlan& plan, const DeviceLimits& limits);
+
+// Whether to split rows over many blocks, by two kernels instead of one.
+bool split_rows(std::int64_t n_rows, int n_segments, const DeviceLimits& limits);
+
+// What the first of these hands to the second: in a workspace, PartialSums and then targets.
+struct SplitWorkspace {
+  PartialSum* parts;  // (N, segments)
+  float* targets;     // (N)
+  static std::int64_t bytes(std::int64_t n_rows, int n_segments);
+  static SplitWorkspace at(void* memory, std::int64_t n_rows, int n_segments);
+};
+
+}  // namespace cfpo::cuda

@@ -1,0 +1,89 @@
+// Which kernel runs, with which template arguments and on which grid.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/launch.h"
+#include "cuda/multiply_kernel.cuh"
+#include "cuda/row_kernel.cuh"
+#include "cuda/run.h"
+#include "cuda/split_kernels.cuh"
+
+namespace cfpo::cuda {
+
+// Calls run(std::bool_constant) for a flag that a kernel takes as a template argument.
+template <class Run>
+void with_flag(bool flag, Run run) {
+  if (flag) {
+    run(std::true_type());
+  } else {
+    run(std::false_type());
+  }
+}
+
+template <class T, class Stage>
+void run_row_kernel(const Stage& stage, const Rows& dlogits, int n_segments,
+                    const DeviceLimits& limits, const Execution& execution) {
+  const bool both_sweeps = Stage::kSums && dlogits.data != nullptr;
+  const RowPlan plan = plan_rows(n_segments, both_sweeps, limits);
+  Grid grid;
+  grid.blocks = row_blocks(stage.p.problem.logits.n_rows, plan, limits);
+  grid.threads = plan.warps() * kWarpThreads;
+  grid.shared_bytes = RowSharedMemory(plan).bytes;
+  with_flag(Stage::kSums && stage.entropy(), [&](auto entropy) {
+    if constexpr (Stage::kSums || !entropy.value) {
+      launch("row_kernel", row_kernel<T, Stage, entropy.value>, grid, execution, stage, dlogits,
+             plan);
+    }
+  });
+}
+
+template <class T, class Stage>
+void run_split_kernels(const Stage& stage, const Rows& dlogits, int n_segments,
+                       const Execution& execution) {
+  const Problem& problem = stage.p.problem;
+  const std::int64_t n_rows = problem.logits.n_rows;
+  const SplitWorkspace workspace = SplitWorkspace::at(execution.workspace, n_rows, n_segments);
+  constexpr int kWarps = kSplitThreads / kWarpThreads;
+  Grid grid;
+  grid.blocks = n_rows;
+  grid.blocks_y = (n_segments + kWarps - 1) / kWarps;
+  grid.threads = kSplitThreads;
+  grid.shared_bytes = split_shared_bytes();
+  if constexpr (Stage::kSums) {
+    with_flag(stage.entropy(), [&](auto entropy) {
+      launch("split_sums_kernel", split_sums_kernel<T, entropy.value>, grid, execution, problem,
+             workspace);
+    });
+  }
+  if (dlogits.data == nullptr) grid.blocks_y = 1;
+  launch("split_finish_kernel", split_finish_kernel<T, Stage>, grid, execution, stage, dlogits,
+         workspace);
+}
+
+template <class T, class Stage>
+void run_stage(const Stage& stage, const Rows& dlogits, const Execution& execution) {
+  const Rows& logits = stage.p.problem.logits;
+  const int n_segments = count_segments(logits.n_cols, logits.dtype);
+  const DeviceLimits limits = device_limits(execution.device);
+  if (split_rows(logits.n_rows, n_segments, limits)) {
+    run_split_kernels<T>(stage, dlogits, n_segments, execution);
+  } else {
+    run_row_kernel<T>(stage, dlogits, n_segments, limits, execution);
+  }
+}
+
+template <class T>
+void run_multiply(const Rows& rows, const float* factors, std::int64_t factor_stride,
+                  const Execution& execution) {
+  constexpr std::int64_t kEnoughBlocks = 4096;  // several for each SM of any device
+  Grid grid;
+  grid.blocks = (rows.n_rows + kMultiplyRows - 1) / kMultiplyRows;
+  const std::int64_t slices = std::max<std::int64_t>(1, kEnoughBlocks / grid.blocks);
+  grid.blocks_y =
+      static_cast<int>(std::min<std::int64_t>(slices, count_segments(rows.n_cols, rows.dtype)));
+  grid.threads = kMultiplyThreads;
+  launch("multiply_kernel", multiply_kernel<T>, grid, execution, rows, factors, factor_stride);
+}
+
+}  // namespace cfpo::cuda

@@ -1,0 +1,114 @@
+// Few rows: every segment gets a warp of its own, anywhere on the device. One kernel leaves the
+// segments' sums in memory; the next merges them, in every block anew rather than in one that all
+// others wait for, and writes the gradient. The bits are those of the row kernel.
+#pragma once
+
+#include "cuda/segment.cuh"
+
+namespace cfpo::cuda {
+
+// Block (x, y): row x, segments from y * warps. The warp's segment, or one past the end.
+CFPO_DEVICE int split_segment() {
+  return hw::block_index_y() * (hw::block_threads() / kWarpThreads) + warp_index();
+}
+
+// Starts to copy the warp's segment into its window, and is done when wait_split returns.
+template <class T>
+CFPO_DEVICE const char* fetch_split(const Segment<const T>& segment, hw::Policy policy) {
+  char* window = hw::shared_memory() + warp_index() * kWindowBytes;
+  fetch_segment(window, segment, policy);
+  return window;
+}
+CFPO_DEVICE void wait_split() {
+  hw::wait_copies(0);
+  hw::sync_warp();
+}
+
+// targets[row]: the target's logit, or NaN; the second kernel may find it overwritten.
+template <class T, bool kEntropy>
+CFPO_KERNEL(kSplitThreads, 4)
+split_sums_kernel(CFPO_ARGUMENT Problem problem, CFPO_ARGUMENT SplitWorkspace workspace) {
+  const Rows& logits = problem.logits;
+  const int row = static_cast<int>(hw::block_index());
+  const int n_segments = count_segments(logits.n_cols, logits.dtype);
+  const int index = split_segment();
+  if (index >= n_segments || problem.weights[row] == 0.0f) return;
+
+  const T* x = static_cast<const T*>(logits.row(row));
+  const Segment<const T> segment(x, logits.n_cols, index);
+  const char* window = fetch_split(segment, hw::read_again());
+  const std::int64_t token = problem.token_ids[row];
+  if (index == 0 && lane_index() == 0) {
+    workspace.targets[row] = token >= 0 && token < logits.n_cols ? load_element(x + token) : NAN;
+  }
+  wait_split();
+  const PartialSum part = sum_segment<T, kEntropy>(
+      window, segment, column_in_segment<T>(token, index), row_scale(problem, row));
+  if (lane_index() == 0)
+    workspace.parts[static_cast<std::int64_t>(row) * n_segments + index] = part;
+}
+
+// Stage 2 by one thread; the first block of a row publishes its scalars.
+template <class T, class Stage>
+CFPO_DEVICE RowGradient split_second_stage(const Stage& stage, int row,
+                                           const SplitWorkspace& workspace, int n_segments) {
+  const Problem& problem = stage.p.problem;
+  const bool publish = hw::block_index_y() == 0;
+  if constexpr (Stage::kSums) {
+    const RowSum sum =
+        merge_segments(workspace.parts + static_cast<std::int64_t>(row) * n_segments, n_segments);
+    if (lane_index() != 0) return {};
+    return stage(row, join_target(row_scale(problem, row), workspace.targets[row], sum), publish);
+  } else {
+    if (lane_index() != 0) return {};
+    // Only the block that has the target uses it, and has not overwritten it yet.
+    const std::int64_t token = problem.token_ids[row];
+    const int warps = hw::block_threads() / kWarpThreads;
+    const std::int64_t first =
+        static_cast<std::int64_t>(hw::block_index_y()) * warps * kSegmentColumns<T>;
+    const bool here = token >= first && token < first + warps * kSegmentColumns<T> &&
+                      token < problem.logits.n_cols;
+    const T* x = static_cast<const T*>(problem.logits.row(row));
+    return stage(row, stage.stats(row, here ? load_element(x + token) : 0.0f), publish);
+  }
+}
+
+template <class T, class Stage>
+CFPO_KERNEL(kSplitThreads, 4)
+split_finish_kernel(CFPO_ARGUMENT Stage stage, CFPO_ARGUMENT Rows dlogits,
+                    CFPO_ARGUMENT SplitWorkspace workspace) {
+  const Rows& logits = stage.p.problem.logits;
+  const int row = static_cast<int>(hw::block_index());
+  const int n_segments = count_segments(logits.n_cols, logits.dtype);
+  const int index = split_segment();
+  const bool mine = index < n_segments && dlogits.data != nullptr;
+  T* out = mine ? static_cast<T*>(dlogits.row(row)) : nullptr;
+  if (stage.skip(row)) {
+    if (hw::thread_index() == 0 && hw::block_index_y() == 0) stage.skipped(row);
+    if (mine) write_zeros(Segment<T>(out, dlogits.n_cols, index));
+    return;
+  }
+
+  const T* x = static_cast<const T*>(logits.row(row));
+  const char* window = nullptr;
+  if (mine) {
+    window = fetch_split(Segment<const T>(x, logits.n_cols, index), hw::read_once());
+  }
+  RowGradient* gradient = reinterpret_cast<RowGradient*>(
+      hw::shared_memory() + hw::block_threads() / kWarpThreads * kWindowBytes);
+  if (warp_index() == 0) {
+    const RowGradient mine_first = split_second_stage<T>(stage, row, workspace, n_segments);
+    if (lane_index() == 0) *gradient = mine_first;
+  }
+  hw::wait_copies(0);
+  hw::sync_block();
+  if (!mine) return;
+  write_gradient<T, true>(window, alignment_shift(x), Segment<T>(out, dlogits.n_cols, index),
+                          column_in_segment<T>(stage.p.problem.token_ids[row], index), *gradient);
+}
+
+constexpr int split_shared_bytes() {
+  return kSplitThreads / kWarpThreads * kWindowBytes + static_cast<int>(sizeof(RowGradient));
+}
+
+}  // namespace cfpo::cuda

@@ -376,23 +376,25 @@ def test_four_dimensions_with_strides_that_do_not_merge() -> None:
     torch.testing.assert_close(logps.double(), logps64(logits, ids), rtol=1e-6, atol=1e-6)
 
 
+ANY_SHAPE = {
+    "dtype": st.sampled_from(DTYPES),
+    "b": st.integers(1, 4),
+    "t": st.integers(1, 5),
+    "v": st.integers(1, 300) | st.sampled_from([511, 513, 8192, 8193, 16385]),
+    "row_step": st.integers(1, 3),
+    "column": st.integers(0, 3),
+    "masked": st.integers(0, 2**20 - 1),
+    "inplace": st.booleans(),
+    "everything": st.booleans(),
+    "seed": st.integers(0, 1000),
+}
+
 # Triton's interpreter takes a second for what the kernels do in a millisecond.
 EXAMPLES = 15 if os.environ.get("TRITON_INTERPRET") else 150
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    dtype=st.sampled_from(DTYPES),
-    b=st.integers(1, 4),
-    t=st.integers(1, 5),
-    v=st.integers(1, 300) | st.sampled_from([511, 513, 8192, 8193, 16385]),
-    row_step=st.integers(1, 3),
-    column=st.integers(0, 3),
-    masked=st.integers(0, 2**20 - 1),
-    inplace=st.booleans(),
-    everything=st.booleans(),
-    seed=st.integers(0, 1000),
-)
+@given(**ANY_SHAPE)
 def test_any_shape_stride_and_mask(
     dtype: torch.dtype,
     b: int,

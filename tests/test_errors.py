@@ -169,7 +169,9 @@ def test_objective_must_be_an_objective() -> None:
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_an_explicit_backend_never_falls_back(name: str) -> None:
     status = cfpo_kernels.available_backends()[name]
-    assert not status and status.detail
+    assert status.detail
+    if status:
+        pytest.skip(f"{name} is available here")
     with pytest.raises(BackendUnavailableError, match=name) as caught:
         cfpo_kernels.cfpo_loss(**arguments(), backend=name)
     assert status.detail in str(caught.value)

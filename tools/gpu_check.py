@@ -112,9 +112,10 @@ def main():
         junit = f"--junitxml={folder / f'{stem}-tests.xml'}"
         results["tests"] = run("tests", [*pytest, "-m", "gpu", junit])
         if sanitizer := shutil.which("compute-sanitizer"):
-            check = [sanitizer, "--target-processes", "all", "--error-exitcode", "1"]
-            # Under the sanitizer kernels run many times slower: the quick tests only.
-            results["sanitizer"] = run("sanitizer", [*check, *pytest, "-m", "gpu and not slow"])
+            case = [sys.executable, str(ROOT / "tools" / "sanitizer_case.py")]
+            for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+                check = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
+                results[tool] = run(tool, [*check, *case])
         figures = str(folder / f"{stem}-bench.json")
         bench = [sys.executable, "-m", "bench", "--cases", "gpu", "--json", figures]
         results["bench"] = run("bench", bench)

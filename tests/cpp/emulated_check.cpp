@@ -1,0 +1,187 @@
+// Runs the CUDA kernels on the emulated device against a naive float64 computation, over vocabulary
+// sizes, alignments, masks, strides and devices. A program of its own, so that it can be built with
+// sanitizers, and with mistakes planted that it has to find. Exits with 0 if all is well.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "cuda/run.cuh"
+
+namespace cfpo::cuda {
+namespace {
+
+using T = bfloat16;
+
+float value_of(T x) {
+  float y;
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+T rounded(double x) {
+  return {static_cast<std::uint16_t>(hw::float_to_bfloat16(static_cast<float>(x)))};
+}
+constexpr std::uint16_t kGuard = 0x4242;
+
+struct Case {
+  int n_rows, n_cols;
+  int in_offset, out_offset;  // elements from an aligned address
+  int gap;                    // elements between rows; every third row is followed by more
+  bool inplace, entropy;
+  DeviceLimits device;
+};
+
+// A matrix in exactly as much memory as its aligned vectors take; what lies between rows is
+// guarded.
+struct Matrix {
+  std::vector<Vector> memory;
+  Rows rows;
+
+  Matrix(const Case& c, int offset) {
+    rows.dtype = DType::kBFloat16;
+    rows.n_rows = c.n_rows;
+    rows.n_cols = c.n_cols;
+    rows.inner = 3;
+    rows.inner_stride = c.n_cols + c.gap;
+    rows.outer_stride = 3 * rows.inner_stride + 2 * c.gap;
+    const std::int64_t last =
+        (c.n_rows - 1) / 3 * rows.outer_stride + (c.n_rows - 1) % 3 * rows.inner_stride + c.n_cols;
+    memory.resize(static_cast<std::size_t>((offset + last + 7) / 8));
+    rows.data = elements() + offset;
+    for (std::size_t i = 0; i < memory.size() * 8; ++i) elements()[i].bits = kGuard;
+  }
+  T* elements() { return reinterpret_cast<T*>(memory.data()); }
+  T* row(int i) { return static_cast<T*>(rows.row(i)); }
+  // Elements that are not a row's must be as they were.
+  bool guards_hold() {
+    std::vector<bool> inside(memory.size() * 8);
+    for (int i = 0; i < rows.n_rows; ++i) {
+      for (int j = 0; j < rows.n_cols; ++j) inside[row(i) + j - elements()] = true;
+    }
+    for (std::size_t i = 0; i < inside.size(); ++i) {
+      if (!inside[i] && elements()[i].bits != kGuard) return false;
+    }
+    return true;
+  }
+};
+
+bool close(double got, double want, double relative, double absolute) {
+  return std::fabs(got - want) <= relative * std::fabs(want) + absolute;
+}
+
+// One row's loss and gradient by the textbook, without entropy bonus where `h` is 0.
+bool row_is_right(const std::vector<double>& z, int target, double advantage, double old_logp,
+                  double h, const T* gradient, float loss, float logp) {
+  double top = -INFINITY, sum = 0, entropy = 0;
+  for (double x : z) top = std::fmax(top, x);
+  for (double x : z) sum += std::exp(x - top);
+  const auto log_p = [&](std::size_t j) { return z[j] - top - std::log(sum); };
+  for (std::size_t j = 0; j < z.size(); ++j) entropy -= std::exp(log_p(j)) * log_p(j);
+  const double r = std::exp(log_p(target) - old_logp), slope = std::fabs(advantage) / 0.2;
+  const double want_loss = -(r * advantage - slope / 2 * (r - 1) * (r - 1)) - h * entropy;
+  const double c = -r * (advantage - slope * (r - 1));
+  if (!close(logp, log_p(target), 1e-6, 1e-6) || !close(loss, want_loss, 1e-5, 2e-5)) return false;
+  double error = 0, norm = 0, rounding = 0;
+  for (std::size_t j = 0; j < z.size(); ++j) {
+    const double p = std::exp(log_p(j)), log_of_p = p == 0 ? 0 : log_p(j);
+    const bool is_target = static_cast<int>(j) == target;
+    const double want = c * ((is_target ? 1.0 : 0.0) - p) + h * p * (log_of_p + entropy);
+    const double got = value_of(gradient[j]);
+    if (is_target) {
+      if (!close(got, want, 0.0041, 1e-6)) return false;
+    } else {
+      error += (got - want) * (got - want);
+      norm += want * want;
+      rounding += std::pow(value_of(rounded(want)) - want, 2);
+    }
+  }
+  return std::sqrt(error) <= 1.1 * std::sqrt(rounding) + 2e-5 * std::sqrt(norm) + 1e-12;
+}
+
+bool run(const Case& c) {
+  emulation::limits() = c.device;
+  std::mt19937 random(c.n_cols * 31 + c.in_offset);
+  std::normal_distribution<float> normal(0, 2);
+  Matrix logits(c, c.in_offset), apart(c, c.out_offset);
+  Matrix& gradient = c.inplace ? logits : apart;
+  std::vector<std::vector<double>> z(c.n_rows);
+  std::vector<std::int64_t> ids(c.n_rows);
+  std::vector<float> weights(c.n_rows), advantages(c.n_rows), old(c.n_rows);
+  for (int i = 0; i < c.n_rows; ++i) {
+    for (int j = 0; j < c.n_cols; ++j) {
+      logits.row(i)[j] = i % 4 == 3 ? T{0x7FC0} : rounded(normal(random));  // masked rows: NaN
+      z[i].push_back(value_of(logits.row(i)[j]));
+    }
+    ids[i] = i % 4 == 3 ? -100 : i == 0 ? c.n_cols - 1 : static_cast<int>(random() % c.n_cols);
+    weights[i] = i % 4 == 3 ? 0.0f : 1.0f;
+    advantages[i] = i % 2 == 0 ? 1.5f : -0.5f;
+    double sum = 0;
+    for (double x : z[i]) sum += std::exp(x);
+    old[i] = i % 4 == 3 ? NAN : static_cast<float>(z[i][ids[i]] - std::log(sum) - 0.1);
+  }
+  std::vector<float> loss(c.n_rows, NAN), logps(c.n_rows, NAN), entropy(c.n_rows, NAN);
+  const float temperature = 1.0f;
+  PolicyLossParams params{};
+  params.problem = {logits.rows, ids.data(), &temperature, 0, weights.data()};
+  params.dlogits = gradient.rows;
+  params.advantages = advantages.data();
+  params.old_logps = old.data();
+  params.regularizers = {KlEstimator::kK3, 0.0, c.entropy ? 0.1 : 0.0};
+  params.loss = loss.data();
+  params.logps = logps.data();
+  params.entropy = entropy.data();
+  std::vector<char> workspace(static_cast<std::size_t>(
+      SplitWorkspace::bytes(c.n_rows, count_segments(c.n_cols, DType::kBFloat16))));
+  if (!c.entropy) params.entropy = nullptr;
+  run_stage<T>(PolicyStage<Cfpo<double>>{params, {0.2, INFINITY}}, params.dlogits,
+               {0, 0, workspace.data()});
+
+  bool right = logits.guards_hold() && apart.guards_hold();
+  if (!right) std::fprintf(stderr, "memory beside the rows was written\n");
+  for (int i = 0; i < c.n_rows && right; ++i) {
+    if (weights[i] == 0.0f) {
+      for (int j = 0; j < c.n_cols; ++j) right = right && gradient.row(i)[j].bits == 0;
+      right = right && loss[i] == 0.0f && logps[i] == 0.0f;
+    } else {
+      right = row_is_right(z[i], static_cast<int>(ids[i]), advantages[i], old[i],
+                           c.entropy ? 0.1 : 0.0, gradient.row(i), loss[i], logps[i]);
+    }
+    if (!right) std::fprintf(stderr, "row %d is wrong\n", i);
+  }
+  if (!right) {
+    std::fprintf(stderr, "  V %d, offsets %d and %d, gap %d, inplace %d, entropy %d, %d SMs\n",
+                 c.n_cols, c.in_offset, c.out_offset, c.gap, c.inplace, c.entropy,
+                 c.device.sm_count);
+  }
+  return right;
+}
+
+}  // namespace
+}  // namespace cfpo::cuda
+
+int main() {
+  using cfpo::cuda::DeviceLimits;
+  const DeviceLimits one_sm{1, 227 * 1024, 228 * 1024};
+  const DeviceLimits small{1, 56 * 1024, 64 * 1024};  // long rows are read again
+  const DeviceLimits large{132, 227 * 1024, 228 * 1024};
+  int failed = 0, count = 0;
+  for (const auto order : {emulation::Order::kForward, emulation::Order::kBackward}) {
+    emulation::machine().order = order;
+    for (const int v : {1, 7, 64, 1000, 1024, 1031, 4100, 9000, 36000}) {
+      for (const int offset : {0, 1, 6}) {
+        for (const bool inplace : {false, true}) {
+          for (const DeviceLimits& device : {one_sm, small, large}) {
+            if (device.sm_count > 1 && v < 32 * 1024) continue;  // nothing to split
+            const int rows = v > 8000 ? 3 : 9;
+            failed += !cfpo::cuda::run({rows, v, offset, inplace ? offset : 7 - offset, v % 5,
+                                        inplace, offset == 1, device});
+            ++count;
+          }
+        }
+      }
+    }
+  }
+  std::printf("%d cases, %d failed\n", count, failed);
+  return failed != 0;
+}

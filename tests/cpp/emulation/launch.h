@@ -1,0 +1,33 @@
+// csrc/cuda/launch.h on a CPU: a device of any size, and launches that return when they are done.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "emulation/machine.h"
+
+namespace emulation {
+
+// What the kernels are told about the device; an H100 unless a test says otherwise.
+inline cfpo::cuda::DeviceLimits& limits() {
+  static cfpo::cuda::DeviceLimits value{132, 227 * 1024, 228 * 1024};
+  return value;
+}
+
+}  // namespace emulation
+
+namespace cfpo::cuda {
+
+inline DeviceLimits device_limits(int) { return emulation::limits(); }
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const Execution&,
+            const Arguments&... arguments) {
+  if (grid.shared_bytes > emulation::limits().shared_per_block || grid.threads > 1024) {
+    throw std::runtime_error(std::string("launching ") + name + " failed: too large a block");
+  }
+  emulation::run_grid(grid.blocks, grid.blocks_y, grid.threads,
+                      static_cast<std::size_t>(grid.shared_bytes), [&] { kernel(arguments...); });
+}
+
+}  // namespace cfpo::cuda

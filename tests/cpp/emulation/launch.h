@@ -26,7 +26,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
   if (grid.shared_bytes > emulation::limits().shared_per_block || grid.threads > 1024) {
     throw std::runtime_error(std::string("launching ") + name + " failed: too large a block");
   }
-  emulation::run_grid(grid.blocks, grid.blocks_y, grid.threads,
+  emulation::run_grid(grid.blocks, grid.blocks_y, grid.cluster, grid.threads,
                       static_cast<std::size_t>(grid.shared_bytes), [&] { kernel(arguments...); });
 }
 

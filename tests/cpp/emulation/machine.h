@@ -8,8 +8,8 @@
 // in one order or another. What it cannot show: races within one barrier interval that happen to
 // give the right value, the GPU's memory model, timing.
 //
-// Blocks run one cluster after another; the blocks of a cluster run together. Clusters have one
-// block so far.
+// Blocks run one cluster after another; the blocks of a cluster run together. async.h adds what
+// they share: barriers, bulk copies, each other's memory.
 #pragma once
 
 #if !defined(__x86_64__)
@@ -24,6 +24,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -38,11 +39,27 @@ constexpr int kWarp = 32;
 constexpr std::size_t kStackBytes = 256 * 1024;
 
 enum class Order { kForward, kBackward, kShuffled };
-enum class Meeting { kNone, kWarpSync, kShuffle, kBlockSync };
+// kPoll: until `ready` is true, whatever the others do.
+enum class Meeting { kNone, kWarpSync, kShuffle, kBlockSync, kPoll };
 
 struct Copy {
   void* to;
   const void* from;
+};
+
+struct BulkCopy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+};
+
+// An mbarrier: a phase ends when all have arrived and all expected bytes have come.
+struct Barrier {
+  int count = 0;
+  int pending = 0;
+  std::size_t expected = 0;
+  unsigned phase = 0;
+  std::vector<BulkCopy> copies;
 };
 
 struct Block;
@@ -107,6 +124,11 @@ struct Thread {
   int exchanges = 0;
   std::vector<Copy> open_copies;
   std::deque<std::vector<Copy>> groups;
+  std::function<bool()> ready;
+  int cluster_arrivals = 0;
+  std::vector<std::size_t> unfenced;  // vectors of shared memory that only this proxy sees
+  std::vector<BulkCopy> open_bulk_stores;
+  std::deque<std::vector<BulkCopy>> bulk_stores;
 };
 
 struct Block {
@@ -119,6 +141,10 @@ struct Block {
   std::size_t shared_bytes = 0;
   std::vector<Thread> threads;
   std::vector<std::uint64_t> exchange[2];  // what a lane shows to its warp, by turns
+  bool started = false;
+  int left = 0;               // threads that have not ended
+  std::vector<int> unfenced;  // for each vector of shared memory: writers that have not fenced it
+  std::map<const void*, Barrier> barriers;
 };
 
 [[noreturn]] inline void fail(const char* what) {
@@ -135,7 +161,8 @@ struct Machine {
   Thread* current = nullptr;
   std::function<void()> body;
   std::mt19937 random{1};
-  Block block;  // kept from launch to launch for its stacks
+  std::vector<Block> cluster;  // kept from launch to launch for their stacks
+  int cluster_size = 1;
 };
 
 inline Machine& machine() {
@@ -173,7 +200,8 @@ inline void run_thread() {
 #endif
   machine().body();
   Thread& thread = current();
-  if (!thread.open_copies.empty() || !thread.groups.empty()) {
+  if (!thread.open_copies.empty() || !thread.groups.empty() || !thread.open_bulk_stores.empty() ||
+      !thread.bulk_stores.empty()) {
     fail("a thread ended with asynchronous copies under way");
   }
   thread.done = true;
@@ -191,7 +219,9 @@ inline void prepare(Thread& thread, Block& block, int index) {
   thread.waits_at = Meeting::kNone;
   thread.done = false;
   thread.exchanges = 0;
-  if (!thread.stack) thread.stack = std::make_unique<char[]>(kStackBytes);
+  thread.cluster_arrivals = 0;
+  thread.unfenced.clear();
+  if (!thread.stack) thread.stack.reset(new char[kStackBytes]);  // only what is used gets memory
   begin_context(thread.context, thread.stack.get(), run_thread);
 }
 
@@ -201,6 +231,7 @@ inline bool release_warp(Block& block, std::size_t first) {
   for (std::size_t i = first; i < first + kWarp; ++i) {
     const Thread& thread = block.threads[i];
     if (thread.done || thread.waits_at == Meeting::kNone) return false;
+    if (thread.waits_at == Meeting::kPoll || meeting == Meeting::kPoll) return false;
     if (thread.waits_at != meeting) {
       if (thread.waits_at == Meeting::kBlockSync || meeting == Meeting::kBlockSync) return false;
       fail("the lanes of a warp met at different places");
@@ -215,6 +246,7 @@ inline bool release_warp(Block& block, std::size_t first) {
 
 // The same for a block; threads that have left do not count, as on the GPU.
 inline bool release_block(Block& block) {
+  if (block.left == 0) return false;
   for (const Thread& thread : block.threads) {
     if (!thread.done && thread.waits_at != Meeting::kBlockSync) return false;
   }
@@ -222,8 +254,8 @@ inline bool release_block(Block& block) {
   return true;
 }
 
-// Runs the lanes that can run; whether there were any. `left`: threads that have not ended.
-inline bool run_warp(Block& block, int first, int& left) {
+// Runs the lanes that can run; whether there were any.
+inline bool run_warp(Block& block, int first) {
   Machine& m = machine();
   bool moved = release_warp(block, static_cast<std::size_t>(first));
   std::array<int, kWarp> turn;
@@ -231,52 +263,70 @@ inline bool run_warp(Block& block, int first, int& left) {
   if (m.order == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), m.random);
   for (const int lane : turn) {
     Thread& thread = block.threads[first + lane];
-    if (thread.done || thread.waits_at != Meeting::kNone) continue;
+    if (thread.done) continue;
+    if (thread.waits_at == Meeting::kPoll && thread.ready()) thread.waits_at = Meeting::kNone;
+    if (thread.waits_at != Meeting::kNone) continue;
+    block.started = true;
     switch_to_thread(thread);
     moved = true;
-    left -= thread.done ? 1 : 0;
+    block.left -= thread.done ? 1 : 0;
   }
   return moved;
 }
 
-inline void run_block(Block& block, int threads, std::size_t shared_bytes) {
-  Machine& m = machine();
+inline void begin_block(Block& block, int threads, std::size_t shared_bytes) {
   block.threads.resize(threads);
   block.shared_bytes = shared_bytes;
   block.shared.reset(static_cast<char*>(std::malloc(shared_bytes)));
   std::memset(block.shared.get(), 0xFF, shared_bytes);
+  block.unfenced.assign(shared_bytes / 16, 0);
+  block.barriers.clear();
+  block.started = false;
+  block.left = threads;
   for (auto& slots : block.exchange) slots.assign(threads, 0);
   for (int i = 0; i < threads; ++i) prepare(block.threads[i], block, i);
-  const int warps = threads / kWarp;
-  std::vector<int> turn(warps);
-  for (int i = 0; i < warps; ++i) turn[i] = m.order == Order::kBackward ? warps - 1 - i : i;
-  for (int left = threads; left > 0;) {
+}
+
+inline void run_cluster(int threads, std::size_t shared_bytes) {
+  Machine& m = machine();
+  for (Block& block : m.cluster) begin_block(block, threads, shared_bytes);
+  const int warps = threads / kWarp, all = warps * static_cast<int>(m.cluster.size());
+  std::vector<int> turn(all);
+  for (int i = 0; i < all; ++i) turn[i] = m.order == Order::kBackward ? all - 1 - i : i;
+  const auto running = [](const Block& block) { return block.left > 0; };
+  while (std::any_of(m.cluster.begin(), m.cluster.end(), running)) {
     bool moved = false;
     if (m.order == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), m.random);
     for (const int warp : turn) {
       // As far as it goes, ahead of all others; shuffled, only to its next meeting.
-      while (run_warp(block, warp * kWarp, left)) {
+      while (run_warp(m.cluster[warp / warps], warp % warps * kWarp)) {
         moved = true;
         if (m.order == Order::kShuffled) break;
       }
     }
-    if (left > 0) moved |= release_block(block);
+    for (Block& block : m.cluster) moved |= release_block(block);
     if (!moved) fail("deadlock: threads wait for others that left or wait elsewhere");
   }
 }
 
-inline void run_grid(long blocks, int blocks_y, int threads, std::size_t shared_bytes,
+// `cluster` consecutive blocks of x form a cluster.
+inline void run_grid(long blocks, int blocks_y, int cluster, int threads, std::size_t shared_bytes,
                      std::function<void()> body) {
   if (threads % kWarp != 0) fail("a block must consist of whole warps");
+  if (blocks % cluster != 0) fail("a grid must consist of whole clusters");
   Machine& m = machine();
   m.block_count = blocks;
   m.block_count_y = blocks_y;
+  m.cluster_size = cluster;
   m.body = std::move(body);
+  m.cluster.resize(cluster);
   for (int y = 0; y < blocks_y; ++y) {
-    for (long x = 0; x < blocks; ++x) {
-      m.block.index = m.order == Order::kBackward ? blocks - 1 - x : x;
-      m.block.index_y = m.order == Order::kBackward ? blocks_y - 1 - y : y;
-      run_block(m.block, threads, shared_bytes);
+    for (long x = 0; x < blocks; x += cluster) {
+      for (int rank = 0; rank < cluster; ++rank) {
+        m.cluster[rank].index = (m.order == Order::kBackward ? blocks - cluster - x : x) + rank;
+        m.cluster[rank].index_y = m.order == Order::kBackward ? blocks_y - 1 - y : y;
+      }
+      run_cluster(threads, shared_bytes);
     }
   }
 }
@@ -296,14 +346,19 @@ T exchange(T x, int from) {
 inline void check_aligned(const void* p) {
   if (reinterpret_cast<std::uintptr_t>(p) % 16 != 0) fail("a misaligned 16-byte access");
 }
-inline void check_shared(const void* p) {
+// Offset of `bytes` bytes within the block's shared memory.
+inline std::size_t shared_offset(const void* p, std::size_t bytes) {
   const Block& block = *current().block;
   const char* address = static_cast<const char*>(p);
   const char* begin = block.shared.get();
-  check_aligned(p);
-  if (address < begin || address + 16 > begin + block.shared_bytes) {
+  if (address < begin || address + bytes > begin + block.shared_bytes) {
     fail("an access outside the block's shared memory");
   }
+  return static_cast<std::size_t>(address - begin);
+}
+inline void check_shared(const void* p) {
+  check_aligned(p);
+  shared_offset(p, 16);
 }
 
 inline void copy_async(void* to, const void* from) {

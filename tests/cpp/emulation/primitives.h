@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "core/dtype.h"
-#include "emulation/machine.h"
+#include "emulation/async.h"
 
 #define CFPO_DEVICE inline
 #define CFPO_KERNEL(threads, blocks) inline void
@@ -46,6 +46,7 @@ inline Vector load_shared(const void* p) {
   emulation::check_shared(p);
   return *static_cast<const Vector*>(p);
 }
+inline void store_shared(void* p, Vector v) { emulation::store_shared(p, &v); }
 inline Vector load_global(const void* p) {
   emulation::check_aligned(p);
   return *static_cast<const Vector*>(p);
@@ -58,6 +59,33 @@ template <class T>
 void store_streaming(T* p, T element) {
   *p = element;
 }
+
+inline int cluster_size() { return emulation::machine().cluster_size; }
+inline int cluster_rank() {
+  return static_cast<int>(emulation::current().block->index % cluster_size());
+}
+inline void cluster_arrive() { ++emulation::current().cluster_arrivals; }
+inline void cluster_wait() { emulation::cluster_wait(); }
+inline void store_peer(float* p, int rank, float x) {
+  emulation::store_peer(p, rank, &x, sizeof x);
+}
+
+using Barrier = std::uint64_t;
+inline void barrier_init(Barrier* barrier, int count) { emulation::barrier_init(barrier, count); }
+inline void fence_barrier_init() {}
+inline void barrier_arrive_expect(Barrier* barrier, int bytes) {
+  emulation::barrier_arrive(barrier, static_cast<std::size_t>(bytes));
+}
+inline void barrier_wait(Barrier* barrier, int parity) { emulation::barrier_wait(barrier, parity); }
+inline void bulk_load(void* to, const void* from, int bytes, Barrier* barrier, Policy) {
+  emulation::bulk_load(to, from, static_cast<std::size_t>(bytes), barrier);
+}
+inline void bulk_store(void* to, const void* from, int bytes, Policy) {
+  emulation::bulk_store(to, from, static_cast<std::size_t>(bytes));
+}
+inline void bulk_commit() { emulation::bulk_commit(); }
+inline void bulk_wait_read() { emulation::bulk_wait_read(); }
+inline void fence_async() { emulation::fence_async(); }
 
 // As far from 2^x as the hardware's instruction may be, so that the tests' tolerances hold there.
 inline float exp2_approx(float x) {

@@ -1,0 +1,123 @@
+// Clusters of blocks, mbarriers and bulk copies for machine.h.
+//
+// Bulk copies are as late as the hardware may make them: a load spoils its target when it starts
+// and lands when the phase that counts it is waited for; a store reads its bytes when it is waited
+// for. A store of bytes that their writer has not fenced, an access to a block that has not begun
+// or has ended, a misaligned or odd-sized copy are errors.
+#pragma once
+
+#include "emulation/machine.h"
+
+namespace emulation {
+
+inline void wait_until(std::function<bool()> ready) {
+  if (ready()) return;
+  current().ready = std::move(ready);
+  wait_at(Meeting::kPoll);
+}
+
+// Threads that have left count as having arrived.
+inline void cluster_wait() {
+  const int own = current().cluster_arrivals;
+  wait_until([own] {
+    for (const Block& block : machine().cluster) {
+      for (const Thread& thread : block.threads) {
+        if (!thread.done && thread.cluster_arrivals < own) return false;
+      }
+    }
+    return true;
+  });
+}
+
+inline void store_peer(void* p, int rank, const void* x, std::size_t bytes) {
+  if (rank < 0 || rank >= machine().cluster_size) fail("a store to no block of the cluster");
+  Block& peer = machine().cluster[rank];
+  if (!peer.started) fail("a store to a block that has not begun");
+  if (peer.left == 0) fail("a store to a block that has ended");
+  std::memcpy(peer.shared.get() + shared_offset(p, bytes), x, bytes);
+}
+
+inline void barrier_init(void* p, int count) {
+  shared_offset(p, 8);
+  if (reinterpret_cast<std::uintptr_t>(p) % 8 != 0) fail("a misaligned barrier");
+  Barrier barrier;
+  barrier.count = barrier.pending = count;
+  current().block->barriers[p] = barrier;
+}
+inline Barrier& barrier_at(const void* p) {
+  auto& barriers = current().block->barriers;
+  const auto found = barriers.find(p);
+  if (found == barriers.end()) fail("a barrier that was not initialised");
+  return found->second;
+}
+inline void end_phase_if_complete(Barrier& barrier) {
+  std::size_t bytes = 0;
+  for (const BulkCopy& copy : barrier.copies) bytes += copy.bytes;
+  if (barrier.pending > 0 || bytes != barrier.expected) return;
+  for (const BulkCopy& copy : barrier.copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  barrier.copies.clear();
+  barrier.expected = 0;
+  barrier.pending = barrier.count;
+  ++barrier.phase;
+}
+inline void barrier_arrive(void* p, std::size_t bytes) {
+  Barrier& barrier = barrier_at(p);
+  if (barrier.pending == 0) end_phase_if_complete(barrier);
+  if (barrier.pending == 0) fail("more arrivals at a barrier than it counts");
+  --barrier.pending;
+  barrier.expected += bytes;
+}
+inline void barrier_wait(void* p, int parity) {
+  Barrier& barrier = barrier_at(p);
+  wait_until([&barrier, parity] {
+    if (static_cast<int>(barrier.phase & 1) == parity) end_phase_if_complete(barrier);
+    return static_cast<int>(barrier.phase & 1) != parity;
+  });
+}
+
+inline void check_bulk(const void* global, const void* shared, std::size_t bytes) {
+  check_aligned(global);
+  check_aligned(shared);
+  shared_offset(shared, bytes);
+  if (bytes % 16 != 0 || bytes == 0) fail("a bulk copy of an odd size");
+}
+inline void bulk_load(void* to, const void* from, std::size_t bytes, void* barrier) {
+  check_bulk(from, to, bytes);
+  std::memset(to, 0xFF, bytes);
+  barrier_at(barrier).copies.push_back({to, from, bytes});
+}
+inline void bulk_store(void* to, const void* from, std::size_t bytes) {
+  check_bulk(to, from, bytes);
+  const std::size_t first = shared_offset(from, bytes) / 16;
+  for (std::size_t i = first; i < first + bytes / 16; ++i) {
+    if (current().block->unfenced[i] != 0) fail("a bulk store of bytes that are not fenced");
+  }
+  current().open_bulk_stores.push_back({to, from, bytes});
+}
+inline void bulk_commit() {
+  Thread& thread = current();
+  thread.bulk_stores.push_back(std::move(thread.open_bulk_stores));
+  thread.open_bulk_stores.clear();
+}
+inline void bulk_wait_read() {
+  Thread& thread = current();
+  for (const auto& group : thread.bulk_stores) {
+    for (const BulkCopy& copy : group) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  thread.bulk_stores.clear();
+}
+
+inline void store_shared(void* p, const void* vector) {
+  check_shared(p);
+  const std::size_t index = shared_offset(p, 16) / 16;
+  ++current().block->unfenced[index];
+  current().unfenced.push_back(index);
+  std::memcpy(p, vector, 16);
+}
+inline void fence_async() {
+  Thread& thread = current();
+  for (const std::size_t index : thread.unfenced) --thread.block->unfenced[index];
+  thread.unfenced.clear();
+}
+
+}  // namespace emulation

@@ -1,0 +1,50 @@
+"""The emulation's clusters, barriers and bulk copies work, and notice when they are misused."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from emulation import CXX, ROOT, compile_cpp
+
+pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built = tmp_path_factory.mktemp("primitives") / "check"
+    compile_cpp(ROOT / "tests" / "cpp" / "cluster_primitives.cpp", built)
+    return built
+
+
+def run(program: Path, mistake: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(program), mistake], capture_output=True, text=True, timeout=60)
+
+
+def test_right_use(program: Path) -> None:
+    done = run(program, "none")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mistake", "what"),
+    [
+        ("no first barrier", "a store to a block that has not begun"),
+        ("no barrier", "orders failed"),
+        ("early exit", "a store to a block that has ended"),
+        ("one barrier less", "orders failed"),
+        ("no wait", "orders failed"),
+        ("wrong parity", "orders failed|deadlock"),
+        ("early refill", "orders failed"),
+        ("not waited for", "ended with asynchronous copies"),
+        ("no fence", "not fenced"),
+        ("too few bytes", "deadlock"),
+        ("misaligned", "misaligned"),
+    ],
+)
+def test_misuse_is_noticed(program: Path, mistake: str, what: str) -> None:
+    done = run(program, mistake)
+    assert done.returncode != 0
+    assert any(text in done.stdout + done.stderr for text in what.split("|")), done.stderr

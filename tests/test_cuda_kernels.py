@@ -17,8 +17,7 @@ import test_edges as edges
 import test_loss
 import test_token_logps
 import torch
-from emulation import A100, CXX, H100, ONE_SM, RTX4090, EmulatedBackend, load_module
-from filelock import FileLock  # torch brings it
+from emulation import A100, CXX, H100, ONE_SM, RTX4090, EmulatedBackend
 from hypothesis import HealthCheck, given, settings
 from on_device import OnDevice
 from oracle import Case, Outcome, check, make_case, run, with_everything
@@ -30,16 +29,6 @@ pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ c
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVEL = ""  # of the CPU kernels, which do not run here
-
-
-@pytest.fixture(scope="session")
-def module(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Built once, also where several processes run the tests."""
-    root = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        root = root.parent
-    with FileLock(root / "emulated.lock"):
-        return load_module(root / "emulated")
 
 
 class Target:
@@ -65,7 +54,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
     if request.param == "gpu":
         chosen = Target(OnDevice())
     else:
-        module = request.getfixturevalue("module")
+        module = request.getfixturevalue("emulated_cuda")
         chosen = Target(EmulatedBackend(module), module)
     chosen.set_device(*ONE_SM)
     chosen.set_order("forward")

@@ -1,6 +1,7 @@
 #include "cuda/plan.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -11,6 +12,12 @@ namespace {
 constexpr int kReservedPerBlock = 1024;  // of an SM's shared memory, by the system
 constexpr int kPassingSlots = 3;  // of a warp, where rows only pass: two under way, one in use
 constexpr int kMinSplitSegments = 32;
+constexpr int kMostCluster = 8;  // more is not portable
+// Of a slice, 80 KiB: three rows in flight rather than two, at the price of a larger cluster, but
+// 151936 columns still by a cluster of 4.
+constexpr int kMostSlice = 40;
+constexpr int kMostStages = 4;
+constexpr int kMinClusterSegments = 25;  // shorter rows: the row kernel takes several at a time
 
 int windows_that_fit(RowPlan plan, int shared_bytes) {
   plan.slots = plan.extra_slots = 0;
@@ -74,6 +81,44 @@ RowPlan plan_rows(int n_segments, bool both_sweeps, const DeviceLimits& limits) 
 std::int64_t row_blocks(std::int64_t n_rows, const RowPlan& plan, const DeviceLimits& limits) {
   const std::int64_t needed = (n_rows + plan.rows_per_block - 1) / plan.rows_per_block;
   return std::min<std::int64_t>(needed, limits.sm_count * plan.blocks_per_sm);
+}
+
+ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits) {
+  ClusterPlan plan;
+  plan.n_segments = n_segments;
+  for (plan.cluster = 1; plan.cluster <= kMostCluster; plan.cluster *= 2) {
+    if (plan.slice_segments() > kMostSlice) continue;
+    for (plan.stages = kMostStages; plan.stages >= 2; --plan.stages) {
+      if (ClusterSharedMemory(plan).bytes > limits.shared_per_block) continue;
+      plan.warps = std::min(plan.slice_segments(), kClusterThreads / 32);
+      return plan;
+    }
+  }
+  return ClusterPlan();
+}
+
+RowKernel wanted_row_kernel() {
+  const char* text = std::getenv("CFPO_KERNELS_CUDA_KERNEL");
+  const std::string name = text == nullptr ? "auto" : text;
+  if (name == "auto" || name.empty()) return RowKernel::kAuto;
+  if (name == "portable") return RowKernel::kPortable;
+  if (name == "cluster") return RowKernel::kCluster;
+  throw std::invalid_argument("CFPO_KERNELS_CUDA_KERNEL is '" + name +
+                              "'; it takes auto, portable or cluster");
+}
+
+bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimits& limits,
+                  RowKernel wanted) {
+  const bool possible = limits.clusters && plan.cluster > 0;
+  if (wanted == RowKernel::kCluster && !possible) {
+    throw std::invalid_argument("CFPO_KERNELS_CUDA_KERNEL is 'cluster', but " +
+                                std::string(limits.clusters
+                                                ? "a row is too long for that kernel"
+                                                : "this device or this build has no clusters"));
+  }
+  if (wanted != RowKernel::kAuto) return wanted == RowKernel::kCluster;
+  return possible && plan.n_segments >= kMinClusterSegments &&
+         n_rows * plan.cluster >= limits.sm_count;
 }
 
 bool split_rows(std::int64_t n_rows, int n_segments, const DeviceLimits& limits) {

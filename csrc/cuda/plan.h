@@ -23,11 +23,13 @@ constexpr int kRing = 2;
 // Blocks are smaller.
 constexpr int kRowThreadsPerSm = 640;
 constexpr int kSplitThreads = 256;
+constexpr int kClusterThreads = 512;
 
 struct DeviceLimits {
   int sm_count = 0;
   int shared_per_block = 0;  // bytes, opted in
   int shared_per_sm = 0;
+  bool clusters = false;  // runs clusters of blocks, and has bulk copies
 };
 
 // The row kernel: a block works on rows_per_block rows at a time, each by warps_per_row warps.
@@ -69,6 +71,55 @@ struct RowSharedMemory {
 // `both_sweeps`: sums and gradient, so that a row is worth keeping; otherwise it only passes.
 RowPlan plan_rows(int n_segments, bool both_sweeps, const DeviceLimits& limits);
 std::int64_t row_blocks(std::int64_t n_rows, const RowPlan& plan, const DeviceLimits& limits);
+
+// The cluster kernel: each block of a cluster has a slice of the row, whole segments, in one of
+// `stages` slots of shared memory, and so many rows are in flight.
+struct ClusterPlan {
+  int n_segments = 0;  // of a row
+  int cluster = 0;     // blocks; 0: no plan
+  int stages = 0;
+  int warps = 0;  // of a block
+
+  // Of n_segments, block `rank` has those from first_segment(rank); slices differ by one at most.
+  CFPO_HOST_DEVICE int first_segment(int rank) const {
+    const int extra = n_segments % cluster;
+    return rank * (n_segments / cluster) + (rank < extra ? rank : extra);
+  }
+  CFPO_HOST_DEVICE int slice_segments() const { return (n_segments + cluster - 1) / cluster; }
+  // The aligned vectors that a slice touches: one more than it has bytes for.
+  CFPO_HOST_DEVICE int slot_bytes() const { return slice_segments() * kSegmentBytes + 16; }
+};
+
+// Offsets into the cluster kernel's shared memory, which begins with the slots. What blocks tell
+// each other has two copies, for rows by turns: a block that is ahead writes of the next row while
+// another still reads of this one.
+struct ClusterSharedMemory {
+  int barriers;  // 8 bytes for each slot
+  int gradient;  // RowGradient
+  int targets;   // 2 floats
+  int parts;     // 2 * n_segments PartialSums
+  int bytes;
+
+  CFPO_HOST_DEVICE explicit ClusterSharedMemory(const ClusterPlan& plan) {
+    barriers = plan.stages * plan.slot_bytes();
+    gradient = barriers + plan.stages * 8;
+    targets = gradient + static_cast<int>(sizeof(RowGradient));
+    parts = targets + 2 * static_cast<int>(sizeof(float));
+    bytes = parts + 2 * plan.n_segments * static_cast<int>(sizeof(PartialSum));
+  }
+};
+
+// The smallest cluster that keeps slices short and two rows in flight; cluster 0 if none does.
+ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits);
+
+// Which kernel sums and writes whole rows: CFPO_KERNELS_CUDA_KERNEL, which is "auto" (or unset),
+// "portable" or "cluster". std::invalid_argument for anything else.
+enum class RowKernel { kAuto, kPortable, kCluster };
+RowKernel wanted_row_kernel();
+
+// Whether the cluster kernel takes these rows; std::invalid_argument if it is wanted and cannot.
+bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimits& limits,
+                  RowKernel wanted);
 
 // Whether to split rows over many blocks, by two kernels instead of one.
 bool split_rows(std::int64_t n_rows, int n_segments, const DeviceLimits& limits);

@@ -5,8 +5,31 @@
 
 PYBIND11_MODULE(emulated_cuda, m) {
   cfpo::bindings::bind_cuda_kernels(m);
-  m.def("set_device", [](int sm_count, int shared_per_block, int shared_per_sm) {
-    emulation::limits() = {sm_count, shared_per_block, shared_per_sm};
+  m.def(
+      "set_device",
+      [](int sm_count, int shared_per_block, int shared_per_sm, bool clusters) {
+        emulation::limits() = {sm_count, shared_per_block, shared_per_sm, clusters};
+      },
+      pybind11::arg("sm_count"), pybind11::arg("shared_per_block"), pybind11::arg("shared_per_sm"),
+      pybind11::arg("clusters") = false);
+  m.def("plan_clusters", [](int n_segments, std::int64_t n_rows) {
+    const cfpo::cuda::ClusterPlan plan = cfpo::cuda::plan_clusters(n_segments, emulation::limits());
+    pybind11::dict values;
+    values["cluster"] = plan.cluster;
+    values["chosen"] = cfpo::cuda::use_clusters(n_rows, plan, emulation::limits(),
+                                                cfpo::cuda::wanted_row_kernel());
+    if (plan.cluster == 0) return values;
+    pybind11::list firsts;
+    for (int rank = 0; rank <= plan.cluster; ++rank) firsts.append(plan.first_segment(rank));
+    values["first_segments"] = firsts;
+    values["slice"] = plan.slice_segments();
+    values["stages"] = plan.stages;
+    values["warps"] = plan.warps;
+    values["slot_bytes"] = plan.slot_bytes();
+    values["barriers"] = cfpo::cuda::ClusterSharedMemory(plan).barriers;
+    values["parts"] = cfpo::cuda::ClusterSharedMemory(plan).parts;
+    values["shared_bytes"] = cfpo::cuda::ClusterSharedMemory(plan).bytes;
+    return values;
   });
   m.def("plan_rows", [](int n_segments, bool both_sweeps) {
     const cfpo::cuda::RowPlan plan =

@@ -1,0 +1,93 @@
+"""The cluster kernel: how rows are cut up, and the bits of the row kernel from any cluster."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from typing import Any
+
+import pytest
+from emulation import A100, CXX, H100, RTX4090
+
+pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
+
+HOPPER = (*H100, True)
+VECTOR, SEGMENT = 16, 2048
+
+
+@pytest.fixture(autouse=True)
+def module(emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.delenv("CFPO_KERNELS_CUDA_KERNEL", raising=False)
+    emulated_cuda.set_device(*HOPPER)
+    emulated_cuda.set_order("forward")
+    return emulated_cuda
+
+
+@pytest.mark.parametrize(
+    ("v", "element", "cluster", "stages"),
+    [
+        (32000, 2, 1, 3),
+        (32768, 2, 1, 3),
+        (50257, 2, 2, 4),
+        (128256, 2, 4, 3),
+        (131072, 2, 4, 3),
+        (151936, 2, 4, 2),
+        (262144, 2, 8, 3),
+        (32000, 4, 2, 3),
+        (128256, 4, 8, 3),
+        (151936, 4, 8, 2),
+        (262144, 4, 0, 0),
+    ],
+)
+def test_the_table_for_227_kb(v: int, element: int, cluster: int, stages: int, module: Any) -> None:
+    plan = module.plan_clusters(-(-v * element // SEGMENT), 8192)
+    assert (plan["cluster"], plan.get("stages", 0)) == (cluster, stages)
+    assert plan["chosen"] == (cluster > 0)
+
+
+@pytest.mark.parametrize("shared", [16 * 1024, RTX4090[1], A100[1], H100[1]])
+def test_plans_fit(shared: int, module: Any) -> None:
+    module.set_device(132, shared, shared + 1024, True)
+    for n_segments in range(1, 330):
+        plan = module.plan_clusters(n_segments, 8192)
+        if plan["cluster"] == 0:
+            assert n_segments > 8 * min(40, (shared - 24 * n_segments - 512) // 2 // SEGMENT - 1)
+            continue
+        assert plan["cluster"] in (1, 2, 4, 8)
+        assert plan["shared_bytes"] <= shared
+        assert plan["stages"] >= 2, "two rows have to be in flight"
+        firsts = plan["first_segments"]
+        slices = [end - begin for begin, end in itertools.pairwise(firsts)]
+        assert firsts[0] == 0 and firsts[-1] == n_segments
+        assert max(slices) == plan["slice"] <= 40 and max(slices) - min(slices) <= 1
+        assert 1 <= plan["warps"] <= 16
+        # A shift of up to 15 bytes widens a slice by one vector.
+        assert plan["slot_bytes"] >= plan["slice"] * SEGMENT + VECTOR
+        assert plan["slot_bytes"] % VECTOR == 0 and plan["barriers"] % 8 == 0
+        assert plan["parts"] % 4 == 0
+        assert plan["barriers"] >= plan["stages"] * plan["slot_bytes"]
+
+
+def test_when_it_is_chosen(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(n_segments: int, n_rows: int) -> bool:
+        return bool(module.plan_clusters(n_segments, n_rows)["chosen"])
+
+    assert chosen(126, 33) and not chosen(126, 32), "a slice for every SM"
+    assert chosen(32, 132) and not chosen(32, 131)
+    assert not chosen(24, 10**6), "short rows go several to a block"
+    assert not chosen(321, 10**6), "too long"
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
+    assert chosen(1, 1) and chosen(126, 1)
+    with pytest.raises(ValueError, match="too long"):
+        chosen(321, 10**6)
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "portable")
+    assert not chosen(126, 10**6)
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "fastest")
+    with pytest.raises(ValueError, match="is 'fastest'; it takes auto, portable or cluster"):
+        chosen(126, 10**6)
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "auto")
+    module.set_device(*A100)
+    assert not chosen(126, 10**6), "no clusters before compute capability 9.0"
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
+    with pytest.raises(ValueError, match="has no clusters"):
+        chosen(126, 10**6)

@@ -26,11 +26,12 @@ class Mutant(NamedTuple):
     flags: list[str] = []  # noqa: RUF012  # never changed
 
 
-ROW, SEGMENT, SPLIT, ELEMENTS = (
+ROW, SEGMENT, SPLIT, ELEMENTS, CLUSTER = (
     "row_kernel.cuh",
     "segment.cuh",
     "split_kernels.cuh",
     "elements.cuh",
+    "cluster_kernel.cuh",
 )
 MUTANTS = {
     "sums merged before all have come": Mutant(
@@ -77,6 +78,56 @@ MUTANTS = {
         SEGMENT, "first + j >= segment.count || first + j == skip", "first + j >= segment.count"
     ),
     "a shift by 4 bytes forgotten": Mutant(ELEMENTS, "if (shift & 4)", "if (false)"),
+    "cluster: sums merged before all have come": Mutant(
+        CLUSTER, "    hw::cluster_wait();\n    if (warp", "    if (warp"
+    ),
+    "cluster: a block written to before it runs": Mutant(
+        CLUSTER, "    hw::cluster_wait();\n    for", "    for"
+    ),
+    "cluster: an exchange overwritten while it is read": Mutant(CLUSTER, "    turn_ ^= 1;\n", ""),
+    "cluster: coefficients used before they are there": Mutant(
+        CLUSTER, "    hw::sync_block();\n    write_row", "    write_row"
+    ),
+    "cluster: a slot read before it is full": Mutant(
+        CLUSTER, "    hw::barrier_wait(barrier(slot_), parity_);\n", ""
+    ),
+    "cluster: the phase of the round before": Mutant(CLUSTER, "      parity_ ^= 1;\n", ""),
+    "cluster: a slot refilled before it was read": Mutant(
+        CLUSTER, "if (started_) fetch_next();", "fetch_next();"
+    ),
+    "cluster: a slot refilled before its gradient left": Mutant(
+        CLUSTER, "      hw::bulk_wait_read();  // and", "      // and"
+    ),
+    "cluster: a chunk refilled while its neighbour reads": Mutant(
+        CLUSTER, "    hw::sync_block();  // the next chunk's", "    // the next chunk's"
+    ),
+    "cluster: bytes of other lanes stored before they are there": Mutant(
+        CLUSTER, "    hw::fence_async();\n    hw::sync_warp();", "    hw::fence_async();"
+    ),
+    "cluster: bytes stored that are not fenced": Mutant(CLUSTER, "    hw::fence_async();\n", ""),
+    "cluster: left with stores under way": Mutant(
+        CLUSTER, "    if (lane_index() == 0) hw::bulk_wait_read();\n", ""
+    ),
+    "cluster: a masked row takes a slot": Mutant(
+        CLUSTER, "while (next_ < n_rows() && stage_.skip(next_))", "while (false)"
+    ),
+    "cluster: the head is missing": Mutant(
+        CLUSTER, "if (begin_ == 0) write_elements", "if (false) write_elements"
+    ),
+    "cluster: the tail is missing": Mutant(
+        CLUSTER, "if (end_ == count_) write_elements", "if (false) write_elements"
+    ),
+    "cluster: a neighbour's bytes written at the end": Mutant(
+        CLUSTER, "end_ == count_ ? x.shift + tail * kSize", "end_ == count_ ? chunk_end(x)"
+    ),
+    "cluster: a neighbour's bytes written at the beginning": Mutant(
+        CLUSTER, "begin_ == 0 ? x.shift + head * kSize", "begin_ == 0 ? 0"
+    ),
+    "cluster: a vector read past the end": Mutant(
+        CLUSTER, "const int bytes = begin_ < end_ ? chunk_end(x) - from : 0;",
+        "const int bytes = begin_ < end_ ? (end_ - begin_) * kSegmentBytes + kVectorBytes : 0;",
+        SANITIZE,
+    ),
 }  # fmt: skip
 
 
@@ -90,8 +141,8 @@ def build(folder: Path, tree: Path, flags: list[str]) -> Path:
 Done = subprocess.CompletedProcess[str]
 
 
-def run(program: Path) -> Done:
-    return subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+def run(program: Path, kernels: str = "") -> Done:
+    return subprocess.run([str(program), kernels], capture_output=True, text=True, timeout=120)
 
 
 def plant(name: str, folder: Path) -> Path:
@@ -116,5 +167,6 @@ def test_the_kernels_pass(flags: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_mistake_is_found(name: str, tmp_path: Path) -> None:
     flags = [*MUTANTS[name].flags, "-Wno-unused"]
-    done = run(build(tmp_path, plant(name, tmp_path), flags))
+    kernels = "clusters" if MUTANTS[name].file == CLUSTER else "rows"
+    done = run(build(tmp_path, plant(name, tmp_path), flags), kernels)
     assert done.returncode != 0, f"not found: {name}"

@@ -6,6 +6,7 @@
 //   RowGradient operator()(row, stats, publish)
 //                                   `publish`: store the row's scalar outputs
 //   kSums                           stage 1 has to sum the row; if not, RowStats stats(row, target)
+//   kGradient                       whether a gradient can be wanted
 //   bool entropy()                  the sums must include the one for the entropy
 // It is trivially copyable, because a GPU kernel takes it as an argument. The scalars are float64
 // on a GPU too: see "Float64 for a row's scalars" in docs/decisions.md.
@@ -18,6 +19,7 @@ namespace cfpo {
 template <class Policy>
 struct PolicyStage {
   static constexpr bool kSums = true;
+  static constexpr bool kGradient = true;
   PolicyLossParams p;
   Policy policy;
 
@@ -62,6 +64,7 @@ struct PolicyStage {
 
 struct LogpsStage {
   static constexpr bool kSums = true;
+  static constexpr bool kGradient = false;
   TokenLogpsParams p;
 
   CFPO_HOST_DEVICE bool skip(std::int64_t row) const { return p.problem.weights[row] == 0.0f; }
@@ -86,6 +89,7 @@ struct LogpsStage {
 
 struct LogpsBackwardStage {
   static constexpr bool kSums = false;
+  static constexpr bool kGradient = true;
   TokenLogpsBackwardParams p;
 
   CFPO_HOST_DEVICE float dlogp(std::int64_t row) const {

@@ -3,6 +3,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cuda/launch.h"
 
@@ -32,6 +33,16 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+// Code for compute capability 8.0 runs on later devices too, and knows no clusters.
+__global__ void probe_kernel() {}
+bool built_for_clusters(int device) {
+  check("choosing the device for a query", device, cudaSetDevice(device));
+  cudaFuncAttributes attributes;
+  const auto probe = reinterpret_cast<const void*>(probe_kernel);
+  check("asking for a kernel's attributes", device, cudaFuncGetAttributes(&attributes, probe));
+  return attributes.ptxVersion >= 90;
+}
+
 }  // namespace
 
 DeviceLimits device_limits(int device) {
@@ -44,6 +55,7 @@ DeviceLimits device_limits(int device) {
   limits.sm_count = attribute(cudaDevAttrMultiProcessorCount, device);
   limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   limits.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  limits.clusters = attribute(cudaDevAttrClusterLaunch, device) != 0 && built_for_clusters(device);
   return known[device] = limits;
 }
 
@@ -63,6 +75,28 @@ void prepare_launch(const char* name, const void* kernel, int device) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                              cudaSharedmemCarveoutMaxShared));
   ready.insert({kernel, device});
+}
+
+std::int64_t clusters_at_once(const char* name, const void* kernel, const Grid& grid, int device) {
+  prepare_launch(name, kernel, device);
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int, int, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(kernel, device, grid.cluster, grid.threads, grid.shared_bytes);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  Grid one = grid;
+  one.blocks = grid.cluster;
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t config = launch_config(one, cluster);
+  config.numAttrs = 1;
+  int count = 0;
+  check(std::string("counting clusters for ") + name, device,
+        cudaOccupancyMaxActiveClusters(&count, kernel, &config));
+  if (count == 0) {
+    throw std::runtime_error("cfpo_kernels: " + describe(device) + " has no room for " + name);
+  }
+  return known[key] = count;
 }
 
 void check_launch(const char* name, int device, cudaError_t status) {

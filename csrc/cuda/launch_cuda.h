@@ -12,11 +12,17 @@ void prepare_launch(const char* name, const void* kernel, int device);
 // Throws unless the launch succeeded.
 void check_launch(const char* name, int device, cudaError_t status);
 
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid,
-            const Execution& execution, const Arguments&... arguments) {
-  prepare_launch(name, reinterpret_cast<const void*>(kernel), execution.device);
-  cudaLaunchAttribute cluster = {};
+// How many clusters of such a grid the device runs at once.
+std::int64_t clusters_at_once(const char* name, const void* kernel, const Grid& grid, int device);
+
+template <class... Parameters>
+std::int64_t clusters_at_once(const char* name, void (*kernel)(Parameters...), const Grid& grid,
+                              const Execution& execution) {
+  return clusters_at_once(name, reinterpret_cast<const void*>(kernel), grid, execution.device);
+}
+
+inline cudaLaunchConfig_t launch_config(const Grid& grid, cudaLaunchAttribute& cluster) {
+  cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -26,6 +32,15 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid,
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.blocks_y));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(grid.shared_bytes);
+  return config;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid,
+            const Execution& execution, const Arguments&... arguments) {
+  prepare_launch(name, reinterpret_cast<const void*>(kernel), execution.device);
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t config = launch_config(grid, cluster);
   config.stream = reinterpret_cast<cudaStream_t>(execution.stream);
   check_launch(name, execution.device, cudaLaunchKernelEx(&config, kernel, arguments...));
 }

@@ -29,7 +29,9 @@
 //
 // From compute capability 9.0 on, of blocks in a cluster:
 //
-//   cluster_size, cluster_rank   blocks of the cluster, and this one's number
+//   kHasClusters             whether the code is compiled for such a device; stop() ends a kernel
+//                            that should not have been started, with an error
+//   cluster_rank()           this block's number within the cluster
 //   cluster_arrive(), cluster_wait()   a barrier of all the cluster's threads in two halves; what
 //                            was written before the first is seen after the second
 //   store_peer(p, rank, x)   a float into the shared memory of block `rank`, where this block has

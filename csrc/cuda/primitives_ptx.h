@@ -12,6 +12,8 @@
 
 namespace cfpo::cuda::hw {
 
+CFPO_DEVICE void stop() { __trap(); }
+
 CFPO_DEVICE int thread_index() { return threadIdx.x; }
 CFPO_DEVICE int block_threads() { return blockDim.x; }
 CFPO_DEVICE std::int64_t block_index() { return blockIdx.x; }

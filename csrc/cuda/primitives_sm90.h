@@ -1,5 +1,5 @@
 // The primitives of primitives.h for clusters and bulk copies: PTX of compute capability 9.0.
-// Included by the kernels that need them; compiled for older devices, they stop the kernel.
+// Where kHasClusters is false nothing may use them.
 #pragma once
 
 #include "cuda/primitives_ptx.h"
@@ -8,78 +8,78 @@ namespace cfpo::cuda::hw {
 
 using Barrier = std::uint64_t;
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define CFPO_SM90(...) asm volatile(__VA_ARGS__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
 #else
-#define CFPO_SM90(...) __trap()
+constexpr bool kHasClusters = true;
 #endif
 
-CFPO_DEVICE int cluster_size() {
-  std::uint32_t n = 1;
-  CFPO_SM90("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(n));
-  return static_cast<int>(n);
-}
 CFPO_DEVICE int cluster_rank() {
-  std::uint32_t rank = 0;
-  CFPO_SM90("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  std::uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return static_cast<int>(rank);
 }
 
 // Not the .aligned forms: a warp's lanes may come here one by one.
-CFPO_DEVICE void cluster_arrive() { CFPO_SM90("barrier.cluster.arrive.release;" :: : "memory"); }
-CFPO_DEVICE void cluster_wait() { CFPO_SM90("barrier.cluster.wait.acquire;" :: : "memory"); }
+CFPO_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+CFPO_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 CFPO_DEVICE void store_peer(float* p, int rank, float x) {
-  CFPO_SM90(
+  asm volatile(
       "{\n"
       ".reg .b32 address;\n"
       "mapa.shared::cluster.u32 address, %0, %1;\n"
       "st.shared::cluster.f32 [address], %2;\n"
       "}" ::"r"(shared_address(p)),
-      "r"(rank), "f"(x) : "memory");
+      "r"(rank), "f"(x)
+      : "memory");
 }
 
 CFPO_DEVICE void barrier_init(Barrier* barrier, int count) {
-  CFPO_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-            "r"(count) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+               : "memory");
 }
 // Also for the bulk copies, which come from elsewhere.
 CFPO_DEVICE void fence_barrier_init() {
-  CFPO_SM90("fence.mbarrier_init.release.cluster;" :: : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 CFPO_DEVICE void barrier_arrive_expect(Barrier* barrier, int bytes) {
-  CFPO_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-            "r"(bytes) : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 CFPO_DEVICE void barrier_wait(Barrier* barrier, int parity) {
-  std::uint32_t ended = 1;
+  std::uint32_t ended;
   do {
-    CFPO_SM90(
+    asm volatile(
         "{\n"
         ".reg .pred p;\n"
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n"
-        "}" : "=r"(ended) : "r"(shared_address(barrier)),
-        "r"(parity) : "memory");
+        "}"
+        : "=r"(ended)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
   } while (ended == 0);
 }
 
 CFPO_DEVICE void bulk_load(void* to, const void* from, int bytes, Barrier* barrier, Policy policy) {
-  CFPO_SM90(
+  asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)),
-      "l"(policy) : "memory");
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
 }
 CFPO_DEVICE void bulk_store(void* to, const void* from, int bytes, Policy policy) {
-  CFPO_SM90("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(
-                __cvta_generic_to_global(to)),
-            "r"(shared_address(from)), "r"(bytes), "l"(policy) : "memory");
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(
+          __cvta_generic_to_global(to)),
+      "r"(shared_address(from)), "r"(bytes), "l"(policy)
+      : "memory");
 }
-CFPO_DEVICE void bulk_commit() { CFPO_SM90("cp.async.bulk.commit_group;" :: : "memory"); }
-CFPO_DEVICE void bulk_wait_read() { CFPO_SM90("cp.async.bulk.wait_group.read 0;" :: : "memory"); }
-CFPO_DEVICE void fence_async() { CFPO_SM90("fence.proxy.async.shared::cta;" :: : "memory"); }
-
-#undef CFPO_SM90
+CFPO_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+CFPO_DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+CFPO_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace cfpo::cuda::hw

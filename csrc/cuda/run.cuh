@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cuda/cluster_kernel.cuh"
 #include "cuda/launch.h"
 #include "cuda/multiply_kernel.cuh"
 #include "cuda/row_kernel.cuh"
@@ -39,6 +40,21 @@ void run_row_kernel(const Stage& stage, const Rows& dlogits, int n_segments,
 }
 
 template <class T, class Stage>
+void run_cluster_kernel(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan,
+                        const Execution& execution) {
+  Grid grid;
+  grid.cluster = plan.cluster;
+  grid.threads = plan.warps * kWarpThreads;
+  grid.shared_bytes = ClusterSharedMemory(plan).bytes;
+  with_flag(stage.entropy(), [&](auto entropy) {
+    const auto kernel = cluster_kernel<T, Stage, entropy.value>;
+    const std::int64_t together = clusters_at_once("cluster_kernel", kernel, grid, execution);
+    grid.blocks = std::min(stage.p.problem.logits.n_rows, together) * plan.cluster;
+    launch("cluster_kernel", kernel, grid, execution, stage, dlogits, plan);
+  });
+}
+
+template <class T, class Stage>
 void run_split_kernels(const Stage& stage, const Rows& dlogits, int n_segments,
                        const Execution& execution) {
   const Problem& problem = stage.p.problem;
@@ -66,6 +82,13 @@ void run_stage(const Stage& stage, const Rows& dlogits, const Execution& executi
   const Rows& logits = stage.p.problem.logits;
   const int n_segments = count_segments(logits.n_cols, logits.dtype);
   const DeviceLimits limits = device_limits(execution.device);
+  if constexpr (Stage::kSums && Stage::kGradient) {
+    const ClusterPlan plan = plan_clusters(n_segments, limits);
+    const RowKernel wanted = wanted_row_kernel();
+    if (dlogits.data != nullptr && use_clusters(logits.n_rows, plan, limits, wanted)) {
+      return run_cluster_kernel<T>(stage, dlogits, plan, execution);
+    }
+  }
   if (split_rows(logits.n_rows, n_segments, limits)) {
     run_split_kernels<T>(stage, dlogits, n_segments, execution);
   } else {

@@ -167,6 +167,23 @@ CFPO_DEVICE float gradient_element(float x, const GradientCoefs& coefs) {
   return e * std::fma(coefs.linear, finite_exponent(u), coefs.constant);
 }
 
+// Of a column with logit x.
+template <bool kLinear>
+CFPO_DEVICE float gradient_at(float x, int column, int target, const RowGradient& g) {
+  return column == target ? g.target : gradient_element<kLinear>(x, g.coefs);
+}
+
+// x: logits of the columns from `column`, which become their gradients.
+template <class T, bool kLinear>
+CFPO_DEVICE void gradient_vector(float* x, int column, int target, const RowGradient& g) {
+  for (int j = 0; j < kVectorElements<T>; ++j) x[j] = gradient_element<kLinear>(x[j], g.coefs);
+  if (target >= column && target < column + kVectorElements<T>) {
+    for (int j = 0; j < kVectorElements<T>; ++j) {
+      if (column + j == target) x[j] = g.target;
+    }
+  }
+}
+
 // The gradient of the segment in `window`. `shift` is that of the logits, which may differ from
 // that of `out`; `target`: the column that gets g.target; kLinear may be false where
 // g.coefs.linear is 0.
@@ -179,17 +196,11 @@ CFPO_DEVICE void write_gradient(const char* window, int shift, const Segment<T>&
         const int byte = shift + column * static_cast<int>(sizeof(T));
         const int within = byte % kVectorBytes;
         unpack<T>(load_shifted(window + (byte - within), within), x);
-        for (int j = 0; j < kVectorElements<T>; ++j)
-          x[j] = gradient_element<kLinear>(x[j], g.coefs);
-        if (target >= column && target < column + kVectorElements<T>) {
-          for (int j = 0; j < kVectorElements<T>; ++j) {
-            if (column + j == target) x[j] = g.target;
-          }
-        }
+        gradient_vector<T, kLinear>(x, column, target, g);
       },
       [&](int column) {
         const T* x = reinterpret_cast<const T*>(window + shift) + column;
-        return column == target ? g.target : gradient_element<kLinear>(load_element(x), g.coefs);
+        return gradient_at<kLinear>(load_element(x), column, target, g);
       });
 }
 

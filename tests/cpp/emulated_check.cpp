@@ -3,7 +3,9 @@
 // sanitizers, and with mistakes planted that it has to find. Exits with 0 if all is well.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "cuda/run.cuh"
@@ -101,6 +103,7 @@ bool row_is_right(const std::vector<double>& z, int target, double advantage, do
 
 bool run(const Case& c) {
   emulation::limits() = c.device;
+  setenv("CFPO_KERNELS_CUDA_KERNEL", c.device.clusters ? "cluster" : "portable", 1);
   std::mt19937 random(c.n_cols * 31 + c.in_offset);
   std::normal_distribution<float> normal(0, 2);
   Matrix logits(c, c.in_offset), apart(c, c.out_offset);
@@ -150,23 +153,31 @@ bool run(const Case& c) {
     if (!right) std::fprintf(stderr, "row %d is wrong\n", i);
   }
   if (!right) {
-    std::fprintf(stderr, "  V %d, offsets %d and %d, gap %d, inplace %d, entropy %d, %d SMs\n",
+    std::fprintf(stderr,
+                 "  V %d, offsets %d and %d, gap %d, inplace %d, entropy %d, %d SMs, %d bytes\n",
                  c.n_cols, c.in_offset, c.out_offset, c.gap, c.inplace, c.entropy,
-                 c.device.sm_count);
+                 c.device.sm_count, c.device.shared_per_block);
   }
   return right;
 }
 
-}  // namespace
-}  // namespace cfpo::cuda
+int count = 0;
 
-int main() {
-  using cfpo::cuda::DeviceLimits;
+// The first case that is wrong is enough.
+void check(const Case& c) {
+  ++count;
+  if (!run(c)) std::exit(1);
+}
+
+constexpr auto kOrders = {emulation::Order::kForward, emulation::Order::kBackward,
+                          emulation::Order::kShuffled};
+
+void check_rows() {
   const DeviceLimits one_sm{1, 227 * 1024, 228 * 1024};
   const DeviceLimits small{1, 56 * 1024, 64 * 1024};  // long rows are read again
   const DeviceLimits large{132, 227 * 1024, 228 * 1024};
-  int failed = 0, count = 0;
-  for (const auto order : {emulation::Order::kForward, emulation::Order::kBackward}) {
+  for (const auto order : kOrders) {
+    if (order == emulation::Order::kShuffled) continue;
     emulation::machine().order = order;
     for (const int v : {1, 7, 64, 1000, 1024, 1031, 4100, 9000, 36000}) {
       for (const int offset : {0, 1, 6}) {
@@ -174,14 +185,46 @@ int main() {
           for (const DeviceLimits& device : {one_sm, small, large}) {
             if (device.sm_count > 1 && v < 32 * 1024) continue;  // nothing to split
             const int rows = v > 8000 ? 3 : 9;
-            failed += !cfpo::cuda::run({rows, v, offset, inplace ? offset : 7 - offset, v % 5,
-                                        inplace, offset == 1, device});
-            ++count;
+            check({rows, v, offset, inplace ? offset : 7 - offset, v % 5, inplace, offset == 1,
+                   device});
           }
         }
       }
     }
   }
-  std::printf("%d cases, %d failed\n", count, failed);
-  return failed != 0;
+}
+
+void check_clusters() {
+  // One cluster, of 1 to 8 blocks with 2 to 4 slots each; and several.
+  const DeviceLimits one{1, 16 * 1024, 24 * 1024, true};
+  const DeviceLimits long_slices{1, 28 * 1024, 32 * 1024, true};
+  const DeviceLimits several{12, 16 * 1024, 24 * 1024, true};
+  for (const auto order : kOrders) {
+    emulation::machine().order = order;
+    for (const int v : {1, 7, 64, 1031, 3072, 4100, 9001, 36000}) {
+      for (const int offset : {0, 1, 6}) {
+        for (const int out_offset : {-1, 7 - offset, 8 + offset}) {
+          const bool inplace = out_offset < 0;
+          const int out = inplace ? offset : out_offset;
+          for (const DeviceLimits& device : {one, long_slices, several}) {
+            const bool fits = v <= 9001 || device.shared_per_block > one.shared_per_block;
+            if (!fits || (v > 9001 && order == emulation::Order::kShuffled)) continue;
+            check({v > 9001 ? 5 : 9, v, offset, out, v % 5, inplace, offset == 1, device});
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cfpo::cuda
+
+// With "rows" or "clusters" as its argument, those kernels only.
+int main(int n, char** arguments) {
+  const std::string which = n > 1 ? arguments[1] : "";
+  if (which != "clusters") cfpo::cuda::check_rows();
+  if (which != "rows") cfpo::cuda::check_clusters();
+  std::printf("%d cases, 0 failed\n", cfpo::cuda::count);
+  return 0;
 }

@@ -1,9 +1,9 @@
 // Clusters of blocks, mbarriers and bulk copies for machine.h.
 //
 // Bulk copies are as late as the hardware may make them: a load spoils its target when it starts
-// and lands when the phase that counts it is waited for; a store reads its bytes when it is waited
-// for. A store of bytes that their writer has not fenced, an access to a block that has not begun
-// or has ended, a misaligned or odd-sized copy are errors.
+// and lands when the phase that counts it is waited for; a store lands when it is waited for, and
+// its bytes must not have changed. A store of bytes that their writer has not fenced, an access to
+// a block that has not begun or has ended, a misaligned or odd-sized copy are errors.
 #pragma once
 
 #include "emulation/machine.h"
@@ -84,7 +84,7 @@ inline void check_bulk(const void* global, const void* shared, std::size_t bytes
 inline void bulk_load(void* to, const void* from, std::size_t bytes, void* barrier) {
   check_bulk(from, to, bytes);
   std::memset(to, 0xFF, bytes);
-  barrier_at(barrier).copies.push_back({to, from, bytes});
+  barrier_at(barrier).copies.push_back({to, from, bytes, {}});
 }
 inline void bulk_store(void* to, const void* from, std::size_t bytes) {
   check_bulk(to, from, bytes);
@@ -92,7 +92,8 @@ inline void bulk_store(void* to, const void* from, std::size_t bytes) {
   for (std::size_t i = first; i < first + bytes / 16; ++i) {
     if (current().block->unfenced[i] != 0) fail("a bulk store of bytes that are not fenced");
   }
-  current().open_bulk_stores.push_back({to, from, bytes});
+  const char* begin = static_cast<const char*>(from);
+  current().open_bulk_stores.push_back({to, from, bytes, {begin, begin + bytes}});
 }
 inline void bulk_commit() {
   Thread& thread = current();
@@ -102,7 +103,12 @@ inline void bulk_commit() {
 inline void bulk_wait_read() {
   Thread& thread = current();
   for (const auto& group : thread.bulk_stores) {
-    for (const BulkCopy& copy : group) std::memcpy(copy.to, copy.from, copy.bytes);
+    for (const BulkCopy& copy : group) {
+      if (std::memcmp(copy.from, copy.seen.data(), copy.bytes) != 0) {
+        fail("bytes changed while a bulk store read them");
+      }
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
   }
   thread.bulk_stores.clear();
 }

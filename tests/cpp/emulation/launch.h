@@ -20,6 +20,12 @@ namespace cfpo::cuda {
 
 inline DeviceLimits device_limits(int) { return emulation::limits(); }
 
+template <class... Parameters>
+std::int64_t clusters_at_once(const char*, void (*)(Parameters...), const Grid& grid,
+                              const Execution&) {
+  return std::max(1, emulation::limits().sm_count / grid.cluster);
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const Execution&,
             const Arguments&... arguments) {

@@ -51,6 +51,7 @@ struct BulkCopy {
   void* to;
   const void* from;
   std::size_t bytes;
+  std::vector<char> seen;  // a store: what was there when it started
 };
 
 // An mbarrier: a phase ends when all have arrived and all expected bytes have come.
@@ -297,14 +298,22 @@ inline void run_cluster(int threads, std::size_t shared_bytes) {
   while (std::any_of(m.cluster.begin(), m.cluster.end(), running)) {
     bool moved = false;
     if (m.order == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), m.random);
-    for (const int warp : turn) {
+    for (int i = 0; i < all; ++i) {
+      Block& block = m.cluster[turn[i] / warps];
       // As far as it goes, ahead of all others; shuffled, only to its next meeting.
-      while (run_warp(m.cluster[warp / warps], warp % warps * kWarp)) {
+      while (run_warp(block, turn[i] % warps * kWarp)) {
         moved = true;
         if (m.order == Order::kShuffled) break;
       }
+      // The same for a block, whose warps come one after another.
+      if (m.order != Order::kShuffled && (i + 1) % warps == 0 && release_block(block)) {
+        moved = true;
+        i -= warps;
+      }
     }
-    for (Block& block : m.cluster) moved |= release_block(block);
+    if (m.order == Order::kShuffled) {
+      for (Block& block : m.cluster) moved |= release_block(block);
+    }
     if (!moved) fail("deadlock: threads wait for others that left or wait elsewhere");
   }
 }

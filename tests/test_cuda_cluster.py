@@ -7,7 +7,12 @@ import shutil
 from typing import Any
 
 import pytest
-from emulation import A100, CXX, H100, RTX4090
+import torch
+from emulation import A100, CXX, H100, ONE_SM, RTX4090, EmulatedBackend
+from oracle import check, make_case, run, with_everything
+from test_cuda_kernels import DTYPES, assert_same
+
+from cfpo_kernels import CFPO, PPOClip, backends
 
 pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
 
@@ -91,3 +96,43 @@ def test_when_it_is_chosen(module: Any, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
     with pytest.raises(ValueError, match="has no clusters"):
         chosen(126, 10**6)
+
+
+# Slices of one to three segments: clusters of 1 to 8 blocks for rows that are quick to emulate.
+SMALL = (5, 16 * 1024, 24 * 1024, True)
+
+
+@pytest.mark.parametrize("objective", [CFPO(0.2), PPOClip(0.2, 0.3)], ids=["cfpo", "ppo_clip"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_bits_of_the_row_kernel(
+    dtype: torch.dtype,
+    objective: CFPO | PPOClip,
+    module: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends, "kernels", lambda _: EmulatedBackend(module))
+    for v in (1, 1000, 4099, 9001):
+        plain = make_case(7, v, dtype, objective=objective, mask_every=4, reduction="sum")
+        for case in (plain, with_everything(plain)):
+            monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "portable")
+            module.set_device(*ONE_SM)
+            want = check(case)
+            monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
+            module.set_device(*SMALL)
+            for order in ("forward", "shuffled"):
+                module.set_order(order)
+                assert_same(run(case), want)
+            assert_same(run(case, inplace=True), want)
+            module.set_device(*HOPPER)
+            assert_same(run(case), want)
+
+
+def test_a_large_vocabulary(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four full blocks, chosen without being asked for."""
+    monkeypatch.setattr(backends, "kernels", lambda _: EmulatedBackend(module))
+    module.set_device(8, *HOPPER[1:])
+    case = with_everything(make_case(5, 128256, torch.bfloat16, mask_every=3))
+    assert module.plan_clusters(126, 5)["chosen"]
+    got = check(case, inplace=True)
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "portable")
+    assert_same(got, run(case))

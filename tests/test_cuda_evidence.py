@@ -28,7 +28,13 @@ pytestmark = [
 ]
 
 # What the launch bounds of csrc/cuda leave a thread of 65536 registers.
-MOST_REGISTERS = {"row_kernel": 96, "split_": 64, "multiply_": 64}
+MOST_REGISTERS = {
+    "cluster_kernel": 128,
+    "row_kernel": 96,
+    "split_": 64,
+    "multiply_": 64,
+    "probe_": 16,
+}
 
 
 def problems_of_usage(usage: Any) -> list[str]:
@@ -82,6 +88,12 @@ def test_every_kernel_is_there(usages: list[Any]) -> None:
         for stage in ("cfpo", "ppo_clip", "logps", "logps_backward")
         for rest in ((stage,) if stage == "logps_backward" else (stage, f"{stage}, entropy"))
     }
+    wanted |= {
+        f"cluster_kernel<{dtype}, {stage}{entropy}>"
+        for dtype in ("float32", "bfloat16", "float16")
+        for stage in ("cfpo", "ppo_clip")
+        for entropy in ("", ", entropy")
+    }
     archs = {usage.arch for usage in usages}
     assert len(archs) == sum("virtual" not in arch for arch in cpu.native.cuda_archs.split(","))
     for arch in archs:
@@ -99,6 +111,46 @@ def test_rows_move_by_16_bytes(usages: list[Any]) -> None:
     for usage in chosen:
         code = resources.instructions(cpu.native.__file__, usage)
         assert problems_of_code(usage, code) == []
+
+
+def problems_of_cluster_code(usage: Any, instructions: list[str]) -> list[str]:
+    """Rows come and go by bulk copies, and the sums cross between blocks."""
+    wanted = {
+        "bulk loads": r"UBLKCP\.S\.G",
+        "bulk stores": r"UBLKCP\.G\.S",
+        "waits for an mbarrier": r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",
+        "arrivals that expect bytes": r"SYNCS\.ARRIVE\.TRANS64.*",
+        "proxy fences": r"FENCE\.VIEW\.ASYNC.*",
+        "cluster barriers": r"UCGABAR_WAIT",
+        "loads of 16 bytes from shared memory": r"LDS\.128",
+        "stores of 16 bytes to shared memory": r"STS\.128",
+    }
+    problems = [
+        f"{usage.arch} {usage.kernel}: no {what}"
+        for what, pattern in wanted.items()
+        if not any(re.fullmatch(pattern, name) for name in instructions)
+    ]
+    for pattern in (r"LDGSTS.*", r"(LDL|STL).*"):
+        if any(re.fullmatch(pattern, name) for name in instructions):
+            problems.append(f"{usage.arch} {usage.kernel}: {pattern}")
+    return problems
+
+
+def test_clusters_move_rows_by_bulk_copies(usages: list[Any]) -> None:
+    chosen = [
+        u
+        for u in usages
+        if re.fullmatch(r"cluster_kernel<\w+, cfpo>", u.kernel)
+        and resources.arch_number(u.arch) >= 90
+    ]
+    if not chosen:
+        pytest.skip("built for no device with clusters")
+    for usage in chosen:
+        code = resources.instructions(cpu.native.__file__, usage)
+        assert problems_of_cluster_code(usage, code) == []
+    row = next(u for u in usages if u.kernel == "row_kernel<bfloat16, cfpo>")
+    found = problems_of_cluster_code(row, resources.instructions(cpu.native.__file__, row))
+    assert len(found) >= 7, "another kernel would pass"
 
 
 SPILLING = """
@@ -129,7 +181,11 @@ def test_a_bad_kernel_is_noticed(tmp_path: Path) -> None:
 def test_the_table_in_the_documentation(usages: list[Any]) -> None:
     """Registers in docs/design.md are those of the compiler that it names."""
     text = (ROOT / "docs" / "design.md").read_text()
-    rows = re.findall(r"^\| `(row_kernel<.*?>|split_.*?>|multiply_.*?>)` \|(.*)\|$", text, re.M)
+    rows = re.findall(
+        r"^\| `(row_kernel<.*?>|cluster_kernel<.*?>|split_.*?>|multiply_.*?>)` \|(.*)\|$",
+        text,
+        re.M,
+    )
     header = re.search(r"^\| registers a thread \|(.*)\|$", text, re.M)
     assert rows and header
     nvcc = shutil.which("nvcc")
@@ -140,5 +196,5 @@ def test_the_table_in_the_documentation(usages: list[Any]) -> None:
     registers = {(usage.kernel, usage.arch): usage.registers for usage in usages}
     for kernel, cells in rows:
         for arch, cell in zip(archs, cells.split("|"), strict=True):
-            if any(usage.arch == arch for usage in usages):
+            if cell.strip() and any(usage.arch == arch for usage in usages):
                 assert registers[kernel, arch] == int(cell), (kernel, arch)

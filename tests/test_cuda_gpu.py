@@ -42,6 +42,50 @@ def test_many_rows(dtype: torch.dtype, v: int) -> None:
         check_gradient(dlogits.cpu(), oracle(case).dlogits, case)
 
 
+def needs_clusters() -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters need compute capability 9.0")
+
+
+@pytest.mark.parametrize("v", [1, 1000, 32000, 50257, 128256, 151936, 262144])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clusters_have_the_bits_of_the_row_kernel(
+    dtype: torch.dtype, v: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_clusters()
+    if dtype.itemsize * v > 327680 * 2:
+        pytest.skip("too long a row for clusters")
+    case = with_everything(make_case(300, v, dtype, mask_every=5, reduction="none"))
+    arguments = on_cuda(case)
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "portable")
+    want = loss_and_gradient(case.logits.cuda(), arguments)
+    check_gradient(want[1].cpu(), oracle(case).dlogits, case)
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
+    for inplace in (False, True):
+        for _ in range(20):
+            got = loss_and_gradient(case.logits.cuda(), arguments, inplace=inplace)
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("offset", [1, 3, 6])
+def test_clusters_write_nothing_beside_their_rows(
+    offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_clusters()
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
+    v, n = 50257, 300
+    case = make_case(n, v, torch.bfloat16)
+    memory = torch.full((n, v + 7), 7.0, dtype=torch.bfloat16, device="cuda")
+    logits = memory[:, offset : offset + v]
+    logits.copy_(case.logits)
+    arguments = on_cuda(case)
+    leaf = logits.detach().requires_grad_()
+    cfpo_kernels.cfpo_loss(leaf, **arguments, inplace=True, backend="cuda").backward()
+    beside = torch.cat([memory[:, :offset], memory[:, offset + v :]], dim=1)
+    assert (beside == 7.0).all()
+    check_gradient(logits.cpu(), oracle(case).dlogits, case)
+
+
 @pytest.mark.parametrize("n", [3, 300])
 @pytest.mark.parametrize("v", [1000, 50257])
 def test_a_hundred_repeats_are_bitwise_equal(n: int, v: int) -> None:

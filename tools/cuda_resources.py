@@ -37,7 +37,8 @@ def readable(function: str) -> str:
     """row_kernel<bfloat16, cfpo, entropy> from the mangled name."""
     match = re.match(r"_ZN4cfpo4cuda\d+([a-z_]+)I(.*?)EEv", function)
     if match is None:
-        return function
+        plain = re.search(r"\d([a-z_]+_kernel)Ev$", function)
+        return plain[1] if plain else function
     name, arguments = match[1], match[2] + "E"
     dtype = re.match(r"NS_\d+(bfloat16|float16)", arguments)
     words = [dtype[1] if dtype else "float32"]
@@ -89,7 +90,7 @@ def table(module: str) -> str:
     """Registers of the kernels on each architecture, as Markdown."""
     rows: dict[str, dict[str, int]] = {}
     for usage in usages(module):
-        if usage.kernel.startswith(("row_", "split_", "multiply_")):
+        if usage.kernel.startswith(("row_", "cluster_", "split_", "multiply_")):
             rows.setdefault(usage.kernel, {})[usage.arch] = usage.registers
     archs = sorted({arch for row in rows.values() for arch in row}, key=arch_number)
     lines = ["| kernel | " + " | ".join(archs) + " |", "|---" * (len(archs) + 1) + "|"]

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/primitives.h"
+#include "emulation/schedule.h"
 
 namespace cfpo::cuda {
 namespace {

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "emulation/machine.h"
+#include "emulation/schedule.h"
 
 namespace emulation {
 

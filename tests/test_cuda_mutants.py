@@ -118,10 +118,12 @@ MUTANTS = {
         CLUSTER, "if (end_ == count_) write_elements", "if (false) write_elements"
     ),
     "cluster: a neighbour's bytes written at the end": Mutant(
-        CLUSTER, "end_ == count_ ? x.shift + tail * kSize", "end_ == count_ ? chunk_end(x)"
+        CLUSTER, "end_ == count_ ? x.shift + tail * kSize",
+        "end_ == count_ ? x.count > 99 ? chunk_end(x) : x.shift + tail * kSize",
     ),
     "cluster: a neighbour's bytes written at the beginning": Mutant(
-        CLUSTER, "begin_ == 0 ? x.shift + head * kSize", "begin_ == 0 ? 0"
+        CLUSTER, "begin_ == 0 ? x.shift + head * kSize",
+        "begin_ == 0 ? x.count > 99 ? 0 : x.shift + head * kSize",
     ),
     "cluster: a vector read past the end": Mutant(
         CLUSTER, "const int bytes = begin_ < end_ ? chunk_end(x) - from : 0;",

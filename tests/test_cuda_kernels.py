@@ -7,7 +7,6 @@ makes no kernel count as verified on a GPU.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from typing import Any

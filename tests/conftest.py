@@ -38,14 +38,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.config.getoption("--backend") == "triton":
-        resolve = backends.resolve
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.config.getoption("--backend") != "triton" or "triton" in request.node.path.name:
+        yield
+        return
+    from triton_tools.checker import checked_launches
 
-        def to_triton(name: str, device: torch.device) -> str:
-            return "triton" if name in ("auto", "cpu") else resolve(name, device)
+    resolve = backends.resolve
 
-        monkeypatch.setattr(backends, "resolve", to_triton)
+    def to_triton(name: str, device: torch.device) -> str:
+        return "triton" if name in ("auto", "cpu") else resolve(name, device)
+
+    monkeypatch.setattr(backends, "resolve", to_triton)
+    # Every launch of every test: nothing outside the arguments, no races, nothing written twice.
+    with checked_launches() as log:
+        yield
+    for launch in log.launches:
+        for name in {view.name for view in launch.views} & {"loss_ptr", "logps_ptr", "dlogits_ptr"}:
+            assert launch.writes(name).max() <= 1, (launch.kernel, name)
 
 
 def takes_too_long_interpreted(item: pytest.Item) -> bool:

@@ -199,7 +199,8 @@ def test_every_access(
         ).backward()
     masked = ~case.mask()
     fused = next(each for each in log.launches if each.kernel == "policy_loss_kernel")
-    assert (len(log.launches) == 3) == (count == 64 and v > 32768)  # and the kernel of backward
+    tile = config.tile(v, logits.element_size())
+    assert (len(log.launches) == 3) == (count == 64 and v > tile.segment)  # and that of backward
     written = of_rows(fused.writes("dlogits_ptr"), logits if inplace else leaf.grad)
     assert (written == 1).all()
     reads = sum(
@@ -208,9 +209,8 @@ def test_every_access(
         if each.kernel in ("policy_loss_kernel", "sum_segments_kernel")
     )
     assert not reads[masked].any()
-    block = config.tile(v, logits.element_size()).block
-    guessed = min(v, block)
-    pieces = -(-v // config.tile(v, logits.element_size()).segment) if count == 64 else 1
+    guessed = min(v, tile.block)
+    pieces = -(-v // tile.segment) if count == 64 else 1
     assert (reads[~masked] >= 2).all()
     # Beyond the two sweeps: the columns of the guess, and the target. (A row of nothing but its
     # target has no columns to guess from.)

@@ -50,12 +50,16 @@ def vowels(completions: list[str], **_: object) -> list[float]:
 
 
 class Progress(TrainerCallback):
-    """One line for each update that saw new completions."""
+    """One line for each batch of completions, after its second update."""
+
+    reward = 0.0
 
     def on_log(self, args: object, state: object, control: object, logs: dict, **_: object) -> None:
         if "reward" in logs:
+            self.reward = logs["reward"]
+        elif "ratio/max" in logs:
             print(
-                f"update {state.global_step:3d}  reward {logs['reward']:.3f}  "
+                f"update {state.global_step:3d}  reward {self.reward:.3f}  "
                 f"entropy {logs['entropy']:.2f}  largest ratio {logs['ratio/max']:.2f}",
                 flush=True,
             )

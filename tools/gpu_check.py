@@ -4,9 +4,12 @@ Run by ``make gpu-check`` with the Python that has torch, pytest and the build t
 nothing and makes no environment. Results go to $OUT, or to bench/results/ when OUT is not set. A
 kernel counts as verified on an architecture only when such results lie under bench/results/.
 
-The build is for this machine's GPU alone (CFPO_KERNELS_CUDA_ARCHS overrides that).
+The build is for this machine's GPU alone (CFPO_KERNELS_CUDA_ARCHS overrides that). A kernel may
+hang: every command has a time limit, and what was found is on disk after each. Where one call is
+not given enough time for all steps, several do some each: make gpu-check ARGS="build test_cuda".
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -14,12 +17,14 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TIMED_OUT = 124  # as by timeout(1)
 
 
 def gpu_is_visible():
@@ -39,9 +44,24 @@ def gpu_is_visible():
     return cuda
 
 
-def run(name, command, env=None):
+def run(name, command, limit, env=None):
+    """The command's exit status; TIMED_OUT if it had to be ended after `limit` seconds."""
     print(f"\n== {name}: {shlex.join(command)}", flush=True)
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **(env or {})}).returncode
+    environment = {**os.environ, **(env or {})}
+    # A group of its own, so that nothing which the command started goes on using the GPU. Not a
+    # session: whoever ends this program's session ends the command too.
+    newer = sys.version_info >= (3, 11)
+    group = {"process_group": 0} if newer else {"preexec_fn": os.setpgrp}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **group)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        print(f"== {name}: ended after {limit} seconds", flush=True)
+        return TIMED_OUT
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def own_architecture():
@@ -92,10 +112,63 @@ def build():
         # Only a link to this checkout is added; `pip uninstall cfpo-kernels` removes it.
         "PIP_BREAK_SYSTEM_PACKAGES": "1",
     }
-    return run("build", [*command, "--editable", "."], env)
+    return [*command, "--editable", "."], env
 
 
-def main():
+def files_with_gpu_tests():
+    """The others may need packages that are not here."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [path for path in files if re.search(r"pytest\.mark\.gpu\b", path.read_text())]
+
+
+def tests_of(path, stem):
+    # A process for each file: after an illegal access nothing else works in a process, and a report
+    # is written only at its end. Where a test hangs, its stack is printed.
+    command = [sys.executable, "-m", "pytest", str(path), "-m", "gpu", "--maxfail=20"]
+    command += ["-o", "faulthandler_timeout=120", f"--junitxml={stem}-{path.stem}.xml"]
+    return command, {}
+
+
+def find_sanitizer():
+    toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=toolkit)
+
+
+def sanitizer(tool):
+    program = find_sanitizer()
+    if program is None:
+        return None, {}
+    command = [program, "--tool", tool, "--error-exitcode", "1", "--print-limit", "20"]
+    if tool == "memcheck":
+        # Libraries ask the driver for functions and attributes that it may not have.
+        command += ["--report-api-errors", "no"]
+    # Memory straight from the driver: torch's pool would hide what lies beside a tensor.
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return [*command, sys.executable, str(ROOT / "tools" / "sanitizer_case.py")], env
+
+
+def bench(stem):
+    return [sys.executable, "-m", "bench", "--cases", "gpu", "--json", f"{stem}-bench.json"], {}
+
+
+def all_steps(stem):
+    """What to run, by name: the command, None where it is not installed, and its environment."""
+    steps = {"build": build()}
+    steps |= {path.stem: tests_of(path, stem) for path in files_with_gpu_tests()}
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        steps[f"sanitizer-{tool}"] = sanitizer(tool)
+    return steps | {"bench": bench(stem)}
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.partition("\n")[0])
+    parser.add_argument("steps", nargs="*", help="only those that begin so: build, test_cuda, ...")
+    parser.add_argument("--limit", type=float, default=1200, help="seconds of one step")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    options = parse_arguments(arguments)
     if not gpu_is_visible():
         print("no GPU: nothing was verified")
         return 0
@@ -103,25 +176,25 @@ def main():
     facts = environment()
     folder = Path(os.environ.get("OUT") or ROOT / "bench" / "results").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    results = {"build": build()}
-    if results["build"] == 0:
-        # By name: the other files may need packages that are not here.
-        files = sorted(str(path) for path in (ROOT / "tests").glob("test_gpu*.py"))
-        pytest = [sys.executable, "-m", "pytest", *files]
-        junit = f"--junitxml={folder / f'{stem}-tests.xml'}"
-        results["tests"] = run("tests", [*pytest, "-m", "gpu", junit])
-        if sanitizer := shutil.which("compute-sanitizer"):
-            case = [sys.executable, str(ROOT / "tools" / "sanitizer_case.py")]
-            for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-                check = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
-                results[tool] = run(tool, [*check, *case])
-        figures = str(folder / f"{stem}-bench.json")
-        bench = [sys.executable, "-m", "bench", "--cases", "gpu", "--json", figures]
-        results["bench"] = run("bench", bench)
+    stem = folder / re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    record = Path(f"{'-'.join([f'{stem}-check', *options.steps])}.json")
 
-    record = folder / f"{stem}-check.json"
-    record.write_text(json.dumps({**facts, "exit_status": results}, indent=2) + "\n")
+    steps = all_steps(stem)
+    for wanted in options.steps:
+        if not any(name.startswith(wanted) for name in steps):
+            raise SystemExit(f"error: no step begins with {wanted!r}; there are {', '.join(steps)}")
+    results = {}
+    for name, (command, env) in steps.items():
+        if options.steps and not name.startswith(tuple(options.steps)):
+            continue
+        if command is None:
+            print(f"\n== {name}: not installed", flush=True)
+            results[name] = None
+        else:
+            results[name] = run(name, command, options.limit, env)
+        record.write_text(json.dumps({**facts, "exit_status": results}, indent=2) + "\n")
+        if name == "build" and results[name] != 0:
+            break
     print(f"\n== exit status {results}, written to {record}")
     return int(any(results.values()))
 

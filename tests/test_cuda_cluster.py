@@ -24,6 +24,7 @@ VECTOR, SEGMENT = 16, 2048
 def module(emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delenv("CFPO_KERNELS_CUDA_KERNEL", raising=False)
     emulated_cuda.set_device(*HOPPER)
+    emulated_cuda.set_largest_cluster(8)
     emulated_cuda.set_order("forward")
     return emulated_cuda
 
@@ -136,3 +137,19 @@ def test_a_large_vocabulary(module: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     got = check(case, inplace=True)
     monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "portable")
     assert_same(got, run(case))
+
+
+def test_a_device_without_room(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared or cut up, it may have no 4 SMs side by side; then the row kernel does it."""
+    monkeypatch.setattr(backends, "kernels", lambda _: EmulatedBackend(module))
+    module.set_device(*SMALL)
+    module.set_largest_cluster(2)
+    case = make_case(7, 9001, torch.bfloat16)
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
+    with pytest.raises(ValueError, match="no room for clusters of 4"):
+        run(case)
+    module.set_device(8, *HOPPER[1:])
+    case = make_case(5, 100000, torch.bfloat16)
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "auto")
+    assert module.plan_clusters(98, 5)["chosen"] and module.plan_clusters(98, 5)["cluster"] == 4
+    check(case)

@@ -93,9 +93,6 @@ std::int64_t clusters_at_once(const char* name, const void* kernel, const Grid& 
   int count = 0;
   check(std::string("counting clusters for ") + name, device,
         cudaOccupancyMaxActiveClusters(&count, kernel, &config));
-  if (count == 0) {
-    throw std::runtime_error("cfpo_kernels: " + describe(device) + " has no room for " + name);
-  }
   return known[key] = count;
 }
 

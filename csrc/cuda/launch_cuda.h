@@ -12,7 +12,8 @@ void prepare_launch(const char* name, const void* kernel, int device);
 // Throws unless the launch succeeded.
 void check_launch(const char* name, int device, cudaError_t status);
 
-// How many clusters of such a grid the device runs at once.
+// How many clusters of such a grid the device runs at once; 0 where it is shared or cut up so that
+// it has not enough SMs side by side.
 std::int64_t clusters_at_once(const char* name, const void* kernel, const Grid& grid, int device);
 
 template <class... Parameters>

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/cluster_kernel.cuh"
 #include "cuda/launch.h"
@@ -39,8 +41,9 @@ void run_row_kernel(const Stage& stage, const Rows& dlogits, int n_segments,
   });
 }
 
+// Whether the device has room for it.
 template <class T, class Stage>
-void run_cluster_kernel(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan,
+bool run_cluster_kernel(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan,
                         const Execution& execution) {
   Grid grid;
   grid.cluster = plan.cluster;
@@ -50,8 +53,9 @@ void run_cluster_kernel(const Stage& stage, const Rows& dlogits, const ClusterPl
     const auto kernel = cluster_kernel<T, Stage, entropy.value>;
     const std::int64_t together = clusters_at_once("cluster_kernel", kernel, grid, execution);
     grid.blocks = std::min(stage.p.problem.logits.n_rows, together) * plan.cluster;
-    launch("cluster_kernel", kernel, grid, execution, stage, dlogits, plan);
+    if (together > 0) launch("cluster_kernel", kernel, grid, execution, stage, dlogits, plan);
   });
+  return grid.blocks > 0;
 }
 
 template <class T, class Stage>
@@ -86,7 +90,12 @@ void run_stage(const Stage& stage, const Rows& dlogits, const Execution& executi
     const ClusterPlan plan = plan_clusters(n_segments, limits);
     const RowKernel wanted = wanted_row_kernel();
     if (dlogits.data != nullptr && use_clusters(logits.n_rows, plan, limits, wanted)) {
-      return run_cluster_kernel<T>(stage, dlogits, plan, execution);
+      if (run_cluster_kernel<T>(stage, dlogits, plan, execution)) return;
+      if (wanted == RowKernel::kCluster) {
+        throw std::invalid_argument(
+            "CFPO_KERNELS_CUDA_KERNEL is 'cluster', but this device has no room for clusters of " +
+            std::to_string(plan.cluster) + " blocks");
+      }
     }
   }
   if (split_rows(logits.n_rows, n_segments, limits)) {

@@ -12,6 +12,7 @@ PYBIND11_MODULE(emulated_cuda, m) {
       },
       pybind11::arg("sm_count"), pybind11::arg("shared_per_block"), pybind11::arg("shared_per_sm"),
       pybind11::arg("clusters") = false);
+  m.def("set_largest_cluster", [](int blocks) { emulation::largest_cluster() = blocks; });
   m.def("plan_clusters", [](int n_segments, std::int64_t n_rows) {
     const cfpo::cuda::ClusterPlan plan = cfpo::cuda::plan_clusters(n_segments, emulation::limits());
     pybind11::dict values;

@@ -14,6 +14,12 @@ inline cfpo::cuda::DeviceLimits& limits() {
   return value;
 }
 
+// The largest cluster that finds SMs side by side.
+inline int& largest_cluster() {
+  static int value = 8;
+  return value;
+}
+
 }  // namespace emulation
 
 namespace cfpo::cuda {
@@ -23,6 +29,7 @@ inline DeviceLimits device_limits(int) { return emulation::limits(); }
 template <class... Parameters>
 std::int64_t clusters_at_once(const char*, void (*)(Parameters...), const Grid& grid,
                               const Execution&) {
+  if (grid.cluster > emulation::largest_cluster()) return 0;
   return std::max(1, emulation::limits().sm_count / grid.cluster);
 }
 

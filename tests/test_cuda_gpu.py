@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from oracle import check_gradient, make_case, oracle, with_everything
@@ -155,6 +158,36 @@ def test_cuda_graphs(n: int) -> None:
         want = loss_and_gradient(static, arguments)
         graph.replay()
         assert torch.equal(loss, want[0]) and torch.equal(dlogits, want[1])
+
+
+FIRST_CALL = """
+import torch
+import cfpo_kernels
+
+n, v = {n}, 50257
+logits = torch.randn(n, v, device="cuda").bfloat16().requires_grad_()
+ids = torch.arange(n, device="cuda")
+ones = torch.ones(n, device="cuda")
+
+def loss():
+    return cfpo_kernels.cfpo_loss(
+        logits, ids, ones, -11 * ones, reduction="none", backend="cuda"
+    ).detach()
+
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = loss()
+graph.replay()
+assert captured.unique().numel() > 1 and torch.equal(captured, loss())
+"""
+
+
+@pytest.mark.parametrize("n", [3, 300])
+def test_a_first_call_may_be_captured(n: int) -> None:
+    """When kernels are still to be loaded and devices to be asked."""
+    command = [sys.executable, "-c", FIRST_CALL.format(n=n)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_torch_compile() -> None:

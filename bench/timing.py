@@ -10,6 +10,7 @@ import torch
 # A sample slower than this is not taken in every round, down to every fifth.
 SLOW_SECONDS = 0.05
 LEAST_FREQUENT = 5
+LAUNCH_CYCLES = 4_000_000  # of a GPU: some 2 ms
 
 Call = Callable[[], object]
 
@@ -59,8 +60,9 @@ def cpu_seconds(call: Call) -> float:
 
 
 def cuda_seconds(call: Call) -> float:
-    # The restore that was just queued keeps the device busy while Python launches `call`, so that
-    # launch overhead hides as it does in a training step.
+    # The device is kept busy while Python launches `call`, so that launch overhead hides as it does
+    # in a training step. The restore that was just queued may be over too soon for that.
+    torch.cuda._sleep(LAUNCH_CYCLES)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     result = call()

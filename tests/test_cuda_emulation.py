@@ -31,10 +31,11 @@ def test_right_use(program: Path) -> None:
 @pytest.mark.parametrize(
     ("mistake", "what"),
     [
-        ("no first barrier", "a store to a block that has not begun"),
-        ("no barrier", "orders failed|has ended"),
-        ("early exit", "a store to a block that has ended"),
-        ("one barrier less", "orders failed|has ended"),
+        ("no first barrier", "a message to a block that has not begun"),
+        ("not all sent", "deadlock"),
+        ("early exit", "a message to a block that has ended"),
+        ("no last barrier", "a message to a block that has ended"),
+        ("sent too early", "deadlock|orders failed"),
         ("no wait", "orders failed"),
         ("wrong parity", "orders failed|deadlock"),
         ("early refill", "bytes changed"),

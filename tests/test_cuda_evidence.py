@@ -121,7 +121,7 @@ def problems_of_cluster_code(usage: Any, instructions: list[str]) -> list[str]:
         "waits for an mbarrier": r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",
         "arrivals that expect bytes": r"SYNCS\.ARRIVE\.TRANS64.*",
         "proxy fences": r"FENCE\.VIEW\.ASYNC.*",
-        "cluster barriers": r"UCGABAR_WAIT",
+        "sums sent to other blocks": r"STAS\.128",
         "loads of 16 bytes from shared memory": r"LDS\.128",
         "stores of 16 bytes to shared memory": r"STS\.128",
     }

@@ -79,27 +79,44 @@ MUTANTS = {
     ),
     "a shift by 4 bytes forgotten": Mutant(ELEMENTS, "if (shift & 4)", "if (false)"),
     "cluster: sums merged before all have come": Mutant(
-        CLUSTER, "    hw::cluster_wait();\n    if (warp", "    if (warp"
+        CLUSTER, "    hw::barrier_wait(Block::exchange(turn), Block::parity(number));\n", ""
     ),
     "cluster: a block written to before it runs": Mutant(
-        CLUSTER, "    hw::cluster_wait();\n    for", "    for"
+        CLUSTER, "  hw::cluster_wait();\n  if (works)", "  if (works)"
     ),
-    "cluster: an exchange overwritten while it is read": Mutant(CLUSTER, "    turn_ ^= 1;\n", ""),
+    "cluster: a block written to after it ended": Mutant(
+        CLUSTER, "  hw::cluster_arrive();\n  hw::cluster_wait();\n}", "}"
+    ),
+    "cluster: sums overwritten while they are merged": Mutant(
+        CLUSTER, "hw::barrier_wait(Block::vacant(Block::turn(number)),", "static_cast<void>("
+    ),
     "cluster: coefficients used before they are there": Mutant(
-        CLUSTER, "    hw::sync_block();\n    write_row", "    write_row"
+        CLUSTER, "hw::barrier_wait(Block::ready(Block::turn(number)), Block::parity(number));", ""
+    ),
+    "cluster: coefficients overwritten while they are used": Mutant(
+        CLUSTER, "plan_.shared.gradients)[turn(number)]", "plan_.shared.gradients)[0]"
     ),
     "cluster: a slot read before it is full": Mutant(
-        CLUSTER, "    hw::barrier_wait(barrier(slot_), parity_);\n", ""
+        CLUSTER, "    hw::barrier_wait(Block::full(place.slot), place.parity);\n", ""
     ),
-    "cluster: the phase of the round before": Mutant(CLUSTER, "      parity_ ^= 1;\n", ""),
-    "cluster: a slot refilled before it was read": Mutant(
-        CLUSTER, "if (started_) fetch_next();", "fetch_next();"
+    "cluster: the phase of the round before": Mutant(CLUSTER, "      parity ^= 1;\n", ""),
+    "cluster: a slot refilled before its row was written": Mutant(
+        CLUSTER, "if (now.number >= 2) fetch_next();", "if (now.number >= 1) fetch_next();"
     ),
     "cluster: a slot refilled before its gradient left": Mutant(
         CLUSTER, "      hw::bulk_wait_read();  // and", "      // and"
     ),
     "cluster: a chunk refilled while its neighbour reads": Mutant(
-        CLUSTER, "    hw::sync_block();  // the next chunk's", "    // the next chunk's"
+        CLUSTER, "    hw::sync_threads(plan_.warps * kWarpThreads);", ""
+    ),
+    "cluster: a worker without a segment falls behind": Mutant(
+        "plan.cpp", "std::min(n_segments / plan.cluster,", "std::min(plan.slice_segments(),"
+    ),
+    "cluster: notes overwritten while they are read": Mutant(
+        "plan.h", "kClusterNotes = 16;", "kClusterNotes = 4;"
+    ),
+    "cluster: the target is not sent": Mutant(
+        CLUSTER, "      if (target >= 0) {", "      if (target > 0) {"
     ),
     "cluster: bytes of other lanes stored before they are there": Mutant(
         CLUSTER, "    hw::fence_async();\n    hw::sync_warp();", "    hw::fence_async();"
@@ -109,8 +126,12 @@ MUTANTS = {
         CLUSTER, "    if (lane_index() == 0) hw::bulk_wait_read();\n", ""
     ),
     "cluster: a masked row takes a slot": Mutant(
-        CLUSTER, "while (next_ < n_rows() && stage_.skip(next_))", "while (false)"
+        CLUSTER, "const bool active = exists && !stage_.skip(row);", "const bool active = exists;"
     ),
+    "cluster: a masked row's gradient is forgotten": Mutant(
+        CLUSTER, "row.row < 0 ? n_rows() : row.row;", "row.row < 0 ? next_ : row.row;"
+    ),
+    "cluster: a masked row's scalars are forgotten": Mutant(CLUSTER, "stage_.skipped(row);", ""),
     "cluster: the head is missing": Mutant(
         CLUSTER, "if (begin_ == 0) write_elements", "if (false) write_elements"
     ),
@@ -169,6 +190,6 @@ def test_the_kernels_pass(flags: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_mistake_is_found(name: str, tmp_path: Path) -> None:
     flags = [*MUTANTS[name].flags, "-Wno-unused"]
-    kernels = "clusters" if MUTANTS[name].file == CLUSTER else "rows"
+    kernels = "clusters" if name.startswith("cluster") else "rows"
     done = run(build(tmp_path, plant(name, tmp_path), flags), kernels)
     assert done.returncode != 0, f"not found: {name}"

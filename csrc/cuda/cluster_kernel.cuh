@@ -1,17 +1,31 @@
 // Whole rows by clusters of blocks, from compute capability 9.0 on: sums, stage 2 and gradient with
 // one read and one write of the logits, whatever the length of the row.
 //
-// A cluster works on one row at a time. Each block has a slice of it, whole segments, in a slot of
-// shared memory, and the slots of a block are a ring: later rows come in by bulk copies while the
-// first is worked on. Once a row, the blocks exchange the sums of its segments, so that each can
-// merge all of them, in the order of every other kernel, and run stage 2 for itself. The gradient
-// overwrites the logits in the slot and leaves it by bulk stores.
+// A cluster works on one row after another. Each block has a slice of it, whole segments, in a slot
+// of shared memory, and the slots of a block are a ring: later rows come in by bulk copies while
+// earlier ones are worked on. The gradient overwrites the logits in the slot and leaves it by bulk
+// stores.
 //
-// Each warp has a chunk of the slot, some segments of each slice: it sums these, writes their
-// gradient, stores the chunk and fetches what comes into it next. Chunks end at multiples of 2 KiB
-// of the slot, and a row that is not aligned is shifted against that: the last segment of a chunk
-// ends up to 15 bytes into the next. That matters for the sums only, which a barrier divides from
-// all that overwrites a slot.
+// Two kinds of warps keep each other busy. Workers have a chunk of the slot each, some segments of
+// every slice: they sum these, send the sums to every block of the cluster, and write the gradient
+// of the row before. Meanwhile one more warp, the accountant, merges that row's sums, in the order
+// of every other kernel, and runs stage 2: nobody waits for the exchange or for float64 unless it
+// takes longer than a row. The accountant also looks ahead for rows that are not masked, and tells
+// the workers about them.
+//
+// Rows that are not masked are numbered from 0. Things that have two copies have them by turns of
+// that number. Which barrier allows what:
+//
+//   full[slot]       the row has come: workers sum it
+//   exchange[turn]   all sums of the row have come: the accountant merges them
+//   vacant[turn]     every accountant has merged the row: workers may send those of the row after
+//                    next
+//   ready[turn]      the row's coefficients are there, and the notes of the row `stages` later:
+//                    workers write the gradient, and may fetch that row
+//
+// Chunks end at multiples of 2 KiB of the slot, and a row that is not aligned is shifted against
+// that: the last segment of a chunk ends up to 15 bytes into the next. The sums read these; a slot
+// is overwritten only after ready[], by when all sums have been taken.
 //
 // A slot has the aligned vectors that the slice touches, as in segment.cuh. Reading these whole
 // stays within the allocation, whose ends are aligned to more than a vector; the bytes of a
@@ -22,73 +36,212 @@
 
 namespace cfpo::cuda {
 
-template <class T, class Stage, bool kEntropy>
-class ClusterWorker {
+// A row that is not masked, by its number, and its slot; `parity` of the phases of full[slot].
+struct ClusterPlace {
+  int number = 0;
+  int slot = 0;
+  int parity = 0;
+
+  CFPO_DEVICE void advance(int stages) {
+    ++number;
+    if (++slot == stages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// What the threads of a block have in common.
+template <class T, class Stage>
+class ClusterBlock {
  public:
-  CFPO_DEVICE ClusterWorker(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan)
-      : stage_(stage), dlogits_(dlogits), plan_(plan) {
-    first_segment_ = plan.first_segment(hw::cluster_rank());
-    count_ = plan.first_segment(hw::cluster_rank() + 1) - first_segment_;
-    begin_ = warp_index() * count_ / plan.warps;
-    end_ = (warp_index() + 1) * count_ / plan.warps;
-    next_ = first_row();
-  }
+  CFPO_DEVICE ClusterBlock(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan)
+      : stage_(stage),
+        dlogits_(dlogits),
+        plan_(plan),
+        row_step_(static_cast<int>(hw::block_count()) / plan.cluster) {}
 
-  CFPO_DEVICE void run() {
-    if (hw::thread_index() == 0) {
-      for (int i = 0; i < plan_.stages; ++i) hw::barrier_init(barrier(i), plan_.warps);
-      hw::fence_barrier_init();
-    }
-    // From here on the barriers exist, and all blocks run, so that others may write into them.
-    hw::cluster_arrive();
-    hw::cluster_wait();
-    for (int i = 0; i < plan_.stages; ++i) fetch_next();
-    for (int row = first_row(); row < n_rows(); row += row_step()) {
-      if (stage_.skip(row)) {
-        skip_row(row);
-      } else {
-        do_row(row);
-      }
-    }
-    if (lane_index() == 0) hw::bulk_wait_read();
-  }
-
- private:
-  // A slice is a Segment of more columns: first column, columns, shift.
-  template <class Element>
-  CFPO_DEVICE Segment<Element> slice(const Rows& rows, int row) const {
-    Element* x = static_cast<Element*>(rows.row(row));
-    Segment<Element> slice(x, rows.n_cols, first_segment_);
-    const std::int64_t left = rows.n_cols - std::int64_t{first_segment_} * kSegmentColumns<T>;
-    const int most = count_ * kSegmentColumns<T>;
-    slice.count = left < most ? static_cast<int>(left) : most;
-    return slice;
-  }
-
+ protected:
   CFPO_DEVICE int n_rows() const { return static_cast<int>(logits().n_rows); }
   CFPO_DEVICE int first_row() const { return static_cast<int>(hw::block_index()) / plan_.cluster; }
-  CFPO_DEVICE int row_step() const { return static_cast<int>(hw::block_count()) / plan_.cluster; }
   CFPO_DEVICE const Problem& problem() const { return stage_.p.problem; }
   CFPO_DEVICE const Rows& logits() const { return problem().logits; }
 
-  CFPO_DEVICE char* slot(int index) const {
-    return hw::shared_memory() + index * plan_.slot_bytes();
-  }
   template <class Shared>
   CFPO_DEVICE Shared* shared(int offset) const {
     return reinterpret_cast<Shared*>(hw::shared_memory() + offset);
   }
   CFPO_DEVICE hw::Barrier* barrier(int index) const {
-    return shared<hw::Barrier>(ClusterSharedMemory(plan_).barriers) + index;
+    return shared<hw::Barrier>(plan_.shared.barriers) + index;
   }
-  CFPO_DEVICE RowGradient* gradient() const {
-    return shared<RowGradient>(ClusterSharedMemory(plan_).gradient);
+  CFPO_DEVICE hw::Barrier* exchange(int turn) const { return barrier(turn); }
+  CFPO_DEVICE hw::Barrier* vacant(int turn) const { return barrier(2 + turn); }
+  CFPO_DEVICE hw::Barrier* ready(int turn) const { return barrier(4 + turn); }
+  CFPO_DEVICE hw::Barrier* full(int slot) const { return barrier(6 + slot); }
+  static CFPO_DEVICE int turn(int number) { return number & 1; }
+  // Of the phase of a barrier by turns.
+  static CFPO_DEVICE int parity(int number) { return number >> 1 & 1; }
+
+  CFPO_DEVICE RowGradient& gradient(int number) const {
+    return shared<RowGradient>(plan_.shared.gradients)[turn(number)];
   }
-  CFPO_DEVICE float* target() const {
-    return shared<float>(ClusterSharedMemory(plan_).targets) + turn_;
+  CFPO_DEVICE ClusterRow& notes(int number) const {
+    return shared<ClusterRow>(plan_.shared.notes)[number % kClusterNotes];
   }
-  CFPO_DEVICE PartialSum* parts() const {
-    return shared<PartialSum>(ClusterSharedMemory(plan_).parts) + turn_ * plan_.n_segments;
+  // The sums of a row's segments; behind them the target's logit, as `ref`.
+  CFPO_DEVICE SentSum* sums(int number) const {
+    return shared<SentSum>(plan_.shared.sums) + turn(number) * (plan_.n_segments + 1);
+  }
+
+  const Stage& stage_;
+  const Rows& dlogits_;
+  const ClusterPlan& plan_;
+  int row_step_;
+};
+
+// One warp of each block: from a row's sums to its scalars and the gradient's coefficients.
+template <class T, class Stage>
+class ClusterAccountant : ClusterBlock<T, Stage> {
+  using Block = ClusterBlock<T, Stage>;
+  using Block::dlogits_, Block::n_rows, Block::plan_, Block::row_step_, Block::stage_;
+
+ public:
+  CFPO_DEVICE ClusterAccountant(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan)
+      : Block(stage, dlogits, plan), next_(Block::first_row()) {}
+
+  // Before the cluster's first barrier.
+  CFPO_DEVICE void begin() {
+    if (lane_index() == 0) {
+      for (int turn = 0; turn < 2; ++turn) {
+        hw::barrier_init(Block::exchange(turn), 1);
+        hw::barrier_init(Block::vacant(turn), plan_.cluster);
+        hw::barrier_init(Block::ready(turn), 1);
+      }
+      for (int i = 0; i < plan_.stages; ++i) hw::barrier_init(Block::full(i), plan_.warps);
+      hw::fence_barrier_init();
+    }
+    for (int i = 0; i < plan_.stages; ++i) note_next(i);
+  }
+
+  CFPO_DEVICE void run() {
+    for (int number = 0;; ++number) {
+      hw::sync_warp();
+      const ClusterRow row = Block::notes(number);
+      if (row.row < 0) return;
+      note_next(number + plan_.stages);
+      settle(row, number);
+    }
+  }
+
+ private:
+  // The lanes look at 32 rows at once, and keep what they find.
+  CFPO_DEVICE void look_ahead() {
+    const int row = next_ + lane_index() * row_step_;
+    const bool exists = row < n_rows() && row >= 0;
+    const bool active = exists && !stage_.skip(row);
+    if (active) {
+      const std::int64_t token = Block::problem().token_ids[row];
+      row_ = row;
+      token_ = token >= 0 && token < Block::logits().n_cols ? static_cast<int>(token) : -1;
+      scale_ = row_scale(Block::problem(), row);
+    } else if (exists && hw::cluster_rank() == 0) {
+      stage_.skipped(row);
+    }
+    left_ = hw::ballot(active);
+    next_ =
+        n_rows() - next_ > kWarpThreads * row_step_ ? next_ + kWarpThreads * row_step_ : n_rows();
+  }
+  // Notes the next row that is read, or that there is none.
+  CFPO_DEVICE void note_next(int number) {
+    while (left_ == 0 && next_ < n_rows()) look_ahead();
+    ClusterRow& notes = Block::notes(number);
+    if (left_ == 0) {
+      notes.row = -1;
+    } else if (lane_index() == hw::lowest_bit(left_)) {
+      notes = {Block::logits().row(row_), dlogits_.row(row_), row_, token_, scale_};
+    }
+    left_ &= left_ - 1;
+  }
+
+  CFPO_DEVICE void settle(const ClusterRow& row, int number) {
+    const int turn = Block::turn(number);
+    const int sent = plan_.n_segments + (row.token >= 0 ? 1 : 0);
+    if (lane_index() == 0) {
+      hw::barrier_arrive_expect(Block::exchange(turn), sent * static_cast<int>(sizeof(SentSum)));
+    }
+    hw::barrier_wait(Block::exchange(turn), Block::parity(number));
+    const SentSum* sums = Block::sums(number);
+    const RowSum sum = merge_segments(sums, plan_.n_segments);
+    const float target = row.token >= 0 ? sums[plan_.n_segments].ref : NAN;
+    hw::sync_warp();  // all lanes have read
+    if (lane_index() < plan_.cluster) hw::arrive_peer(Block::vacant(turn), lane_index());
+    if (lane_index() == 0) {
+      const RowStats stats = join_target(row.scale, target, sum);
+      Block::gradient(number) = stage_(row.row, stats, hw::cluster_rank() == 0);
+      hw::barrier_arrive_expect(Block::ready(turn), 0);
+    }
+  }
+
+  int next_;                // row to look at
+  std::uint32_t left_ = 0;  // lanes whose row is to be noted; of each lane:
+  int row_ = 0;
+  int token_ = 0;
+  float scale_ = 0.0f;
+};
+
+template <class T, class Stage, bool kEntropy>
+class ClusterWorker : ClusterBlock<T, Stage> {
+  using Block = ClusterBlock<T, Stage>;
+  using Block::dlogits_, Block::logits, Block::n_rows, Block::plan_, Block::row_step_;
+
+ public:
+  CFPO_DEVICE ClusterWorker(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan)
+      : Block(stage, dlogits, plan), next_(Block::first_row()) {
+    first_segment_ = plan.first_segment(hw::cluster_rank());
+    count_ = plan.first_segment(hw::cluster_rank() + 1) - first_segment_;
+    begin_ = warp_index() * count_ / plan.warps;
+    end_ = (warp_index() + 1) * count_ / plan.warps;
+  }
+
+  CFPO_DEVICE void run() {
+    for (int i = 0; i < plan_.stages; ++i) fetch_next();
+    ClusterPlace before, now;
+    while (true) {
+      const bool more = Block::notes(now.number).row >= 0;
+      if (more) {
+        send_sums(now);
+        // Into the slot of the row before the last, whose gradient has left it by now.
+        if (now.number >= 2) fetch_next();
+      }
+      if (now.number >= 1) write_row(before);
+      if (!more) break;
+      before = now;
+      now.advance(plan_.stages);
+    }
+    if (lane_index() == 0) hw::bulk_wait_read();
+  }
+
+ private:
+  // Of a row that begins at `row`. A slice is a Segment of more columns: first column, columns,
+  // shift.
+  template <class Element>
+  CFPO_DEVICE Segment<Element> slice(Element* row) const {
+    const std::int64_t n_cols = logits().n_cols;
+    Segment<Element> slice(row, n_cols, first_segment_);
+    const std::int64_t left = n_cols - std::int64_t{first_segment_} * kSegmentColumns<T>;
+    const int most = count_ * kSegmentColumns<T>;
+    slice.count = left < most ? static_cast<int>(left) : most;
+    return slice;
+  }
+  CFPO_DEVICE Segment<const T> logits_slice(const ClusterRow& row) const {
+    return slice(static_cast<const T*>(row.logits));
+  }
+  CFPO_DEVICE char* slot(const ClusterPlace& place) const {
+    return hw::shared_memory() + place.slot * plan_.shared.slot_bytes;
+  }
+  // The target's column within the slice, unless it is in another.
+  CFPO_DEVICE int column_in_slice(const ClusterRow& row) const {
+    return row.token >= 0 ? row.token - first_segment_ * kSegmentColumns<T> : -1;
   }
 
   // Where this warp's chunk ends within the slot.
@@ -98,100 +251,87 @@ class ClusterWorker {
     return (bytes + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
   }
 
-  // Starts to copy the next row that is read into the slot that has been free for longest.
+  // Starts to copy the next row that was noted; masked rows before it become zeros.
   CFPO_DEVICE void fetch_next() {
-    while (next_ < n_rows() && stage_.skip(next_)) next_ += row_step();
-    if (next_ >= n_rows()) return;
+    const ClusterRow row = Block::notes(fetched_.number);
+    const int end = row.row < 0 ? n_rows() : row.row;
+    for (; next_ < end; next_ += row_step_) zero_row(next_);
+    if (row.row < 0) return;
     hw::sync_warp();  // all lanes have done with the chunk
     if (lane_index() == 0) {
       hw::bulk_wait_read();  // and its gradient has left it
-      const Segment<const T> x = slice<const T>(logits(), next_);
+      const Segment<const T> x = logits_slice(row);
       const int from = begin_ * kSegmentBytes;
       const int bytes = begin_ < end_ ? chunk_end(x) - from : 0;
-      hw::barrier_arrive_expect(barrier(fetch_slot_), bytes);
+      hw::barrier_arrive_expect(Block::full(fetched_.slot), bytes);
       if (bytes > 0) {
-        hw::bulk_load(slot(fetch_slot_) + from,
+        hw::bulk_load(slot(fetched_) + from,
                       reinterpret_cast<const char*>(x.begin) - x.shift + from, bytes,
-                      barrier(fetch_slot_), hw::read_once());
+                      Block::full(fetched_.slot), hw::read_once());
       }
     }
-    next_ += row_step();
-    fetch_slot_ = fetch_slot_ + 1 == plan_.stages ? 0 : fetch_slot_ + 1;
+    fetched_.advance(plan_.stages);
+    next_ += row_step_;
   }
 
-  CFPO_DEVICE void skip_row(int row) {
-    if (hw::cluster_rank() == 0 && hw::thread_index() == 0) stage_.skipped(row);
-    const Segment<T> out = slice<T>(dlogits_, row);
+  CFPO_DEVICE void zero_row(int row) {
+    const Segment<T> out = slice(static_cast<T*>(dlogits_.row(row)));
     for (int i = begin_; i < end_; ++i) write_zeros(Segment<T>(out.begin, out.count, i));
   }
 
-  CFPO_DEVICE void do_row(int row) {
-    const Segment<const T> x = slice<const T>(logits(), row);
-    const std::int64_t token = problem().token_ids[row];
-    const bool exists = token >= 0 && token < logits().n_cols;
-    // The target's column within the slice, unless it is in another.
-    const int column = exists ? static_cast<int>(token) - first_segment_ * kSegmentColumns<T> : -1;
-    const float scale = row_scale(problem(), row);
-    hw::barrier_wait(barrier(slot_), parity_);
-    share_sums(x, column, scale);
-    hw::cluster_arrive();
-    // While the others come: the row before has left its slot by now.
-    if (started_) fetch_next();
-    started_ = true;
-    hw::cluster_wait();
-    if (warp_index() == 0) {
-      const RowSum sum = merge_segments(parts(), plan_.n_segments);
-      if (lane_index() == 0) {
-        const RowStats stats = join_target(scale, exists ? *target() : NAN, sum);
-        *gradient() = stage_(row, stats, hw::cluster_rank() == 0);
-      }
-    }
-    hw::sync_block();
-    write_row(x, slice<T>(dlogits_, row), column);
-    turn_ ^= 1;
-    if (++slot_ == plan_.stages) {
-      slot_ = 0;
-      parity_ ^= 1;
-    }
-  }
-
   // The sums of this warp's segments, and the target's logit, go to every block of the cluster.
-  CFPO_DEVICE void share_sums(const Segment<const T>& x, int column, float scale) {
+  CFPO_DEVICE void send_sums(const ClusterPlace& place) {
+    const int number = place.number;
+    const ClusterRow row = Block::notes(number);
+    const Segment<const T> x = logits_slice(row);
+    const int column = column_in_slice(row);
+    hw::barrier_wait(Block::full(place.slot), place.parity);
+    hw::barrier_wait(Block::vacant(Block::turn(number)), Block::parity(number) ^ 1);
     for (int i = begin_; i < end_; ++i) {
-      const PartialSum part = sum_segment<T, kEntropy>(slot(slot_) + i * kSegmentBytes,
-                                                       Segment<const T>(x.begin, x.count, i),
-                                                       column_in_segment<T>(column, i), scale);
-      if (lane_index() < plan_.cluster) {
-        PartialSum* to = parts() + first_segment_ + i;
-        hw::store_peer(&to->ref, lane_index(), part.ref);
-        hw::store_peer(&to->sum, lane_index(), part.sum);
-        hw::store_peer(&to->weighted, lane_index(), part.weighted);
+      const char* window = slot(place) + i * kSegmentBytes;
+      const int target = column_in_segment<T>(column, i);
+      const PartialSum part = sum_segment<T, kEntropy>(
+          window, Segment<const T>(x.begin, x.count, i), target, row.scale);
+      send(number, first_segment_ + i, {part});
+      if (target >= 0) {
+        const T* columns = reinterpret_cast<const T*>(window + x.shift);
+        send(number, plan_.n_segments, {{load_element(columns + target), 0.0f, 0.0f}});
       }
     }
-    if (warp_index() == 0 && lane_index() < plan_.cluster && column >= 0 && column < x.count) {
-      const T* columns = reinterpret_cast<const T*>(slot(slot_) + x.shift);
-      hw::store_peer(target(), lane_index(), load_element(columns + column));
-    }
+  }
+  CFPO_DEVICE void send(int number, int index, const SentSum& sum) {
+    if (lane_index() >= plan_.cluster) return;
+    Vector v;
+    std::memcpy(&v, &sum, sizeof v);
+    hw::send_peer(Block::sums(number) + index, lane_index(), v,
+                  Block::exchange(Block::turn(number)));
   }
 
-  CFPO_DEVICE void write_row(const Segment<const T>& x, const Segment<T>& out, int column) {
+  CFPO_DEVICE void write_row(const ClusterPlace& place) {
+    const int number = place.number;
+    const ClusterRow row = Block::notes(number);
+    const Segment<const T> x = logits_slice(row);
+    const Segment<T> out = slice(static_cast<T*>(row.dlogits));
+    const int column = column_in_slice(row);
+    hw::barrier_wait(Block::ready(Block::turn(number)), Block::parity(number));
+    const RowGradient g = Block::gradient(number);
+    char* const bytes = slot(place);
     if (out.shift == x.shift) {
-      if (begin_ < end_) write_chunk(x, out, column);
+      if (begin_ < end_) write_chunk(bytes, x, out, column, g);
       return;
     }
     // Nothing in the slot is where it has to be in memory.
     for (int i = begin_; i < end_; ++i) {
-      write_gradient<T, kEntropy>(slot(slot_) + i * kSegmentBytes, x.shift,
+      write_gradient<T, kEntropy>(bytes + i * kSegmentBytes, x.shift,
                                   Segment<T>(out.begin, out.count, i),
-                                  column_in_segment<T>(column, i), *gradient());
+                                  column_in_segment<T>(column, i), g);
     }
-    hw::sync_block();  // the next chunk's first vector was read too
+    hw::sync_threads(plan_.warps * kWarpThreads);  // the next chunk's first vector was read too
   }
 
-  CFPO_DEVICE void write_chunk(const Segment<const T>& x, const Segment<T>& out, int column) {
+  CFPO_DEVICE void write_chunk(char* bytes, const Segment<const T>& x, const Segment<T>& out,
+                               int column, const RowGradient& g) {
     constexpr int kSize = sizeof(T);
-    const RowGradient& g = *gradient();
-    char* bytes = slot(slot_);
     // Columns [0, head) and [tail, count) have no whole vector to themselves.
     const int before = (kVectorBytes - x.shift) % kVectorBytes / kSize;
     const int head = before < x.count ? before : x.count;
@@ -211,39 +351,50 @@ class ClusterWorker {
                      hw::read_once());
       hw::bulk_commit();
     }
-    if (begin_ == 0) write_elements(x, out, 0, head, column);
-    if (end_ == count_) write_elements(x, out, tail, x.count, column);
+    const T* columns = reinterpret_cast<const T*>(bytes + x.shift);
+    if (begin_ == 0) write_elements(columns, out, 0, head, column, g);
+    if (end_ == count_) write_elements(columns, out, tail, x.count, column, g);
   }
   // Fewer than a vector.
-  CFPO_DEVICE void write_elements(const Segment<const T>& x, const Segment<T>& out, int first,
-                                  int last, int column) {
+  CFPO_DEVICE void write_elements(const T* columns, const Segment<T>& out, int first, int last,
+                                  int column, const RowGradient& g) {
     const int i = first + lane_index();
     if (i >= last) return;
-    const T* columns = reinterpret_cast<const T*>(slot(slot_) + x.shift);
-    store_element(out.begin + i,
-                  gradient_at<kEntropy>(load_element(columns + i), i, column, *gradient()));
+    store_element(out.begin + i, gradient_at<kEntropy>(load_element(columns + i), i, column, g));
   }
 
-  const Stage& stage_;
-  const Rows& dlogits_;
-  const ClusterPlan& plan_;
   int first_segment_;  // of the slice
   int count_;          // of its segments
   int begin_, end_;    // those of them that this warp has
-  int next_;           // row to fetch, or to look at
-  int fetch_slot_ = 0;
-  int slot_ = 0;    // of the row at hand
-  int parity_ = 0;  // of the phase in which it comes
-  int turn_ = 0;    // copy of the exchange
-  bool started_ = false;
+  int next_;           // first row that is neither fetched nor zeroed
+  ClusterPlace fetched_;
 };
+
+template <class T, class Stage, bool kEntropy>
+CFPO_DEVICE void run_cluster_block(const Stage& stage, const Rows& dlogits,
+                                   const ClusterPlan& plan) {
+  const bool works = warp_index() < plan.warps;
+  ClusterAccountant<T, Stage> accountant(stage, dlogits, plan);
+  if (!works) accountant.begin();
+  // From here on the barriers exist, and all blocks run, so that others may write into them.
+  hw::cluster_arrive();
+  hw::cluster_wait();
+  if (works) {
+    ClusterWorker<T, Stage, kEntropy>(stage, dlogits, plan).run();
+  } else {
+    accountant.run();
+  }
+  // Until nobody writes to anybody any more.
+  hw::cluster_arrive();
+  hw::cluster_wait();
+}
 
 template <class T, class Stage, bool kEntropy>
 CFPO_KERNEL(kClusterThreads, 1)
 cluster_kernel(CFPO_ARGUMENT Stage stage, CFPO_ARGUMENT Rows dlogits,
                CFPO_ARGUMENT ClusterPlan plan) {
   if constexpr (hw::kHasClusters) {
-    ClusterWorker<T, Stage, kEntropy>(stage, dlogits, plan).run();
+    run_cluster_block<T, Stage, kEntropy>(stage, dlogits, plan);
   } else {
     hw::stop();
   }

@@ -13,10 +13,12 @@ constexpr int kReservedPerBlock = 1024;  // of an SM's shared memory, by the sys
 constexpr int kPassingSlots = 3;  // of a warp, where rows only pass: two under way, one in use
 constexpr int kMinSplitSegments = 32;
 constexpr int kMostCluster = 8;  // more is not portable
-// Of a slice, 80 KiB: three rows in flight rather than two, at the price of a larger cluster, but
-// 151936 columns still by a cluster of 4.
-constexpr int kMostSlice = 40;
-constexpr int kMostStages = 4;
+// Of a slice, 64 KiB: beside it a row that is summed and one that comes in.
+constexpr int kMostSlice = 32;
+// One row to write, one to sum, one that comes in; a fourth that comes in hides the latency of the
+// third.
+constexpr int kLeastStages = 3;
+constexpr int kMostStages = 5;
 constexpr int kMinClusterSegments = 25;  // shorter rows: the row kernel takes several at a time
 
 int windows_that_fit(RowPlan plan, int shared_bytes) {
@@ -54,6 +56,17 @@ RowPlan fit(RowPlan plan, bool both_sweeps, const DeviceLimits& limits) {
   return fit(plan, each, both_sweeps, limits);
 }
 
+ClusterSharedMemory cluster_shared_memory(const ClusterPlan& plan) {
+  ClusterSharedMemory shared;
+  shared.slot_bytes = plan.slice_segments() * kSegmentBytes + 16;
+  shared.sums = plan.stages * shared.slot_bytes;
+  shared.barriers = shared.sums + 2 * (plan.n_segments + 1) * int{sizeof(SentSum)};
+  shared.notes = shared.barriers + (6 + plan.stages) * 8;
+  shared.gradients = shared.notes + kClusterNotes * int{sizeof(ClusterRow)};
+  shared.bytes = shared.gradients + 2 * int{sizeof(RowGradient)};
+  return shared;
+}
+
 bool works(const RowPlan& plan) {
   return plan.slots > kRing || plan.slots * plan.warps_per_row() >= plan.n_segments;
 }
@@ -87,10 +100,12 @@ ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits) {
   ClusterPlan plan;
   plan.n_segments = n_segments;
   for (plan.cluster = 1; plan.cluster <= kMostCluster; plan.cluster *= 2) {
-    if (plan.slice_segments() > kMostSlice) continue;
-    for (plan.stages = kMostStages; plan.stages >= 2; --plan.stages) {
-      if (ClusterSharedMemory(plan).bytes > limits.shared_per_block) continue;
-      plan.warps = std::min(plan.slice_segments(), kClusterThreads / 32);
+    if (plan.slice_segments() > kMostSlice || n_segments < plan.cluster) continue;
+    for (plan.stages = kMostStages; plan.stages >= kLeastStages; --plan.stages) {
+      plan.shared = cluster_shared_memory(plan);
+      if (plan.shared.bytes > limits.shared_per_block) continue;
+      // Each has a segment in every block: that keeps workers within a row of each other.
+      plan.warps = std::min(n_segments / plan.cluster, kClusterThreads / 32 - 1);
       return plan;
     }
   }

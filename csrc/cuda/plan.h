@@ -23,7 +23,8 @@ constexpr int kRing = 2;
 // Blocks are smaller.
 constexpr int kRowThreadsPerSm = 640;
 constexpr int kSplitThreads = 256;
-constexpr int kClusterThreads = 512;
+constexpr int kClusterThreads = 512;  // 15 warps that work on the logits, one on the scalars
+constexpr int kClusterNotes = 16;     // power of two; at least 3 more than the stages
 
 struct DeviceLimits {
   int sm_count = 0;
@@ -72,44 +73,45 @@ struct RowSharedMemory {
 RowPlan plan_rows(int n_segments, bool both_sweeps, const DeviceLimits& limits);
 std::int64_t row_blocks(std::int64_t n_rows, const RowPlan& plan, const DeviceLimits& limits);
 
+// Offsets into the cluster kernel's shared memory, which begins with the slots. Sums and gradients
+// have two copies, for rows by turns.
+struct ClusterSharedMemory {
+  int slot_bytes = 0;  // the aligned vectors that a slice touches: one more than it has bytes for
+  int sums = 0;        // 2 * (n_segments + 1) SentSums
+  int barriers = 0;    // 6, and one for each slot
+  int notes = 0;       // kClusterNotes ClusterRows
+  int gradients = 0;   // 2 RowGradients
+  int bytes = 0;
+};
+
 // The cluster kernel: each block of a cluster has a slice of the row, whole segments, in one of
 // `stages` slots of shared memory, and so many rows are in flight.
 struct ClusterPlan {
   int n_segments = 0;  // of a row
   int cluster = 0;     // blocks; 0: no plan
   int stages = 0;
-  int warps = 0;  // of a block
+  int warps = 0;  // workers of a block; there is one more
+  ClusterSharedMemory shared;
 
   // Of n_segments, block `rank` has those from first_segment(rank); slices differ by one at most.
   CFPO_HOST_DEVICE int first_segment(int rank) const {
     const int extra = n_segments % cluster;
     return rank * (n_segments / cluster) + (rank < extra ? rank : extra);
   }
-  CFPO_HOST_DEVICE int slice_segments() const { return (n_segments + cluster - 1) / cluster; }
-  // The aligned vectors that a slice touches: one more than it has bytes for.
-  CFPO_HOST_DEVICE int slot_bytes() const { return slice_segments() * kSegmentBytes + 16; }
+  int slice_segments() const { return (n_segments + cluster - 1) / cluster; }
 };
 
-// Offsets into the cluster kernel's shared memory, which begins with the slots. What blocks tell
-// each other has two copies, for rows by turns: a block that is ahead writes of the next row while
-// another still reads of this one.
-struct ClusterSharedMemory {
-  int barriers;  // 8 bytes for each slot
-  int gradient;  // RowGradient
-  int targets;   // 2 floats
-  int parts;     // 2 * n_segments PartialSums
-  int bytes;
-
-  CFPO_HOST_DEVICE explicit ClusterSharedMemory(const ClusterPlan& plan) {
-    barriers = plan.stages * plan.slot_bytes();
-    gradient = barriers + plan.stages * 8;
-    targets = gradient + static_cast<int>(sizeof(RowGradient));
-    parts = targets + 2 * static_cast<int>(sizeof(float));
-    bytes = parts + 2 * plan.n_segments * static_cast<int>(sizeof(PartialSum));
-  }
+// What the cluster kernel notes of a row that is read.
+struct ClusterRow {
+  const void* logits;
+  void* dlogits;
+  int row;      // -1: there are no more
+  int token;    // -1: does not exist
+  float scale;  // log2(e) / T
 };
+struct alignas(16) SentSum : PartialSum {};
 
-// The smallest cluster that keeps slices short and two rows in flight; cluster 0 if none does.
+// The smallest cluster that keeps slices short and three rows in flight; cluster 0 if none does.
 ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits);
 
 // Which kernel sums and writes whole rows: CFPO_KERNELS_CUDA_KERNEL, which is "auto" (or unset),

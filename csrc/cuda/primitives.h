@@ -12,8 +12,10 @@
 //   thread_index, block_index, block_index_y, block_count, block_count_y, block_threads
 //   shared_memory()          the block's dynamic shared memory, 16-byte aligned
 //   sync_block, sync_warp    barriers; both also order memory between the threads they join
+//   sync_threads(count)      the same for the block's first `count` threads, whole warps
 //   shuffle_xor(x, mask)     lane ^ mask's x, for float and double
 //   shuffle(x, lane)         that lane's float
+//   ballot(x), lowest_bit(bits)   a bit for each lane with x; the number of the lowest bit set
 //   warp_max(x)              the largest of the warp's floats
 //   copy_async16(to, from, policy), commit_copies(), wait_copies(pending)
 //                            16 aligned bytes from global to shared memory. wait_copies returns
@@ -34,15 +36,15 @@
 //   cluster_rank()           this block's number within the cluster
 //   cluster_arrive(), cluster_wait()   a barrier of all the cluster's threads in two halves; what
 //                            was written before the first is seen after the second
-//   store_peer(p, rank, x)   a float into the shared memory of block `rank`, where this block has
-//   p.
-//                            Only while that block runs
 //   Barrier                  8 bytes of shared memory: a barrier whose phases end when `count`
 //                            arrivals and all the bytes that they announced have come
 //   barrier_init(barrier, count), fence_barrier_init()   by one thread; then a block barrier
 //   barrier_arrive_expect(barrier, bytes)   one arrival, which announces copies of so many bytes
 //   barrier_wait(barrier, parity)   until the phase of that parity (of its number) has ended; the
 //                            bytes that it counted are there for all who waited
+//   arrive_peer(barrier, rank)   one arrival at that barrier of block `rank`, which has to run
+//   send_peer(to, rank, vector, barrier)   16 bytes to that address in block `rank`, counted as a
+//                            copy by that barrier of it; the block has to run
 //   bulk_load(to, from, bytes, barrier, policy)   global to shared memory; a multiple of 16 bytes,
 //                            both ends aligned. Nobody uses the target until the phase has ended
 //   bulk_store(to, from, bytes, policy), bulk_commit(), bulk_wait_read()

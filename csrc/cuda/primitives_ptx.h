@@ -28,11 +28,17 @@ CFPO_DEVICE char* shared_memory() {
 
 CFPO_DEVICE void sync_block() { __syncthreads(); }
 CFPO_DEVICE void sync_warp() { __syncwarp(); }
+CFPO_DEVICE void sync_threads(int count) {
+  asm volatile("barrier.sync 1, %0;" ::"r"(count) : "memory");
+}
 
 CFPO_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 CFPO_DEVICE double shuffle_xor(double x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
 CFPO_DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
+
+CFPO_DEVICE std::uint32_t ballot(bool x) { return __ballot_sync(~0u, x); }
+CFPO_DEVICE int lowest_bit(std::uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
 // By one reduction of integers: a float's bits, those of negatives turned round, order like it.
 CFPO_DEVICE float warp_max(float x) {

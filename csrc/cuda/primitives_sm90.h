@@ -24,17 +24,6 @@ CFPO_DEVICE int cluster_rank() {
 CFPO_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 CFPO_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
-CFPO_DEVICE void store_peer(float* p, int rank, float x) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 address;\n"
-      "mapa.shared::cluster.u32 address, %0, %1;\n"
-      "st.shared::cluster.f32 [address], %2;\n"
-      "}" ::"r"(shared_address(p)),
-      "r"(rank), "f"(x)
-      : "memory");
-}
-
 CFPO_DEVICE void barrier_init(Barrier* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
                : "memory");
@@ -62,6 +51,31 @@ CFPO_DEVICE void barrier_wait(Barrier* barrier, int parity) {
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
   } while (ended == 0);
+}
+
+// Release within the block only: it says that something was read, and orders no writes.
+CFPO_DEVICE void arrive_peer(Barrier* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 peer;\n"
+      "mapa.shared::cluster.u32 peer, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [peer];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+CFPO_DEVICE void send_peer(void* to, int rank, Vector v, Barrier* barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 address, counter;\n"
+      "mapa.shared::cluster.u32 address, %0, %2;\n"
+      "mapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+      "[address], {%3, %4, %5, %6}, [counter];\n"
+      "}" ::"r"(shared_address(to)),
+      "r"(shared_address(barrier)), "r"(rank), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
+      "r"(v.word[3])
+      : "memory");
 }
 
 CFPO_DEVICE void bulk_load(void* to, const void* from, int bytes, Barrier* barrier, Policy policy) {

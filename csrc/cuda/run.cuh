@@ -47,8 +47,8 @@ bool run_cluster_kernel(const Stage& stage, const Rows& dlogits, const ClusterPl
                         const Execution& execution) {
   Grid grid;
   grid.cluster = plan.cluster;
-  grid.threads = plan.warps * kWarpThreads;
-  grid.shared_bytes = ClusterSharedMemory(plan).bytes;
+  grid.threads = (plan.warps + 1) * kWarpThreads;
+  grid.shared_bytes = plan.shared.bytes;
   with_flag(stage.entropy(), [&](auto entropy) {
     const auto kernel = cluster_kernel<T, Stage, entropy.value>;
     const std::int64_t together = clusters_at_once("cluster_kernel", kernel, grid, execution);

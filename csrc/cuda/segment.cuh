@@ -83,8 +83,9 @@ CFPO_DEVICE PartialSum sum_segment(const char* window, const Segment<const T>& s
   if (skip >= 0 || segment.count < kSegmentColumns<T>) {
     for (int k = 0; k < kLaneVectors; ++k) {
       const int first = (k * kWarpThreads + lane_index()) * kElements;
+      const int left = segment.count - first, target = skip - first;
       for (int j = 0; j < kElements; ++j) {
-        if (first + j >= segment.count || first + j == skip) remove_element<T>(raw[k], j);
+        if (j >= left || j == target) remove_element<T>(raw[k], j);
       }
     }
   }
@@ -117,7 +118,8 @@ CFPO_DEVICE PartialSum sum_segment(const char* window, const Segment<const T>& s
 
 // A row's sums from those of its segments, by one warp, in an order that depends on nothing but
 // their number; the result in every lane.
-CFPO_DEVICE RowSum merge_segments(const PartialSum* parts, int count) {
+template <class Part>
+CFPO_DEVICE RowSum merge_segments(const Part* parts, int count) {
   float top = -INFINITY;
   for (int i = lane_index(); i < count; i += kWarpThreads) top = std::fmax(top, parts[i].ref);
   RowSum row;

@@ -17,15 +17,18 @@ constexpr int kStages = 2;
 constexpr int kChunk = 256;  // bytes
 
 struct Mistakes {
-  bool no_first_barrier, no_barrier, early_exit, no_wait, wrong_parity, early_refill, no_fence,
-      too_few_bytes, one_barrier_less, misaligned, not_waited_for;
+  bool no_first_barrier, not_all_sent, early_exit, no_last_barrier, sent_too_early, no_wait,
+      wrong_parity, early_refill, no_fence, too_few_bytes, misaligned, not_waited_for;
 };
 
-// Every block multiplies its chunks by the sum of the cluster's ranks + 1, through two slots.
+// Every block multiplies its chunks by what the cluster's blocks send around in two rounds, through
+// two slots.
 void kernel(const Mistakes& wrong, std::uint32_t* data, int n_chunks, float* sums) {
   char* shared = hw::shared_memory();
   auto* barriers = reinterpret_cast<hw::Barrier*>(shared + kStages * kChunk);
-  float* parts = reinterpret_cast<float*>(barriers + kStages);
+  hw::Barrier* const exchange = barriers + kStages;
+  hw::Barrier* const vacant = exchange + 1;
+  Vector* parts = reinterpret_cast<Vector*>(vacant + 1);
   const int rank = hw::cluster_rank(), thread = hw::thread_index();
   std::uint32_t* own = data + hw::block_index() * n_chunks * kChunk / 4;
   const auto load = [&](int chunk) {
@@ -37,6 +40,8 @@ void kernel(const Mistakes& wrong, std::uint32_t* data, int n_chunks, float* sum
   };
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) hw::barrier_init(barriers + i, 1);
+    hw::barrier_init(exchange, 1);
+    hw::barrier_init(vacant, kCluster);
     hw::fence_barrier_init();
     for (int i = 0; i < kStages && i < n_chunks; ++i) load(i);
   }
@@ -45,13 +50,22 @@ void kernel(const Mistakes& wrong, std::uint32_t* data, int n_chunks, float* sum
     hw::cluster_wait();
   }
   if (wrong.early_exit && rank == 0) return;
-  if (thread < kCluster) hw::store_peer(parts + rank, thread, static_cast<float>(rank + 1));
-  if (!wrong.no_barrier && !(wrong.one_barrier_less && rank == 1)) {
-    hw::cluster_arrive();
-    hw::cluster_wait();
-  }
   float sum = 0;
-  for (int k = 0; k < kCluster; ++k) sum += parts[k];
+  for (int round = 0; round < 2; ++round) {
+    if (thread == 0) {
+      const int senders = wrong.not_all_sent ? kCluster - 1 : kCluster;
+      hw::barrier_arrive_expect(exchange, senders * static_cast<int>(sizeof(Vector)));
+    }
+    if (!wrong.sent_too_early) hw::barrier_wait(vacant, round ^ 1);
+    if (thread < kCluster) {
+      const auto value = static_cast<std::uint32_t>((round + 1) * (rank + 1));
+      hw::send_peer(parts + rank, thread, {{value, 0, 0, 0}}, exchange);
+    }
+    hw::barrier_wait(exchange, round);
+    for (int k = 0; k < kCluster; ++k) sum += static_cast<float>(parts[k].word[0]);
+    hw::sync_threads(kThreads);
+    if (thread < kCluster) hw::arrive_peer(vacant, thread);
+  }
   if (thread == 0) sums[hw::block_index()] = sum;
   for (int i = 0; i < n_chunks; ++i) {
     char* slot = shared + i % kStages * kChunk;
@@ -72,6 +86,9 @@ void kernel(const Mistakes& wrong, std::uint32_t* data, int n_chunks, float* sum
     }
   }
   if (thread == 0 && wrong.early_refill && !wrong.not_waited_for) hw::bulk_wait_read();
+  if (wrong.no_last_barrier) return;
+  hw::cluster_arrive();
+  hw::cluster_wait();
 }
 
 bool run(const Mistakes& wrong) {
@@ -80,11 +97,11 @@ bool run(const Mistakes& wrong) {
   auto* data = reinterpret_cast<std::uint32_t*>(memory.data());
   for (std::size_t i = 0; i < memory.size() * 4; ++i) data[i] = static_cast<std::uint32_t>(i);
   std::vector<float> sums(kBlocks, 0.0f);
-  emulation::run_grid(kBlocks, 1, kCluster, kThreads, kStages * kChunk + 64,
+  emulation::run_grid(kBlocks, 1, kCluster, kThreads, kStages * kChunk + 96,
                       [&] { kernel(wrong, data, kChunks, sums.data()); });
   bool right = true;
-  for (float sum : sums) right = right && sum == 10.0f;
-  for (std::size_t i = 0; i < kBlocks * kChunks * kChunk / 4; ++i) right &= data[i] == 10 * i;
+  for (float sum : sums) right = right && sum == 30.0f;
+  for (std::size_t i = 0; i < kBlocks * kChunks * kChunk / 4; ++i) right &= data[i] == 30 * i;
   return right;
 }
 
@@ -96,7 +113,7 @@ int main(int, char** arguments) {
   cfpo::cuda::Mistakes wrong{};
   const auto is = [&](const char* mistake) { return name == mistake; };
   wrong.no_first_barrier = is("no first barrier");
-  wrong.no_barrier = is("no barrier");
+  wrong.not_all_sent = is("not all sent");
   wrong.early_exit = is("early exit");
   wrong.no_wait = is("no wait");
   wrong.wrong_parity = is("wrong parity");
@@ -104,7 +121,8 @@ int main(int, char** arguments) {
   wrong.early_refill = is("early refill") || wrong.not_waited_for;
   wrong.no_fence = is("no fence");
   wrong.too_few_bytes = is("too few bytes");
-  wrong.one_barrier_less = is("one barrier less");
+  wrong.no_last_barrier = is("no last barrier");
+  wrong.sent_too_early = is("sent too early");
   wrong.misaligned = is("misaligned");
   int failed = 0;
   for (const auto order :

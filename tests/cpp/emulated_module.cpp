@@ -26,10 +26,13 @@ PYBIND11_MODULE(emulated_cuda, m) {
     values["slice"] = plan.slice_segments();
     values["stages"] = plan.stages;
     values["warps"] = plan.warps;
-    values["slot_bytes"] = plan.slot_bytes();
-    values["barriers"] = cfpo::cuda::ClusterSharedMemory(plan).barriers;
-    values["parts"] = cfpo::cuda::ClusterSharedMemory(plan).parts;
-    values["shared_bytes"] = cfpo::cuda::ClusterSharedMemory(plan).bytes;
+    values["slot_bytes"] = plan.shared.slot_bytes;
+    for (const auto& [name, offset] :
+         {std::pair("sums", plan.shared.sums), std::pair("barriers", plan.shared.barriers),
+          std::pair("notes", plan.shared.notes), std::pair("gradients", plan.shared.gradients),
+          std::pair("shared_bytes", plan.shared.bytes)}) {
+      values[name] = offset;
+    }
     return values;
   });
   m.def("plan_rows", [](int n_segments, bool both_sweeps) {
@@ -43,8 +46,10 @@ PYBIND11_MODULE(emulated_cuda, m) {
                           pybind11::arg("shared_bytes") = cfpo::cuda::RowSharedMemory(plan).bytes);
   });
   m.def("set_order", [](const std::string& name) {
-    emulation::machine().order = name == "forward"    ? emulation::Order::kForward
-                                 : name == "backward" ? emulation::Order::kBackward
-                                                      : emulation::Order::kShuffled;
+    using emulation::Order;
+    emulation::machine().order = name == "forward"    ? Order::kForward
+                                 : name == "backward" ? Order::kBackward
+                                 : name == "starved"  ? Order::kStarved
+                                                      : Order::kShuffled;
   });
 }

@@ -29,12 +29,26 @@ inline void cluster_wait() {
   });
 }
 
-inline void store_peer(void* p, int rank, const void* x, std::size_t bytes) {
-  if (rank < 0 || rank >= machine().cluster_size) fail("a store to no block of the cluster");
+inline Block& running_peer(int rank) {
+  if (rank < 0 || rank >= machine().cluster_size) fail("a message to no block of the cluster");
   Block& peer = machine().cluster[rank];
-  if (!peer.started) fail("a store to a block that has not begun");
-  if (peer.left == 0) fail("a store to a block that has ended");
-  std::memcpy(peer.shared.get() + shared_offset(p, bytes), x, bytes);
+  if (!peer.started) fail("a message to a block that has not begun");
+  if (peer.left == 0) fail("a message to a block that has ended");
+  return peer;
+}
+inline void* in_peer(const Block& peer, const void* p, std::size_t bytes) {
+  return peer.shared.get() + shared_offset(p, bytes);
+}
+
+// The block's first `count` threads meet.
+inline void sync_threads(int count) {
+  const Block& block = *current().block;
+  if (current().index >= count) fail("a barrier of other threads");
+  const int own = ++current().syncs;
+  wait_until([&block, own, count] {
+    return std::all_of(block.threads.begin(), block.threads.begin() + count,
+                       [own](const Thread& thread) { return thread.syncs >= own; });
+  });
 }
 
 inline void barrier_init(void* p, int count) {
@@ -44,28 +58,34 @@ inline void barrier_init(void* p, int count) {
   barrier.count = barrier.pending = count;
   current().block->barriers[p] = barrier;
 }
-inline Barrier& barrier_at(const void* p) {
-  auto& barriers = current().block->barriers;
-  const auto found = barriers.find(p);
-  if (found == barriers.end()) fail("a barrier that was not initialised");
+inline Barrier& barrier_at(Block& block, const void* p) {
+  const auto found = block.barriers.find(p);
+  if (found == block.barriers.end()) fail("a barrier that was not initialised");
   return found->second;
 }
+inline Barrier& barrier_at(const void* p) { return barrier_at(*current().block, p); }
 inline void end_phase_if_complete(Barrier& barrier) {
   std::size_t bytes = 0;
   for (const BulkCopy& copy : barrier.copies) bytes += copy.bytes;
   if (barrier.pending > 0 || bytes != barrier.expected) return;
-  for (const BulkCopy& copy : barrier.copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  for (const BulkCopy& copy : barrier.copies) {
+    std::memcpy(copy.to, copy.from != nullptr ? copy.from : copy.seen.data(), copy.bytes);
+  }
   barrier.copies.clear();
   barrier.expected = 0;
   barrier.pending = barrier.count;
   ++barrier.phase;
 }
-inline void barrier_arrive(void* p, std::size_t bytes) {
-  Barrier& barrier = barrier_at(p);
+inline void arrive_at(Barrier& barrier, std::size_t bytes) {
   if (barrier.pending == 0) end_phase_if_complete(barrier);
   if (barrier.pending == 0) fail("more arrivals at a barrier than it counts");
   --barrier.pending;
   barrier.expected += bytes;
+}
+inline void barrier_arrive(void* p, std::size_t bytes) { arrive_at(barrier_at(p), bytes); }
+inline void arrive_peer(void* p, int rank) {
+  Block& peer = running_peer(rank);
+  arrive_at(barrier_at(peer, in_peer(peer, p, 8)), 0);
 }
 inline void barrier_wait(void* p, int parity) {
   Barrier& barrier = barrier_at(p);
@@ -80,6 +100,17 @@ inline void check_bulk(const void* global, const void* shared, std::size_t bytes
   check_aligned(shared);
   shared_offset(shared, bytes);
   if (bytes % 16 != 0 || bytes == 0) fail("a bulk copy of an odd size");
+}
+// Spoils its target when it starts, like a load, and lands with it.
+inline void send_peer(void* p, int rank, const void* x, std::size_t bytes, void* counter) {
+  Block& peer = running_peer(rank);
+  check_aligned(p);
+  void* to = in_peer(peer, p, bytes);
+  Barrier& barrier = barrier_at(peer, in_peer(peer, counter, 8));
+  end_phase_if_complete(barrier);
+  std::memset(to, 0xFF, bytes);
+  const char* begin = static_cast<const char*>(x);
+  barrier.copies.push_back({to, nullptr, bytes, {begin, begin + bytes}});
 }
 inline void bulk_load(void* to, const void* from, std::size_t bytes, void* barrier) {
   check_bulk(from, to, bytes);

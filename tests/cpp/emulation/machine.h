@@ -38,7 +38,8 @@ namespace emulation {
 constexpr int kWarp = 32;
 constexpr std::size_t kStackBytes = 256 * 1024;
 
-enum class Order { kForward, kBackward, kShuffled };
+// kStarved: one warp, which changes, moves only when no other can.
+enum class Order { kForward, kBackward, kShuffled, kStarved };
 // kPoll: until `ready` is true, whatever the others do.
 enum class Meeting { kNone, kWarpSync, kShuffle, kBlockSync, kPoll };
 
@@ -49,9 +50,9 @@ struct Copy {
 
 struct BulkCopy {
   void* to;
-  const void* from;
+  const void* from;  // null: what was seen
   std::size_t bytes;
-  std::vector<char> seen;  // a store: what was there when it started
+  std::vector<char> seen;  // a store or a message: what was there when it started
 };
 
 // An mbarrier: a phase ends when all have arrived and all expected bytes have come.
@@ -127,6 +128,7 @@ struct Thread {
   std::deque<std::vector<Copy>> groups;
   std::function<bool()> ready;
   int cluster_arrivals = 0;
+  int syncs = 0;                      // sync_threads
   std::vector<std::size_t> unfenced;  // vectors of shared memory that only this proxy sees
   std::vector<BulkCopy> open_bulk_stores;
   std::deque<std::vector<BulkCopy>> bulk_stores;
@@ -220,7 +222,7 @@ inline void prepare(Thread& thread, Block& block, int index) {
   thread.waits_at = Meeting::kNone;
   thread.done = false;
   thread.exchanges = 0;
-  thread.cluster_arrivals = 0;
+  thread.cluster_arrivals = thread.syncs = 0;
   thread.unfenced.clear();
   if (!thread.stack) thread.stack.reset(new char[kStackBytes]);  // only what is used gets memory
   begin_context(thread.context, thread.stack.get(), run_thread);

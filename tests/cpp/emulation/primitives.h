@@ -22,6 +22,7 @@ inline char* shared_memory() { return emulation::current().block->shared.get(); 
 
 inline void sync_block() { emulation::wait_at(emulation::Meeting::kBlockSync); }
 inline void sync_warp() { emulation::wait_at(emulation::Meeting::kWarpSync); }
+inline void sync_threads(int count) { emulation::sync_threads(count); }
 
 inline float shuffle_xor(float x, int mask) {
   return emulation::exchange(x, thread_index() % 32 ^ mask);
@@ -30,6 +31,14 @@ inline double shuffle_xor(double x, int mask) {
   return emulation::exchange(x, thread_index() % 32 ^ mask);
 }
 inline float shuffle(float x, int lane) { return emulation::exchange(x, lane); }
+inline std::uint32_t ballot(bool x) {
+  std::uint32_t bits = x ? 1u << thread_index() % 32 : 0u;
+  for (int mask = 16; mask > 0; mask /= 2) {
+    bits |= emulation::exchange(bits, thread_index() % 32 ^ mask);
+  }
+  return bits;
+}
+inline int lowest_bit(std::uint32_t bits) { return __builtin_ctz(bits); }
 inline float warp_max(float x) {
   for (int mask = 16; mask > 0; mask /= 2) x = std::fmax(x, shuffle_xor(x, mask));
   return x;
@@ -67,9 +76,6 @@ inline int cluster_rank() {
 }
 inline void cluster_arrive() { ++emulation::current().cluster_arrivals; }
 inline void cluster_wait() { emulation::cluster_wait(); }
-inline void store_peer(float* p, int rank, float x) {
-  emulation::store_peer(p, rank, &x, sizeof x);
-}
 
 using Barrier = std::uint64_t;
 inline void barrier_init(Barrier* barrier, int count) { emulation::barrier_init(barrier, count); }
@@ -78,6 +84,10 @@ inline void barrier_arrive_expect(Barrier* barrier, int bytes) {
   emulation::barrier_arrive(barrier, static_cast<std::size_t>(bytes));
 }
 inline void barrier_wait(Barrier* barrier, int parity) { emulation::barrier_wait(barrier, parity); }
+inline void arrive_peer(Barrier* barrier, int rank) { emulation::arrive_peer(barrier, rank); }
+inline void send_peer(void* to, int rank, Vector v, Barrier* barrier) {
+  emulation::send_peer(to, rank, &v, sizeof v, barrier);
+}
 inline void bulk_load(void* to, const void* from, int bytes, Barrier* barrier, Policy) {
   emulation::bulk_load(to, from, static_cast<std::size_t>(bytes), barrier);
 }

@@ -73,6 +73,7 @@ inline void run_cluster(int threads, std::size_t shared_bytes) {
   const int warps = threads / kWarp, all = warps * static_cast<int>(m.cluster.size());
   std::vector<int> turn(all);
   for (int i = 0; i < all; ++i) turn[i] = m.order == Order::kBackward ? all - 1 - i : i;
+  const int starved = m.order == Order::kStarved ? static_cast<int>(m.random() % all) : -1;
   const auto running = [](const Block& block) { return block.left > 0; };
   while (std::any_of(m.cluster.begin(), m.cluster.end(), running)) {
     bool moved = false;
@@ -80,7 +81,7 @@ inline void run_cluster(int threads, std::size_t shared_bytes) {
     for (int i = 0; i < all; ++i) {
       Block& block = m.cluster[turn[i] / warps];
       // As far as it goes, ahead of all others; shuffled, only to its next meeting.
-      while (run_warp(block, turn[i] % warps * kWarp)) {
+      while (turn[i] != starved && run_warp(block, turn[i] % warps * kWarp)) {
         moved = true;
         if (m.order == Order::kShuffled) break;
       }
@@ -92,6 +93,9 @@ inline void run_cluster(int threads, std::size_t shared_bytes) {
     }
     if (m.order == Order::kShuffled) {
       for (Block& block : m.cluster) moved |= release_block(block);
+    }
+    if (!moved && starved >= 0) {
+      moved = run_warp(m.cluster[starved / warps], starved % warps * kWarp);
     }
     if (!moved) fail("deadlock: threads wait for others that left or wait elsewhere");
   }

@@ -196,9 +196,10 @@ def measure_memory(shape: Shape, name: str, threads: int) -> int:
 def measure_memories(shape: Shape, lengths: list[int]) -> list[dict[str, int]]:
     if shape.device == "cpu" and not can_measure_cpu():
         return []
-    # Children of a process that has imported everything and computed nothing.
+    # Children of a process that has imported what takes long and computed nothing. Not this module:
+    # run by -m it is __main__, which each child imports again by its name.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.trainer", "trl.trainer.grpo_trainer", "datasets"])
+    context.set_forkserver_preload(["bench.memory", "trl.trainer.grpo_trainer", "datasets"])
     found = []
     for completion in lengths:
         sized = replace(shape, completion=completion)

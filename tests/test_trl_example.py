@@ -23,6 +23,7 @@ def run(*command: str) -> str:
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "found in sys.modules" not in done.stderr  # a module run by -m and imported too
     return done.stdout
 
 

@@ -18,8 +18,10 @@ import trl_setup
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
+from trl.trainer.utils import add_fused_lm_head
 
 from cfpo_kernels import PPOClip
+from cfpo_kernels.integrations import _trl_forward
 from cfpo_kernels.integrations.trl import compute_cfpo_loss
 
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")
@@ -256,6 +258,20 @@ def test_a_model_without_logits_to_keep(
     monkeypatch.setattr(trainer.model, "forward", forward)
     ours = partial(compute_cfpo_loss, logits_tokens=logits_tokens)
     check_same(outcome(ours, trainer, inputs), want)
+
+
+@chunks
+def test_images(trainer: Any, logits_tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "model", trl_setup.make_model_of_images())
+    add_fused_lm_head(trainer.model, trainer.temperature, outputs=("log_probs", "entropy"))
+    inputs = trl_setup.make_inputs(trainer)
+    inputs["prompt_ids"][0, :4] = trl_setup.IMAGE_TOKEN
+    inputs["pixel_values"] = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    inputs["num_images"] = [1, 0, 0, 0]
+    check_parity(trainer, inputs, logits_tokens)
+    monkeypatch.setattr(_trl_forward, "MODEL_INPUTS", ())
+    with pytest.raises(AssertionError):
+        check_parity(trainer, inputs, logits_tokens)
 
 
 @chunks

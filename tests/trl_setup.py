@@ -12,14 +12,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    CLIPVisionConfig,
     Gemma2Config,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
 )
 from trl import GRPOConfig, GRPOTrainer
 
 VOCABULARY = 1003
+IMAGE_TOKEN = 2  # in no prompt otherwise
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -57,6 +61,35 @@ def make_model(folder: Path, kind: str = "llama") -> Any:
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
+
+
+def make_model_of_images() -> Any:
+    """An image of 8 x 8 pixels is four of the prompt's tokens."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=CONFIGS["llama"],
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=4,
+        vision_feature_layer=-1,
+        attn_implementation="eager",
+    )
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    for name, parameter in model.named_parameters():
+        if name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is rounding
+            parameter.requires_grad_(False)
+    return model.train()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

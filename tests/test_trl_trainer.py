@@ -152,6 +152,8 @@ def test_two_processes_agree_with_trl(tmp_path: Path) -> None:
         ({"loss_type": "nope"}, {}, "is unknown"),
         ({"importance_sampling_level": "sequence"}, {}, "set importance_sampling_level='token'"),
         ({"epsilon_high": 0.28}, {}, "leave epsilon_high unset"),
+        ({"epsilon_high": 0.28}, {"objective": CFPO(0.1)}, "leave epsilon_high unset"),
+        ({"epsilon_high": 0.28}, {"objective": PPOClip()}, "contradicts objective=PPOClip"),
         ({"delta": 1.5}, {}, "leave delta unset"),
         ({"delta": 1.5}, {"objective": PPOClip()}, "set both to the same number"),
         ({"delta": 1.1}, {"objective": PPOClip(dual_clip=1.1)}, "raise delta"),

@@ -23,14 +23,9 @@ def resolve_objective(args: Any, objective: Objective | None) -> Objective:
     """
     _check_loss(args)
     if objective is None:
-        if args.epsilon_high not in (None, args.epsilon):
-            raise ValueError(
-                f"epsilon_high={args.epsilon_high} has no meaning for CFPO, whose penalty has one "
-                f"epsilon (epsilon={args.epsilon}): leave epsilon_high unset, or pass "
-                f"objective=PPOClip(epsilon_low={args.epsilon}, epsilon_high={args.epsilon_high})"
-            )
         objective = CFPO(args.epsilon)
     check_objective(objective)
+    _check_epsilon_high(args, objective)
     _check_delta(args.delta, objective)
     return objective
 
@@ -48,6 +43,22 @@ def _check_loss(args: Any) -> None:
         raise ValueError(
             "the ratio is one of tokens so far: set importance_sampling_level='token', got "
             f"{args.importance_sampling_level!r}"
+        )
+
+
+def _check_epsilon_high(args: Any, objective: Objective) -> None:
+    if args.epsilon_high in (None, args.epsilon):
+        return
+    clip = f"PPOClip(epsilon_low={args.epsilon}, epsilon_high={args.epsilon_high})"
+    if not isinstance(objective, PPOClip):
+        raise ValueError(
+            f"epsilon_high={args.epsilon_high} has no meaning for CFPO, whose penalty has one "
+            f"epsilon (epsilon={args.epsilon}): leave epsilon_high unset, or pass objective={clip}"
+        )
+    if objective.epsilon_high != args.epsilon_high:
+        raise ValueError(
+            f"epsilon_high={args.epsilon_high} contradicts objective={objective}: leave "
+            f"epsilon_high unset, or pass objective={clip}"
         )
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,29 @@ def test_a_head_whose_output_is_changed_is_noticed(
     with pytest.raises(RuntimeError, match="set logits_tokens=None"):
         losses_and_gradients(trainer)
     assert "forward" not in vars(trainer.model.lm_head), "the head has its own forward again"
+
+
+@pytest.mark.parametrize("change", ["dropped", "set"])
+def test_changed_columns_of_the_head_are_noticed(
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trl_setup.make_trainer(tmp_path)
+    original = trainer.model.forward
+
+    @wraps(original)
+    def forward(*arguments: Any, **named: Any) -> Any:
+        outputs = original(*arguments, **named)
+        if "logits" not in outputs:  # what TRL scores with
+            pass
+        elif change == "dropped":  # padding of the vocabulary
+            outputs.logits = outputs.logits[..., : trl_setup.VOCABULARY - 3]
+        else:  # tokens that cannot be generated
+            outputs.logits[..., [5, 7]] = -1e9
+        return outputs
+
+    monkeypatch.setattr(trainer.model, "forward", forward)
+    with pytest.raises(RuntimeError, match="set logits_tokens=None"):
+        losses_and_gradients(trainer)
 
 
 def test_trls_float32_head(tmp_path: Path) -> None:

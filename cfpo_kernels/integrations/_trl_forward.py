@@ -105,23 +105,24 @@ def score_in_chunks(
         zeros = torch.zeros(mask.shape, device=mask.device)
         logps, entropy = (zeros.masked_scatter(mask, x) for x in (logps, entropy))
         results.append((tokens, loss_of, Scored(loss, logps, entropy, mask)))
-        return loss.reshape(1, 1, 1)
+        # As wide as logits, so that a model that drops or sets some columns is noticed as well.
+        return loss.reshape(1, 1, 1).repeat(1, 1, head.out_features)
 
     with _forward_of(head, loss_head):
         outputs = run()
     if not results:
         return outputs, None
     tokens, loss_of, scored = results[0]
-    loss = outputs.logits
-    unchanged = loss.numel() == 1 and torch.allclose(
-        loss.reshape(()), scored.loss, rtol=0, atol=0, equal_nan=True
+    found = outputs.logits
+    unchanged = found.shape == (1, 1, head.out_features) and torch.allclose(
+        found, scored.loss.expand_as(found), rtol=0, atol=0, equal_nan=True
     )
     if len(results) > 1 or not unchanged:
         raise RuntimeError(
             "this model changes its logits after the head, or calls the head more than once: set "
             "logits_tokens=None, so that the loss gets the logits that the model returns"
         )
-    return outputs, (tokens, loss_of, scored._replace(loss=loss.reshape(())))
+    return outputs, (tokens, loss_of, scored._replace(loss=found[0, 0, 0]))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,31 @@ def test_changed_columns_of_the_head_are_noticed(
     monkeypatch.setattr(trainer.model, "forward", forward)
     with pytest.raises(RuntimeError, match="set logits_tokens=None"):
         losses_and_gradients(trainer)
+
+
+def test_the_gradient_of_float16_logits_does_not_underflow(tmp_path: Path) -> None:
+    """As with DeepSpeed, whose loss scale comes after our forward and whose weights are float16."""
+    trainer = trl_setup.make_trainer(tmp_path)
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = trl_setup.make_inputs(trainer)
+    inputs["num_items_in_batch"] = torch.tensor(100_000)
+
+    def gradients(loss_of: Any, scale: float, **options: Any) -> list[torch.Tensor]:
+        trainer.model.zero_grad()
+        (loss_of(trainer, trainer.model, inputs, **options) * scale).backward()
+        return [p.grad.double() / scale for p in trainer.model.parameters()]
+
+    def error(got: list[torch.Tensor]) -> float:
+        pairs = zip(got, exact, strict=True)
+        return max(((x - want).norm() / want.norm()).item() for x, want in pairs)
+
+    theirs, ours = GRPOTrainer._compute_loss, partial(compute_cfpo_loss, objective=PPOClip())
+    exact = gradients(theirs, 1.0)
+    trainer.model.half()
+    limit = 1.3 * error(gradients(theirs, 2.0**16))
+    assert limit < 0.05 < error(gradients(theirs, 1.0)), "the scale is needed, and enough"
+    for logits_tokens in (None, 4):
+        assert error(gradients(ours, 2.0**16, logits_tokens=logits_tokens)) <= limit
 
 
 def test_trls_float32_head(tmp_path: Path) -> None:

@@ -67,14 +67,17 @@ def plain_head(trainer: Any, unwrapped: Any) -> nn.Linear | None:
     config = unwrapped.config.get_text_config()
     if any(getattr(config, name, None) not in (None, 1.0) for name in AFTER_THE_HEAD):
         return None
-    # A loss scale means float16: accelerate makes a model's outputs float32, but not a head's, and
-    # the gradient of float16 logits would underflow.
-    return None if trainer.accelerator.scaler is not None else head
+    # The gradient of float16 logits would underflow: a loss scale, accelerate's or DeepSpeed's, is
+    # applied after it was rounded.
+    float16 = trainer.accelerator.scaler is not None or head.weight.dtype == torch.float16
+    return None if float16 else head
 
 
 def score_all(outputs: Any, prepare: Prepare) -> tuple[Tokens, TokenLoss, Scored]:
     """The loss of all logits at once."""
     logits = outputs.logits
+    if logits.dtype == torch.float16:  # as accelerate does where the loss scale is its own
+        logits = logits.float()
     tokens, loss_of = prepare(logits.shape[1], logits.device)
     return tokens, loss_of, loss_of(logits, tokens)
 

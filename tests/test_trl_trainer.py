@@ -254,11 +254,14 @@ def test_the_gradient_of_float16_logits_does_not_underflow(tmp_path: Path) -> No
         assert error(gradients(ours, 2.0**16, logits_tokens=logits_tokens)) <= limit
 
 
-def test_trls_float32_head(tmp_path: Path) -> None:
-    trainer = trl_setup.make_trainer(tmp_path, cast_lm_head_to_fp32=True)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_trls_float32_head(tmp_path: Path, autocast: bool) -> None:
+    trainer = trl_setup.make_trainer(tmp_path, cast_lm_head_to_fp32=True, bf16=autocast)
+    forward = trainer.model.lm_head.forward
     want, _ = losses_and_gradients(trainer, trl=True)
     got, _ = losses_and_gradients(trainer)
     assert got == pytest.approx(want, rel=1e-5)
+    assert trainer.model.lm_head.forward is forward, "TRL's own is in place again"
 
 
 def test_no_more_logits_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

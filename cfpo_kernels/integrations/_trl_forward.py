@@ -47,7 +47,7 @@ def forward(trainer: Any, model: Any, inputs: dict[str, Any], unwrapped: Any) ->
         arguments["logits_to_keep"] = inputs["completion_ids"].shape[1] + 1
     if trainer.aux_loss_enabled:
         arguments["output_router_logits"] = True
-    with trainer.accelerator.autocast():
+    with trainer.accelerator.autocast(), _float32_head(trainer, unwrapped):
         return model(**arguments, use_cache=False)
 
 
@@ -129,9 +129,30 @@ def score_in_chunks(
 
 
 @contextmanager
+def _float32_head(trainer: Any, unwrapped: Any) -> Iterator[None]:
+    """Keeps autocast out of the head that TRL made float32, as TRL's own loss does."""
+    if not trainer.args.cast_lm_head_to_fp32:
+        yield
+        return
+    head = unwrapped.get_output_embeddings()
+    in_float32 = head.forward
+
+    def without_autocast(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return in_float32(hidden)
+
+    with _forward_of(head, without_autocast):
+        yield
+
+
+@contextmanager
 def _forward_of(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    own = vars(module).get("forward")
     module.forward = function
     try:
         yield
     finally:
-        del module.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

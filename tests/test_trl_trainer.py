@@ -264,8 +264,8 @@ def test_trls_float32_head(tmp_path: Path, autocast: bool) -> None:
     assert trainer.model.lm_head.forward is forward, "TRL's own is in place again"
 
 
-def test_no_more_logits_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = trl_setup.make_trainer(tmp_path)
+def shapes_of_logits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Grows with each call of the loss."""
     shapes = []
     call = TokenLoss.__call__
 
@@ -274,11 +274,31 @@ def test_no_more_logits_than_asked_for(tmp_path: Path, monkeypatch: pytest.Monke
         return call(self, logits, tokens)
 
     monkeypatch.setattr(TokenLoss, "__call__", spy)
+    return shapes
+
+
+def test_no_more_logits_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trl_setup.make_trainer(tmp_path)
+    shapes = shapes_of_logits(monkeypatch)
     inputs = trl_setup.make_inputs(trainer)
     trainer.current_gradient_accumulation_steps = 1
     compute_cfpo_loss(trainer, trainer.model, inputs, logits_tokens=5)
     rows = [shape[0] for shape in shapes]
     assert max(rows) <= 5 and sum(rows) == inputs["completion_mask"].sum()
+
+
+def test_a_compiled_model_gives_the_logits_of_completions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trl_setup.make_trainer(tmp_path)
+    shapes = shapes_of_logits(monkeypatch)
+    inputs = trl_setup.make_inputs(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    want = compute_cfpo_loss(trainer, trainer.model, inputs, logits_tokens=None)
+    compiled = torch.compile(trainer.model, backend="eager")
+    got = compute_cfpo_loss(trainer, compiled, inputs, logits_tokens=5)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    assert shapes == [(4, inputs["completion_ids"].shape[1] + 1, trl_setup.VOCABULARY)] * 2
 
 
 def test_evaluation_computes_no_gradient() -> None:

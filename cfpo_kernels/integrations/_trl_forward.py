@@ -51,16 +51,20 @@ def forward(trainer: Any, model: Any, inputs: dict[str, Any], unwrapped: Any) ->
         return model(**arguments, use_cache=False)
 
 
+def is_compiled(trainer: Any, model: Any) -> bool:
+    return hasattr(trainer.accelerator.unwrap_model(model), "_orig_mod")
+
+
 def unwrap(trainer: Any, model: Any) -> Any:
+    """The model below the wrappers of several processes, of torch.compile and of adapters."""
     unwrapped = trainer.accelerator.unwrap_model(model)
+    unwrapped = getattr(unwrapped, "_orig_mod", unwrapped)
     return unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped  # PEFT
 
 
 def plain_head(trainer: Any, unwrapped: Any) -> nn.Linear | None:
     """The model's head where its output is the logits, unchanged; None otherwise."""
     head = unwrapped.get_output_embeddings()
-    if trainer.args.torch_compile:  # the compiled model has the head's code in it
-        return None
     linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     if not linear or "forward" in vars(head):  # TRL's float32 head, or moved between devices
         return None

@@ -14,7 +14,14 @@ from .. import backends
 from ..objectives import Objective
 from ._trl_batch import Tokens, accumulation_steps, align
 from ._trl_config import check_options, resolve_objective
-from ._trl_forward import forward, plain_head, score_all, score_in_chunks, unwrap
+from ._trl_forward import (
+    forward,
+    is_compiled,
+    plain_head,
+    score_all,
+    score_in_chunks,
+    unwrap,
+)
 from ._trl_loss import TokenLoss, loss_terms, needs_all_tokens
 from ._trl_metrics import log_aux_loss, log_entropy_bonus, log_loss
 
@@ -68,7 +75,8 @@ def compute_cfpo_loss(
         return tokens, TokenLoss(trainer, inputs, tokens, objective, how)
 
     unwrapped = unwrap(trainer, model)
-    head = plain_head(trainer, unwrapped)
+    # A compiled model has the head's code in it: another forward would be compiled at every step.
+    head = None if is_compiled(trainer, model) else plain_head(trainer, unwrapped)
 
     def run() -> Any:
         return forward(trainer, model, inputs, unwrapped)

@@ -264,6 +264,21 @@ def test_trls_float32_head(tmp_path: Path, autocast: bool) -> None:
     assert trainer.model.lm_head.forward is forward, "TRL's own is in place again"
 
 
+def test_a_bfloat16_model_caps_its_logits_as_precisely_as_trl(tmp_path: Path) -> None:
+    """TRL's scoring caps in float32: with the same weights every ratio has to be 1."""
+    trainer = trl_setup.make_trainer(tmp_path, "softcap")
+    trainer.model.bfloat16()
+    forward = trainer.model.lm_head.forward
+    inputs = trl_setup.make_inputs(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    inputs["old_per_token_logps"] = trl_setup.score(trainer, inputs)
+    trainer.model.train()
+    compute_cfpo_loss(trainer, trainer.model, inputs).backward()
+    (largest,) = trainer._metrics["train"]["ratio/max"]
+    assert largest == pytest.approx(1, abs=1e-4)
+    assert trainer.model.lm_head.forward == forward
+
+
 def shapes_of_logits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Grows with each call of the loss."""
     shapes = []

@@ -47,7 +47,7 @@ def forward(trainer: Any, model: Any, inputs: dict[str, Any], unwrapped: Any) ->
         arguments["logits_to_keep"] = inputs["completion_ids"].shape[1] + 1
     if trainer.aux_loss_enabled:
         arguments["output_router_logits"] = True
-    with trainer.accelerator.autocast(), _float32_head(trainer, unwrapped):
+    with trainer.accelerator.autocast(), _as_precise_as_trl(trainer, model, unwrapped):
         return model(**arguments, use_cache=False)
 
 
@@ -62,14 +62,19 @@ def unwrap(trainer: Any, model: Any) -> Any:
     return unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped  # PEFT
 
 
+def changes_logits(unwrapped: Any) -> bool:
+    """Whether the model does something to its logits after the head."""
+    config = unwrapped.config.get_text_config()
+    return any(getattr(config, name, None) not in (None, 1.0) for name in AFTER_THE_HEAD)
+
+
 def plain_head(trainer: Any, unwrapped: Any) -> nn.Linear | None:
     """The model's head where its output is the logits, unchanged; None otherwise."""
     head = unwrapped.get_output_embeddings()
     linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     if not linear or "forward" in vars(head):  # TRL's float32 head, or moved between devices
         return None
-    config = unwrapped.config.get_text_config()
-    if any(getattr(config, name, None) not in (None, 1.0) for name in AFTER_THE_HEAD):
+    if changes_logits(unwrapped):
         return None
     # The gradient of float16 logits would underflow: a loss scale, accelerate's or DeepSpeed's, is
     # applied after it was rounded.
@@ -133,19 +138,29 @@ def score_in_chunks(
 
 
 @contextmanager
-def _float32_head(trainer: Any, unwrapped: Any) -> Iterator[None]:
-    """Keeps autocast out of the head that TRL made float32, as TRL's own loss does."""
-    if not trainer.args.cast_lm_head_to_fp32:
-        yield
-        return
+def _as_precise_as_trl(trainer: Any, model: Any, unwrapped: Any) -> Iterator[None]:
+    """The model's head, with logits in float32 where TRL's own scoring has them so.
+
+    That is with the head that TRL made float32, out of which autocast is kept, and where the model
+    changes its logits afterwards: a cap in bfloat16 would make ratios of 1 differ by some percent.
+    """
     head = unwrapped.get_output_embeddings()
-    in_float32 = head.forward
 
     def without_autocast(hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return in_float32(hidden)
+            return own(hidden)
 
-    with _forward_of(head, without_autocast):
+    def in_float32(hidden: Tensor) -> Tensor:
+        return own(hidden).float()
+
+    if trainer.args.cast_lm_head_to_fp32:
+        own, forward = head.forward, without_autocast
+    elif changes_logits(unwrapped) and not is_compiled(trainer, model):
+        own, forward = head.forward, in_float32
+    else:
+        yield
+        return
+    with _forward_of(head, forward):
         yield
 
 

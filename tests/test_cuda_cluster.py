@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from emulation import A100, CXX, H100, ONE_SM, RTX4090, EmulatedBackend
-from oracle import check, make_case, run, with_everything
+from oracle import check, check_gradient, make_case, oracle, run, with_everything
 from test_cuda_kernels import DTYPES, assert_same
+from triton_tools.memory import sparse
 
+import cfpo_kernels
 from cfpo_kernels import CFPO, PPOClip, backends
 
 pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
@@ -152,3 +154,27 @@ def test_a_device_without_room(module: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "auto")
     assert module.plan_clusters(98, 5)["chosen"] and module.plan_clusters(98, 5)["cluster"] == 4
     check(case)
+
+
+@pytest.mark.parametrize(
+    ("device", "v"),
+    [(ONE_SM, 1001), (H100, 33001), (SMALL, 9001)],
+    ids=["rows", "split", "cluster"],
+)
+def test_offsets_beyond_32_bits(
+    device: Any, v: int, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every kernel that writes a gradient."""
+    monkeypatch.setattr(backends, "kernels", lambda _: EmulatedBackend(module))
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster" if device is SMALL else "portable")
+    module.set_device(*device)
+    step = 2**31 + 5  # odd: every row another shift
+    case = make_case(4, v, torch.bfloat16)
+    logits = sparse(4 * step, torch.bfloat16).as_strided((4, v), (step, 1))
+    logits.copy_(case.logits)
+    leaf = logits.detach().requires_grad_()
+    cfpo_kernels.cfpo_loss(
+        leaf, case.token_ids, case.advantages, case.old_logps, inplace=True, backend="cpu"
+    ).backward()
+    assert leaf.grad is not None
+    check_gradient(leaf.grad, oracle(case).dlogits, case)

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except WrongResult as error:
-        print(f"error: {error}. Nothing is reported.", file=sys.stderr)
+        print(f"error: {error}. Nothing is reported of this case.", file=sys.stderr)
         return 1
     report.print_report(result)
     if options.json:
@@ -59,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cases", default="cpu", help="sets and single cases, comma-separated (default: cpu)")
     add("--list", action="store_true", help="list the cases and implementations, and stop")
     add("--implementations", help="only these, comma-separated (default: all that can run)")
+    add("--without", help="not those whose names begin so, comma-separated")
     add("--rounds", type=int, default=25, help="rounds; slow ones run every 5th (default: 25)")
     add("--threads", type=int, help="CPU threads (default: torch's own choice)")
     add("--no-memory", action="store_true", help="do not measure memory")
@@ -80,15 +81,22 @@ def measure(options: argparse.Namespace) -> dict:
         raise ValueError("a gpu case was asked for, but torch finds no CUDA device")
     settings = Settings(options.rounds, torch.get_num_threads(), not options.no_memory)
 
-    chosen = {case: choose(case, options.implementations) for case in cases}
+    chosen = {case: choose(case, options.implementations, options.without) for case in cases}
     steps = sum(steps_of(entries, settings) for entries in chosen.values())
     with report.progress_bar(steps) as tell:
-        results = [run_case(case, entries, settings, tell) for case, entries in chosen.items()]
+        results: list[dict] = []
+        for case, entries in chosen.items():
+            results.append(run_case(case, entries, settings, tell))
+            if options.json:  # the next one may fail
+                report.save(report.make_report(results, settings), options.json)
     return report.make_report(results, settings)
 
 
-def choose(case: Case, names: str | None) -> list[Implementation]:
+def choose(case: Case, names: str | None, without: str | None) -> list[Implementation]:
     found = {entry.name: entry for entry in implementations.implementations_for(case.device)}
+    if without is not None:
+        prefixes = tuple(prefix.strip() for prefix in without.split(","))
+        found = {name: entry for name, entry in found.items() if not name.startswith(prefixes)}
     if names is None:
         return list(found.values())
     wanted = [name.strip() for name in names.split(",")]

@@ -38,6 +38,8 @@ def implementations_for(device: str) -> list[Implementation]:
     ours = [entry for name in backends for entry in kernels_of(name)]
     if "cpu" in backends:
         ours += [at_level(name) for name in cpu.native.cpu_levels()[1:]]
+    if "cuda" in backends:
+        ours.append(portable_kernel())
     found_peers = peers.implementations() if device == "cuda" else []
     return [*ours, reference(), *baselines(), *found_peers]
 
@@ -67,18 +69,22 @@ def kernels_of(backend: str) -> list[Implementation]:
 
 def at_level(level: str) -> Implementation:
     """The CPU kernels held to an instruction set below this machine's best."""
+    name, label = f"{LEVEL_PREFIX}{level}", f"cpu kernel, in place, {level}"
+    return held_back(name, label, "cpu", CFPO_KERNELS_CPU_LEVEL=level)
 
+
+def portable_kernel() -> Implementation:
+    """The CUDA kernel that needs no clusters, where another would be chosen: the control for it."""
+    label = "cuda kernel, in place, portable"
+    return held_back("cuda-portable", label, "cuda", CFPO_KERNELS_CUDA_KERNEL="portable")
+
+
+def held_back(name: str, label: str, backend: str, **environment: str) -> Implementation:
     def loss(logits: Tensor, problem: Problem) -> Tensor:
-        with mock.patch.dict(os.environ, CFPO_KERNELS_CPU_LEVEL=level):
-            return our_loss(logits, problem, backend="cpu", inplace=True)
+        with mock.patch.dict(os.environ, environment):
+            return our_loss(logits, problem, backend=backend, inplace=True)
 
-    return Implementation(
-        name=f"{LEVEL_PREFIX}{level}",
-        label=f"cpu kernel, in place, {level}",
-        kind="ours",
-        build=lambda: loss,
-        tolerance=EXACT,
-    )
+    return Implementation(name=name, label=label, kind="ours", build=lambda: loss, tolerance=EXACT)
 
 
 def reference() -> Implementation:

@@ -295,3 +295,20 @@ def test_bad_arguments_are_refused_before_measuring(arguments, complaint, capsys
 def test_unknown_cases_are_refused(name):
     with pytest.raises(ValueError, match="unknown case"):
         find_cases(name)
+
+
+def test_what_was_measured_is_kept_when_a_later_case_fails(tmp_path, monkeypatch):
+    def run(case, *rest):
+        if case.dtype_name == "f32":
+            raise checks.WrongResult("injected is wrong")
+        return run_case(case, *rest)
+
+    monkeypatch.setattr(command_line, "run_case", run)
+    saved = tmp_path / "out.json"
+    arguments = ["--cases", "quick-1003-bf16,quick-1003-f32", "--without", "cpu,reference,compiled"]
+    arguments += ["--rounds", "1", "--no-memory", "--json", str(saved)]
+    assert command_line.main(arguments) == 1
+    (case,) = json.loads(saved.read_text())["cases"]
+    assert case["dtype"] == "bf16"
+    assert {result["name"] for result in case["results"]} >= {"eager-f32", "eager-native"}
+    assert not any(result["name"].startswith("cpu") for result in case["results"])

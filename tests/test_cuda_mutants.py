@@ -132,6 +132,15 @@ MUTANTS = {
         CLUSTER, "row.row < 0 ? n_rows() : row.row;", "row.row < 0 ? next_ : row.row;"
     ),
     "cluster: a masked row's scalars are forgotten": Mutant(CLUSTER, "stage_.skipped(row);", ""),
+    "cluster: 32 masked rows taken for the end": Mutant(
+        CLUSTER, "while (left_ == 0 && next_ <", "if (left_ == 0 && next_ <"
+    ),
+    "cluster: rows left out that are looked at later": Mutant(
+        CLUSTER, "> kWarpThreads * row_step_ ?", "> 2 * kWarpThreads * row_step_ ?"
+    ),
+    "cluster: waits for the logit of a token that does not exist": Mutant(
+        CLUSTER, "plan_.n_segments + (row.token >= 0 ? 1 : 0)", "plan_.n_segments + 1"
+    ),
     "cluster: the head is missing": Mutant(
         CLUSTER, "if (begin_ == 0) write_elements", "if (false) write_elements"
     ),

@@ -26,12 +26,35 @@ T rounded(double x) {
 }
 constexpr std::uint16_t kGuard = 0x4242;
 
+// Which rows are masked: every fourth, none, all, all but the last, all but the first and the last
+// of 32, all but 5 of 80.
+enum class Mask { kFourth, kNone, kAll, kAllButLast, kEdges, kRuns };
+
 struct Case {
   int n_rows, n_cols;
   int in_offset, out_offset;  // elements from an aligned address
   int gap;                    // elements between rows; every third row is followed by more
   bool inplace, entropy;
   DeviceLimits device;
+  Mask mask = Mask::kFourth;
+  bool no_such_token = false;  // of the last row
+
+  bool masked(int row) const {
+    switch (mask) {
+      case Mask::kFourth:
+        return row % 4 == 3;
+      case Mask::kNone:
+        return false;
+      case Mask::kAll:
+        return true;
+      case Mask::kAllButLast:
+        return row != n_rows - 1;
+      case Mask::kEdges:
+        return row % 32 != 0 && row % 32 != 31;
+      default:
+        return row % 80 >= 5;
+    }
+  }
 };
 
 // A matrix in exactly as much memory as its aligned vectors take; what lies between rows is
@@ -113,15 +136,18 @@ bool run(const Case& c) {
   std::vector<float> weights(c.n_rows), advantages(c.n_rows), old(c.n_rows);
   for (int i = 0; i < c.n_rows; ++i) {
     for (int j = 0; j < c.n_cols; ++j) {
-      logits.row(i)[j] = i % 4 == 3 ? T{0x7FC0} : rounded(normal(random));  // masked rows: NaN
+      logits.row(i)[j] = c.masked(i) ? T{0x7FC0} : rounded(normal(random));  // masked rows: NaN
       z[i].push_back(value_of(logits.row(i)[j]));
     }
-    ids[i] = i % 4 == 3 ? -100 : i == 0 ? c.n_cols - 1 : static_cast<int>(random() % c.n_cols);
-    weights[i] = i % 4 == 3 ? 0.0f : 1.0f;
+    ids[i] = c.masked(i) ? -100 : i == 0 ? c.n_cols - 1 : static_cast<int>(random() % c.n_cols);
+    if (c.no_such_token && i == c.n_rows - 1) ids[i] = c.n_cols;
+    weights[i] = c.masked(i) ? 0.0f : 1.0f;
     advantages[i] = i % 2 == 0 ? 1.5f : -0.5f;
     double sum = 0;
     for (double x : z[i]) sum += std::exp(x);
-    old[i] = i % 4 == 3 ? NAN : static_cast<float>(z[i][ids[i]] - std::log(sum) - 0.1);
+    old[i] = c.masked(i) || ids[i] == c.n_cols
+                 ? NAN
+                 : static_cast<float>(z[i][ids[i]] - std::log(sum) - 0.1);
   }
   std::vector<float> loss(c.n_rows, NAN), logps(c.n_rows, NAN), entropy(c.n_rows, NAN);
   const float temperature = 1.0f;
@@ -146,6 +172,9 @@ bool run(const Case& c) {
     if (weights[i] == 0.0f) {
       for (int j = 0; j < c.n_cols; ++j) right = right && gradient.row(i)[j].bits == 0;
       right = right && loss[i] == 0.0f && logps[i] == 0.0f;
+    } else if (ids[i] == c.n_cols) {
+      for (int j = 0; j < c.n_cols; ++j) right = right && std::isnan(value_of(gradient.row(i)[j]));
+      right = right && std::isnan(loss[i]) && std::isnan(logps[i]);
     } else {
       right = row_is_right(z[i], static_cast<int>(ids[i]), advantages[i], old[i],
                            c.entropy ? 0.1 : 0.0, gradient.row(i), loss[i], logps[i]);
@@ -217,6 +246,24 @@ void check_clusters() {
   }
 }
 
+// The accountant looks at 32 rows at a time, and may find none in them.
+void check_masks() {
+  const DeviceLimits one{1, 16 * 1024, 24 * 1024, true};
+  const DeviceLimits several{12, 16 * 1024, 24 * 1024, true};
+  for (const auto order : kOrders) {
+    emulation::machine().order = order;
+    for (const Mask mask :
+         {Mask::kFourth, Mask::kNone, Mask::kAll, Mask::kAllButLast, Mask::kEdges, Mask::kRuns}) {
+      for (const int v : {7, 4100}) {
+        for (const int rows : {1, 2, 4, 31, 33, 97}) {
+          check({rows, v, 1, 1, 0, true, false, one, mask, true});
+          check({rows, v, 1, 2, 1, false, false, several, mask});
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace cfpo::cuda
 
@@ -224,7 +271,10 @@ void check_clusters() {
 int main(int n, char** arguments) {
   const std::string which = n > 1 ? arguments[1] : "";
   if (which != "clusters") cfpo::cuda::check_rows();
-  if (which != "rows") cfpo::cuda::check_clusters();
+  if (which != "rows") {
+    cfpo::cuda::check_clusters();
+    cfpo::cuda::check_masks();
+  }
   std::printf("%d cases, 0 failed\n", cfpo::cuda::count);
   return 0;
 }

@@ -88,8 +88,7 @@ std::int64_t clusters_at_once(const char* name, const void* kernel, const Grid& 
   Grid one = grid;
   one.blocks = grid.cluster;
   cudaLaunchAttribute cluster;
-  cudaLaunchConfig_t config = launch_config(one, cluster);
-  config.numAttrs = 1;
+  const cudaLaunchConfig_t config = launch_config(one, cluster);
   int count = 0;
   check(std::string("counting clusters for ") + name, device,
         cudaOccupancyMaxActiveClusters(&count, kernel, &config));

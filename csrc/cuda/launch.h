@@ -11,7 +11,7 @@ namespace cfpo::cuda {
 struct Grid {
   std::int64_t blocks = 0;
   int blocks_y = 1;
-  int cluster = 1;  // blocks, consecutive ones of x, that run together
+  int cluster = 0;  // blocks, consecutive ones of x, that run together; 0: no clusters
   int threads = 0;
   int shared_bytes = 0;
 };

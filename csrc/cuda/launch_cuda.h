@@ -29,7 +29,9 @@ inline cudaLaunchConfig_t launch_config(const Grid& grid, cudaLaunchAttribute& c
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.attrs = &cluster;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;  // older devices know no clusters
+  // Also for clusters of one block, so that messages and cluster barriers are those of a cluster;
+  // older devices know none.
+  config.numAttrs = grid.cluster > 0 ? 1 : 0;
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.blocks_y));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(grid.shared_bytes);

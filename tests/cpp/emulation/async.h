@@ -16,8 +16,16 @@ inline void wait_until(std::function<bool()> ready) {
   wait_at(Meeting::kPoll);
 }
 
+// A launch without clusters is one of single blocks by the manual, but no kernel relies on it.
+inline int cluster_size() {
+  const int size = machine().cluster_size;
+  if (size == 0) fail("what needs a cluster, in a kernel that was launched without");
+  return size;
+}
+
 // Threads that have left count as having arrived.
 inline void cluster_wait() {
+  cluster_size();
   const int own = current().cluster_arrivals;
   wait_until([own] {
     for (const Block& block : machine().cluster) {
@@ -30,7 +38,7 @@ inline void cluster_wait() {
 }
 
 inline Block& running_peer(int rank) {
-  if (rank < 0 || rank >= machine().cluster_size) fail("a message to no block of the cluster");
+  if (rank < 0 || rank >= cluster_size()) fail("a message to no block of the cluster");
   Block& peer = machine().cluster[rank];
   if (!peer.started) fail("a message to a block that has not begun");
   if (peer.left == 0) fail("a message to a block that has ended");

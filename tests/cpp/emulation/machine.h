@@ -165,7 +165,7 @@ struct Machine {
   std::function<void()> body;
   std::mt19937 random{1};
   std::vector<Block> cluster;  // kept from launch to launch for their stacks
-  int cluster_size = 1;
+  int cluster_size = 0;        // 0: not launched as clusters
 };
 
 inline Machine& machine() {

@@ -72,7 +72,7 @@ void store_streaming(T* p, T element) {
 constexpr bool kHasClusters = true;
 inline void stop() { emulation::fail("a kernel that should not have been started"); }
 inline int cluster_rank() {
-  return static_cast<int>(emulation::current().block->index % emulation::machine().cluster_size);
+  return static_cast<int>(emulation::current().block->index % emulation::cluster_size());
 }
 inline void cluster_arrive() { ++emulation::current().cluster_arrivals; }
 inline void cluster_wait() { emulation::cluster_wait(); }

@@ -101,21 +101,22 @@ inline void run_cluster(int threads, std::size_t shared_bytes) {
   }
 }
 
-// `cluster` consecutive blocks of x form a cluster.
+// `cluster` consecutive blocks of x form a cluster; 0: there are none.
 inline void run_grid(long blocks, int blocks_y, int cluster, int threads, std::size_t shared_bytes,
                      std::function<void()> body) {
   if (threads % kWarp != 0) fail("a block must consist of whole warps");
-  if (blocks % cluster != 0) fail("a grid must consist of whole clusters");
+  const int together = std::max(cluster, 1);
+  if (blocks % together != 0) fail("a grid must consist of whole clusters");
   Machine& m = machine();
   m.block_count = blocks;
   m.block_count_y = blocks_y;
   m.cluster_size = cluster;
   m.body = std::move(body);
-  m.cluster.resize(cluster);
+  m.cluster.resize(together);
   for (int y = 0; y < blocks_y; ++y) {
-    for (long x = 0; x < blocks; x += cluster) {
-      for (int rank = 0; rank < cluster; ++rank) {
-        m.cluster[rank].index = (m.order == Order::kBackward ? blocks - cluster - x : x) + rank;
+    for (long x = 0; x < blocks; x += together) {
+      for (int rank = 0; rank < together; ++rank) {
+        m.cluster[rank].index = (m.order == Order::kBackward ? blocks - together - x : x) + rank;
         m.cluster[rank].index_y = m.order == Order::kBackward ? blocks_y - 1 - y : y;
       }
       run_cluster(threads, shared_bytes);

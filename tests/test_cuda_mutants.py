@@ -108,7 +108,7 @@ MUTANTS = {
         CLUSTER, "if (now.number >= 2) fetch_next();", "if (now.number >= 1) fetch_next();"
     ),
     "cluster: a slot refilled before its gradient left": Mutant(
-        CLUSTER, "      hw::bulk_wait_read();  // and", "      // and"
+        CLUSTER, "    hw::bulk_wait_read();  // and", "    // and"
     ),
     "cluster: a chunk refilled while its neighbour reads": Mutant(
         CLUSTER, "    hw::sync_threads(plan_.warps * kWarpThreads);", ""

@@ -251,27 +251,29 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     return (bytes + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
   }
 
-  // Starts to copy the next row that was noted; masked rows before it become zeros.
+  // Starts to copy the next row that was noted; masked rows before it become zeros meanwhile.
   CFPO_DEVICE void fetch_next() {
     const ClusterRow row = Block::notes(fetched_.number);
+    if (row.row >= 0) fetch(row);
     const int end = row.row < 0 ? n_rows() : row.row;
     for (; next_ < end; next_ += row_step_) zero_row(next_);
     if (row.row < 0) return;
-    hw::sync_warp();  // all lanes have done with the chunk
-    if (lane_index() == 0) {
-      hw::bulk_wait_read();  // and its gradient has left it
-      const Segment<const T> x = logits_slice(row);
-      const int from = begin_ * kSegmentBytes;
-      const int bytes = begin_ < end_ ? chunk_end(x) - from : 0;
-      hw::barrier_arrive_expect(Block::full(fetched_.slot), bytes);
-      if (bytes > 0) {
-        hw::bulk_load(slot(fetched_) + from,
-                      reinterpret_cast<const char*>(x.begin) - x.shift + from, bytes,
-                      Block::full(fetched_.slot), hw::read_once());
-      }
-    }
     fetched_.advance(plan_.stages);
     next_ += row_step_;
+  }
+
+  CFPO_DEVICE void fetch(const ClusterRow& row) {
+    hw::sync_warp();  // all lanes have done with the chunk
+    if (lane_index() != 0) return;
+    hw::bulk_wait_read();  // and its gradient has left it
+    const Segment<const T> x = logits_slice(row);
+    const int from = begin_ * kSegmentBytes;
+    const int bytes = begin_ < end_ ? chunk_end(x) - from : 0;
+    hw::barrier_arrive_expect(Block::full(fetched_.slot), bytes);
+    if (bytes > 0) {
+      hw::bulk_load(slot(fetched_) + from, reinterpret_cast<const char*>(x.begin) - x.shift + from,
+                    bytes, Block::full(fetched_.slot), hw::read_once());
+    }
   }
 
   CFPO_DEVICE void zero_row(int row) {

@@ -72,10 +72,10 @@ MUTANTS = {
         SEGMENT, "i < bytes; i +=", "i < bytes + kVectorBytes; i +=", SANITIZE
     ),
     "columns past the end summed": Mutant(
-        SEGMENT, "first + j >= segment.count || first + j == skip", "first + j == skip"
+        SEGMENT, "if (j >= left || j == target)", "if (j == target)"
     ),
     "the target summed twice": Mutant(
-        SEGMENT, "first + j >= segment.count || first + j == skip", "first + j >= segment.count"
+        SEGMENT, "if (j >= left || j == target)", "if (j >= left)"
     ),
     "a shift by 4 bytes forgotten": Mutant(ELEMENTS, "if (shift & 4)", "if (false)"),
     "cluster: sums merged before all have come": Mutant(

@@ -33,32 +33,48 @@ struct PolicyStage {
     if (p.entropy != nullptr) p.entropy[row] = 0.0f;
   }
 
-  // From the unrounded log p: rounding it to float32 would cost 5e-7 |A| / eps of the gradient.
-  // But scoring these very logits gives exactly `logp`, and must give exactly r = 1.
-  CFPO_HOST_DEVICE double log_ratio(std::int64_t row, double exact_logp, float logp) const {
-    const bool on_policy = p.old_logps == nullptr || p.old_logps[row] == logp;
-    return exact_logp -
-           (on_policy ? exact_logp : p.old_logps[row]);  // NaN where logp is not finite
+  // Loaded early by a kernel that has something else to wait for.
+  struct Inputs {
+    float advantage, old_logp, ref_logp, policy_weight, weight, grad_scale;
+  };
+  CFPO_HOST_DEVICE Inputs inputs(std::int64_t row) const {
+    return {p.advantages[row],
+            p.old_logps != nullptr ? p.old_logps[row] : 0.0f,
+            p.ref_logps != nullptr ? p.ref_logps[row] : 0.0f,
+            p.token_weights != nullptr ? p.token_weights[row] : 1.0f,
+            p.problem.weights[row],
+            p.grad_scale != nullptr ? *p.grad_scale : 1.0f};
   }
 
-  CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const RowStats& stats,
-                                          bool publish = true) const {
+  // From the unrounded log p: rounding it to float32 would cost 5e-7 |A| / eps of the gradient.
+  // But scoring these very logits gives exactly `logp`, and must give exactly r = 1.
+  CFPO_HOST_DEVICE double log_ratio(float old_logp, double exact_logp, float logp) const {
+    const bool on_policy = p.old_logps == nullptr || old_logp == logp;
+    return exact_logp - (on_policy ? exact_logp : old_logp);  // NaN where logp is not finite
+  }
+
+  CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const Inputs& in, const RowStats& stats,
+                                          bool publish) const {
     const float logp = static_cast<float>(stats.logp);
     Token<double> token;
-    token.log_ratio = log_ratio(row, stats.logp, logp);
-    token.kl_distance = p.ref_logps != nullptr ? p.ref_logps[row] - stats.logp : 0.0;
+    token.log_ratio = log_ratio(in.old_logp, stats.logp, logp);
+    token.kl_distance = p.ref_logps != nullptr ? in.ref_logp - stats.logp : 0.0;
     token.entropy = stats.entropy;
-    token.advantage = p.advantages[row];
-    token.policy_weight = p.token_weights != nullptr ? p.token_weights[row] : 1.0;
-    token.weight = p.problem.weights[row];
+    token.advantage = in.advantage;
+    token.policy_weight = in.policy_weight;
+    token.weight = in.weight;
     const TokenLoss<double> loss = token_loss(policy, p.regularizers, token);
     if (publish) {
       p.loss[row] = static_cast<float>(loss.loss);
       p.logps[row] = logp;
       if (p.entropy != nullptr) p.entropy[row] = static_cast<float>(stats.entropy);
     }
-    const double scale = p.grad_scale != nullptr ? *p.grad_scale : 1.0f;
+    const double scale = in.grad_scale;
     return row_gradient(stats, scale * loss.dlogp, scale * loss.dentropy_term);
+  }
+  CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const RowStats& stats,
+                                          bool publish = true) const {
+    return (*this)(row, inputs(row), stats, publish);
   }
 };
 

@@ -169,6 +169,7 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
     if (lane_index() == 0) {
       hw::barrier_arrive_expect(Block::exchange(turn), sent * static_cast<int>(sizeof(SentSum)));
     }
+    const auto inputs = stage_.inputs(row.row);
     hw::barrier_wait(Block::exchange(turn), Block::parity(number));
     const SentSum* sums = Block::sums(number);
     const RowSum sum = merge_segments(sums, plan_.n_segments);
@@ -177,7 +178,7 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
     if (lane_index() < plan_.cluster) hw::arrive_peer(Block::vacant(turn), lane_index());
     if (lane_index() == 0) {
       const RowStats stats = join_target(row.scale, target, sum);
-      Block::gradient(number) = stage_(row.row, stats, hw::cluster_rank() == 0);
+      Block::gradient(number) = stage_(row.row, inputs, stats, hw::cluster_rank() == 0);
       hw::barrier_arrive_expect(Block::ready(turn), 0);
     }
   }

@@ -19,7 +19,7 @@ CFPO_HOST_DEVICE inline int count_segments(std::int64_t n_cols, DType dtype) {
 
 // Windows that pass segments through which do not fit into shared memory.
 constexpr int kRing = 2;
-// What the row kernel is compiled for: 80 registers a thread, so that as many threads fit an SM.
+// What the row kernel is compiled for: 96 registers a thread, so that as many threads fit an SM.
 // Blocks are smaller.
 constexpr int kRowThreadsPerSm = 640;
 constexpr int kSplitThreads = 256;

@@ -68,7 +68,8 @@ def cpu_extra_bytes(call: Callable[[], object]) -> int:
     """Growth of the resident set at its peak during `call`.
 
     Linux keeps the peak (VmHWM); writing 5 to clear_refs sets it back to the present. The kernel
-    counts pages in batches per core: the figure is good to about 0.1 MiB on a few cores.
+    counts pages of each kind in batches of 32 for each core: on two cores the figure is mostly good
+    to 0.1 MiB, and has been off by 0.3.
     """
     # Freed memory that the allocator still holds would be reused without growing the resident set.
     trim_heap()

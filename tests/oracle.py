@@ -238,6 +238,10 @@ def rounding_error(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.to(dtype).double() - x).norm(dim=-1)
 
 
+TAIL = 8
+SMALLEST = 1e-36  # kernels flush what is subnormal in float32
+
+
 def check_gradient(got: Tensor, want: Tensor, case: Case, relative: float = 1e-5) -> None:
     """Target column and off-target columns apart, the latter by relative error of each row."""
     dtype, mask = case.logits.dtype, case.mask()
@@ -269,13 +273,24 @@ def check_gradient(got: Tensor, want: Tensor, case: Case, relative: float = 1e-5
     for name in ("kl_coef", "entropy_coef"):  # where A is 0, these terms may cancel each other
         slope = slope + abs(case.options.get(name, 0.0))
     floor = 0.1 * weight * slope / temperature
-    scale = torch.maximum(off_want.norm(dim=-1), floor * p_off.norm(dim=-1))
-    error = (off_got - off_want).norm(dim=-1)
-    allowed = relative * scale
-    if dtype != torch.float32:
-        allowed = allowed + 1.1 * rounding_error(off_want, dtype)
-    worst = (error / allowed.clamp_min(1e-300)).max() if len(error) else torch.tensor(0.0)
-    assert (error <= allowed).all(), f"off-target gradient: {worst:.2f} times the allowed error"
+    # Most of a row's norm is in a few columns, so the end is looked at by itself: where a kernel's
+    # last, narrower piece is. There no average over columns makes errors smaller.
+    for columns, of, factor in (
+        (slice(None), "", 1.0),
+        (slice(-TAIL, None), " of the last columns", 4.0),
+    ):
+        exact = off_want[:, columns]
+        scale = torch.maximum(exact.norm(dim=-1), floor * p_off[:, columns].norm(dim=-1))
+        error = (off_got[:, columns] - exact).norm(dim=-1)
+        allowed = factor * relative * scale
+        if columns.start is not None:
+            allowed = allowed + SMALLEST
+        if dtype != torch.float32:
+            allowed = allowed + 1.1 * rounding_error(exact, dtype)
+        worst = (error / allowed.clamp_min(1e-300)).max() if len(error) else torch.tensor(0.0)
+        assert (error <= allowed).all(), (
+            f"off-target gradient{of}: {worst:.2f} times the allowed error"
+        )
 
     target_error = (target_got - target_want).abs().squeeze(1)
     target_scale = torch.maximum(target_want.abs().squeeze(1), floor * p_off.sum(-1))

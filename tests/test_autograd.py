@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Case, make_case, run, with_everything
+from oracle import Case, check, make_case, run, with_everything
 from torch.utils.checkpoint import checkpoint
 
 import cfpo_kernels
@@ -142,6 +142,8 @@ def test_zero_upstream_gradient() -> None:
 def test_checkpoint(reentrant: bool, inplace: bool) -> None:
     case, hidden, head = layer()
     want = gradients(step(case, hidden, head), hidden, head)
+    reference = gradients(step(case, hidden, head, backend="reference"), hidden, head)
+    torch.testing.assert_close(want, reference, rtol=1e-4, atol=1e-6)
     loss = checkpoint(
         lambda h, w: step(case, h, w, inplace=inplace), hidden, head, use_reentrant=reentrant
     )
@@ -259,7 +261,7 @@ def test_compiled_call_takes_changing_shapes() -> None:
         arguments = (case.token_ids, case.advantages, case.old_logps)
         leaf = case.logits.clone().requires_grad_()
         compiled(leaf, *arguments).backward()
-        assert torch.equal(leaf.grad, run(case).dlogits)
+        assert torch.equal(leaf.grad, check(case).dlogits)
 
 
 def operator_arguments() -> dict[str, tuple[Any, ...]]:
@@ -289,7 +291,7 @@ def test_opcheck(name: str) -> None:
 def test_outputs_do_not_depend_on_what_memory_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer that the operators allocate is poisoned with NaN before the kernels run."""
     case = with_everything(make_case(13, 1000, mask_every=4))
-    want = run(case)
+    want = check(case)
 
     def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return lambda *a, **k: make(*a, **k).fill_(torch.nan)

@@ -48,6 +48,10 @@ def dropped_tail(rows: KernelRows, dlogits: torch.Tensor) -> None:
     dlogits[:, v - v % 64 :] = 0
 
 
+def dropped_last_columns(rows: KernelRows, dlogits: torch.Tensor) -> None:
+    dlogits[:, -3:] = 0
+
+
 def stored_p_minus_one(rows: KernelRows, dlogits: torch.Tensor) -> None:
     """The target from a p that was rounded to the storage type before 1 was subtracted."""
     ids = rows.token_ids[:, None]
@@ -102,6 +106,10 @@ CONTROLS: dict[str, tuple[Broken, Callable[[], Case]]] = {
     "zeros off target, bf16": (Broken(after=zeros_off_target), lambda: plain(torch.bfloat16)),
     "dropped tail": (Broken(after=dropped_tail), plain),
     "dropped tail, fp16": (Broken(after=dropped_tail), lambda: plain(torch.float16)),
+    "dropped last columns, bf16": (
+        Broken(after=dropped_last_columns),
+        lambda: make_case(5, 128256, torch.bfloat16),
+    ),
     "rounded p": (
         Broken(after=stored_p_minus_one),
         lambda: make_case(13, 4096, torch.bfloat16, peak=0.99),

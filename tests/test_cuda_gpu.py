@@ -97,6 +97,7 @@ def test_a_hundred_repeats_are_bitwise_equal(n: int, v: int) -> None:
     case = with_everything(make_case(n, v, torch.bfloat16, mask_every=4, reduction="none"))
     logits, arguments = case.logits.cuda(), on_cuda(case)
     loss, dlogits = loss_and_gradient(logits, arguments)
+    check_gradient(dlogits.cpu(), oracle(case).dlogits, case)
     for _ in range(100):
         again = loss_and_gradient(logits, arguments)
         assert torch.equal(again[0], loss) and torch.equal(again[1], dlogits)
@@ -106,6 +107,7 @@ def test_few_rows_have_the_bits_of_many() -> None:
     case = make_case(300, 50257, torch.bfloat16, reduction="none")
     logits, arguments = case.logits.cuda(), on_cuda(case)
     loss, dlogits = loss_and_gradient(logits, arguments)
+    check_gradient(dlogits.cpu(), oracle(case).dlogits, case)
     few = {
         name: x[:2] if isinstance(x, torch.Tensor) and x.dim() else x
         for name, x in arguments.items()
@@ -121,9 +123,10 @@ def test_no_call_waits_for_the_device(n: int) -> None:
     loss_and_gradient(logits, arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss_and_gradient(logits, arguments)
+        _, dlogits = loss_and_gradient(logits, arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    check_gradient(dlogits.cpu(), oracle(case).dlogits, case)
 
 
 @pytest.mark.parametrize("n", [3, 300])
@@ -131,6 +134,7 @@ def test_a_second_stream(n: int) -> None:
     case = make_case(n, 50257, torch.bfloat16)
     logits, arguments = case.logits.cuda(), on_cuda(case)
     want = loss_and_gradient(logits, arguments)
+    check_gradient(want[1].cpu(), oracle(case).dlogits, case)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -154,8 +158,10 @@ def test_cuda_graphs(n: int) -> None:
     with torch.cuda.graph(graph):
         loss, dlogits = loss_and_gradient(static, arguments)
     for seed in (1, 2):
-        static.copy_(make_case(n, 50257, torch.bfloat16, seed=seed).logits)
+        case.logits = make_case(n, 50257, torch.bfloat16, seed=seed).logits
+        static.copy_(case.logits)
         want = loss_and_gradient(static, arguments)
+        check_gradient(want[1].cpu(), oracle(case).dlogits, case)
         graph.replay()
         assert torch.equal(loss, want[0]) and torch.equal(dlogits, want[1])
 
@@ -169,9 +175,9 @@ logits = torch.randn(n, v, device="cuda").bfloat16().requires_grad_()
 ids = torch.arange(n, device="cuda")
 ones = torch.ones(n, device="cuda")
 
-def loss():
+def loss(backend="cuda"):
     return cfpo_kernels.cfpo_loss(
-        logits, ids, ones, -11 * ones, reduction="none", backend="cuda"
+        logits, ids, ones, -11 * ones, reduction="none", backend=backend
     ).detach()
 
 graph = torch.cuda.CUDAGraph()
@@ -179,6 +185,7 @@ with torch.cuda.graph(graph):
     captured = loss()
 graph.replay()
 assert captured.unique().numel() > 1 and torch.equal(captured, loss())
+torch.testing.assert_close(captured, loss("reference"), rtol=1e-4, atol=1e-4)
 """
 
 
@@ -194,6 +201,7 @@ def test_torch_compile() -> None:
     case = make_case(40, 8000, torch.bfloat16)
     logits, arguments = case.logits.cuda(), on_cuda(case)
     want = loss_and_gradient(logits, arguments)
+    check_gradient(want[1].cpu(), oracle(case).dlogits, case)
     compiled = torch.compile(loss_and_gradient, fullgraph=False)
     got = compiled(logits, arguments)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
@@ -203,6 +211,7 @@ def test_torch_compile() -> None:
 def test_another_device_is_used_and_left() -> None:
     case = make_case(3, 50257, torch.bfloat16)
     want = loss_and_gradient(case.logits.cuda(), on_cuda(case))
+    check_gradient(want[1].cpu(), oracle(case).dlogits, case)
     with torch.cuda.device(1):
         arguments = on_cuda(case)
         logits = case.logits.cuda()
@@ -215,6 +224,7 @@ def test_another_device_is_used_and_left() -> None:
 
 def test_a_failed_launch_names_kernel_device_and_cause() -> None:
     logits = torch.randn(300, 1000, device="cuda")
+    doubled = 2 * logits
     rows = (logits.data_ptr(), 0, 300, 1000, 300, 0, 1000)
     arguments = {"factors": torch.full((300,), 2.0, device="cuda").data_ptr(), "factor_stride": 1}
     here = {"device": torch.cuda.current_device(), "workspace": 0}
@@ -224,8 +234,10 @@ def test_a_failed_launch_names_kernel_device_and_cause() -> None:
             rows=rows, **arguments, **(here | {"device": 4095}), stream=0
         )
     # The error is not left behind for someone else's check.
+    torch.cuda.synchronize()
     cuda.native.cuda.multiply_rows(rows=rows, **arguments, **here, stream=capturing.cuda_stream)
     torch.cuda.synchronize()
+    assert torch.equal(logits, doubled)
 
 
 def test_a_token_that_does_not_exist_is_nan_and_harmless() -> None:
@@ -256,6 +268,8 @@ def test_in_place_takes_no_memory(v: int) -> None:
     loss = cfpo_kernels.cfpo_loss(logits, **arguments, inplace=True, backend="cuda")
     loss.backward()
     assert torch.cuda.max_memory_allocated() - before < 2**20
+    assert logits.grad is not None
+    check_gradient(logits.grad.cpu(), oracle(case).dlogits, case)
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ def test_no_call_waits_for_the_device() -> None:
         cfpo_kernels.cfpo_loss(logits, **arguments, return_stats=True)[0].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    check_gradient(logits.grad.cpu() / 2, oracle(case).dlogits, case, relative=3e-4)
 
 
 def test_an_unknown_token_gives_nan_not_an_assert() -> None:

@@ -120,7 +120,7 @@ def test_a_row_depends_on_itself_only(v: int) -> None:
     """Bitwise: alone (split), among many (whole), scored, and over 100 repetitions."""
     case = with_everything(make_case(400 if v < 4096 else 150, v, torch.bfloat16))
     case.options["normalizer"] = 7.0
-    want = run(case, **HOW)
+    want = check(case, **HOW)
     for _ in range(100 if v == 32000 else 3):
         got = run(case, inplace=True, **HOW)
         assert torch.equal(got.dlogits, want.dlogits) and torch.equal(got.logps, want.logps)
@@ -199,6 +199,7 @@ def test_runs_on_the_current_stream() -> None:
     case = make_case(64, 128256, torch.bfloat16)
     logits, *rest = on_cuda(case)
     want = cfpo_kernels.cfpo_loss(logits, *rest, backend="triton")
+    assert want.item() == pytest.approx(oracle(case).loss.item(), rel=1e-4)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         torch.cuda._sleep(20_000_000)
@@ -228,6 +229,8 @@ def test_no_call_waits_for_the_device() -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    # Twice the half.
+    check_gradient(leaf.grad.cpu(), oracle(case).dlogits, case)
 
 
 def test_compiles_without_a_graph_break() -> None:
@@ -235,12 +238,14 @@ def test_compiles_without_a_graph_break() -> None:
     logits, *rest = on_cuda(case)
 
     def step(x: torch.Tensor) -> torch.Tensor:
-        loss = cfpo_kernels.cfpo_loss(x * 1.5, *rest, backend="triton")
+        loss = cfpo_kernels.cfpo_loss(x * 2, *rest, backend="triton")
         assert isinstance(loss, torch.Tensor)
         return loss
 
     eager, compiled = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     step(eager).backward()
+    doubled = Case(2 * case.logits, case.token_ids, case.advantages, case.old_logps)
+    check_gradient(eager.grad.cpu() / 2, oracle(doubled).dlogits, doubled)
     torch.compile(step, fullgraph=True)(compiled).backward()
     torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-2, atol=1e-9)
 

@@ -101,7 +101,7 @@ def test_levels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for name in LEVELS:
         monkeypatch.setenv("CFPO_KERNELS_CPU_LEVEL", name)
-        results.append(run(case))
+        results.append(check(case))
     for got in results[1:]:
         torch.testing.assert_close(got.logps, results[0].logps, rtol=0, atol=2e-6)
         assert (got.dlogits - results[0].dlogits).norm() < 1e-5 * results[0].dlogits.norm()

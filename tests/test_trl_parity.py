@@ -52,13 +52,7 @@ TRL_CLIPPED = trl_loss()
 TRL_CFPO = trl_loss((CLIPPED, PENALISED))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=["llama", "moe", "softcap"])

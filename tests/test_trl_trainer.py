@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,7 @@ from cfpo_kernels.integrations.trl import CFPOTrainer, compute_cfpo_loss
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_cfpo_trainer(folder: Path, kind: str = "llama", **settings: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -59,18 +60,22 @@ class TokenLoss:
         differ = self.weights_differ and self.beta != 0
         return not (needs_all_tokens(self.trainer) or self.kl_times_ratio or differ)
 
+    @cached_property
+    def entropy_coef(self) -> float:
+        """The bonus under the normaliser of one pass; once, since it waits for the device."""
+        if self.weights_differ or not self.bonus:
+            return self.bonus
+        return self.bonus * float(self.denominator / self.bonus_tokens)
+
     def __call__(self, logits: Tensor, tokens: Tokens) -> Scored:
         return self._in_one_pass(logits, tokens) if self.one_pass else self._in_two(logits, tokens)
 
     def _in_one_pass(self, logits: Tensor, tokens: Tokens) -> Scored:
-        normalizer, factors, entropy_coef = self.denominator, tokens.correction, 0.0
+        normalizer, factors = self.denominator, tokens.correction
         if self.weights_differ:
-            normalizer, entropy_coef = self.bonus_tokens, self.bonus
-            factors = tokens.weights * self.bonus_tokens
+            normalizer, factors = self.bonus_tokens, tokens.weights * self.bonus_tokens
             if tokens.correction is not None:
                 factors = factors * tokens.correction
-        elif self.bonus:
-            entropy_coef = self.bonus * float(self.denominator / self.bonus_tokens)
         loss, stats = policy_loss(
             logits,
             tokens.token_ids,
@@ -83,7 +88,7 @@ class TokenLoss:
             token_weights=factors,
             ref_logps=tokens.ref_logps,
             kl_coef=self.beta,
-            entropy_coef=entropy_coef,
+            entropy_coef=self.entropy_coef,
             return_stats=True,
             **self.how,
         )

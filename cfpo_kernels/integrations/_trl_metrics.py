@@ -10,9 +10,13 @@ from torch import Tensor
 from ._trl_loss import LossTerms
 
 
+def _metrics(trainer: Any) -> Any:
+    return trainer._metrics["train" if trainer.model.training else "eval"]
+
+
 def log_loss(trainer: Any, terms: LossTerms) -> None:
     """Appends kl, entropy and ratio/*, over the unmasked tokens of all processes."""
-    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    metrics = _metrics(trainer)
     stats, count = terms.stats, terms.mask.sum()
     means = torch.stack(
         [stats.entropy_mean, stats.ratio_mean, stats.outside_fraction, stats.ref_kl]
@@ -34,10 +38,9 @@ def log_entropy_bonus(trainer: Any, terms: LossTerms) -> None:
     """policy_loss and entropy_coef; moves TRL's adaptive coefficient at the end of a step."""
     if not trainer._entropy_bonus_enabled:
         return
-    training = trainer.model.training
-    metrics = trainer._metrics["train" if training else "eval"]
+    metrics = _metrics(trainer)
     metrics["policy_loss"].append(trainer.accelerator.gather(terms.policy_loss).nanmean().item())
-    if not training:
+    if not trainer.model.training:
         return
     if trainer.use_adaptive_entropy:
         _accumulate_entropy(trainer, terms)
@@ -71,5 +74,5 @@ def _adapt_entropy_coefficient(trainer: Any) -> None:
 
 
 def log_aux_loss(trainer: Any, aux_loss: Tensor) -> None:
-    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    metrics = _metrics(trainer)
     metrics["aux_loss"].append(trainer.accelerator.gather_for_metrics(aux_loss).mean().item())

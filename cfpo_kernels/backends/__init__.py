@@ -60,8 +60,12 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+# Looked for once: this is asked at every call.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def _triton_status() -> BackendStatus:
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return BackendStatus(False, "triton is not installed: pip install triton")
     if _interpreted():
         return BackendStatus(True, "interpreted, on CPU tensors (TRITON_INTERPRET)")

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from . import battery, cases, timing
-from .records import CRASHED, NOT_RUN, RIGHT, WRONG, Verdict, identity_of
+from . import battery, cases, records, timing
+from .records import CRASHED, NOT_RUN, RIGHT, WRONG, Verdict
 
 # Of a context that nothing can be launched in any more.
 POISON = (
@@ -93,7 +93,7 @@ def run(request: dict[str, Any], results: Results) -> None:
     try:
         targets = provide(device, request["kernels"])
         torch.empty(1, dtype=torch.float32, device=targets[0].device)
-        results.write("identity", **asdict(identity_of(device)))
+        results.write("identity", **asdict(records.identity_of(device)))
     except Exception as error:
         results.write("cannot", reason=why_failed(error)[1])
         return

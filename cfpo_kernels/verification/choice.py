@@ -144,7 +144,7 @@ def mode() -> str:
 
 
 def _gpu_table(device: torch.device, compiling: bool) -> Table:
-    if device.index is None:
+    if device.index is None and device.type != "cpu":
         device = torch.device(device.type, torch.get_device_module(device).current_device())
     found = _tables.get(device)
     if found is not None:

@@ -257,7 +257,7 @@ def _last_line(log: Path) -> str:
         lines = log.read_bytes()[-4000:].decode(errors="replace").splitlines()
         for line in reversed(lines):
             if line.strip():
-                return line.strip()[:200]
+                return "".join(c for c in line.strip() if c.isprintable())[:200]
     return ""
 
 

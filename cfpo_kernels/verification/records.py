@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -183,11 +184,12 @@ def code_hash() -> str:
 
 
 def _sources() -> list[Path]:
-    import cfpo_kernels.triton_kernels as triton_kernels
-
+    # Found, not imported: that would import Triton. Where nothing was installed there are none.
+    spec = importlib.util.find_spec("cfpo_kernels.triton_kernels")
+    folders = (spec.submodule_search_locations if spec else None) or []
     checks = ("battery", "cases", "compare")
     return [
-        *sorted(Path(triton_kernels.__path__[0]).glob("*.py")),
+        *(path for folder in folders for path in sorted(Path(folder).glob("*.py"))),
         *sorted((PACKAGE / "backends").glob("*.py")),
         *(PACKAGE / "verification" / f"{name}.py" for name in checks),
     ]

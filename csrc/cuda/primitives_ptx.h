@@ -98,6 +98,10 @@ CFPO_DEVICE void wait_copies(int pending) {
   }
 }
 
+template <class T>
+CFPO_DEVICE T read_shared(const T* p) {
+  return *p;
+}
 CFPO_DEVICE Vector load_shared(const void* p) {
   Vector v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

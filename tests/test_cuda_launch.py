@@ -233,6 +233,16 @@ def test_a_device_without_room_for_clusters(run: Run, answer: str) -> None:
     assert not launches(got)
 
 
+def test_the_longest_row_that_is_split(run: Run) -> None:
+    """A grid has at most 65535 blocks in its second dimension, 8 segments each."""
+    columns = 65535 * 8 * 1024
+    got = launches(run(f"loss:1,{columns}"))
+    assert len(got) == 2 and all("grid 1x65535x1" in line for line in got)
+    got = run(f"loss:1,{columns + 1}")
+    assert "! ValueError: a row of 524281 segments is too long" in got[-2]
+    assert not launches(got)
+
+
 def test_a_driver_that_is_too_old(run: Run) -> None:
     error = "fail:cudaGetDeviceCount=cudaErrorInsufficientDriver"
     name = "= 35 cudaErrorInsufficientDriver: "

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CXX = next((c for c in (os.environ.get("CXX"), "c++", "g++") if c and shutil.which(c)), "c++")
 FLAGS = ["-std=c++17", "-DCFPO_EMULATE", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def compile_cpp(

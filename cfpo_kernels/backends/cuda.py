@@ -50,6 +50,17 @@ def why_not_built() -> str:
     return "" if native.cuda_built else f"built without CUDA: {native.cuda_reason}"
 
 
+def why_no_gpu() -> str:
+    """Why the module's CUDA runtime finds no GPU, or "".
+
+    torch has a runtime of its own, which may run on an older driver.
+    """
+    query = native.cuda_query()
+    if query["status"] == 0:
+        return ""
+    return f"no usable GPU ({query['status_name']}: {query['status_text']})"
+
+
 _usable: dict[int, str] = {}  # device index -> why not, or ""
 
 
@@ -61,6 +72,8 @@ def why_not(device: torch.device) -> str:
         return f"it takes CUDA tensors, the logits are on {device}"
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _usable:
+        if reason := why_no_gpu():
+            return reason  # and ask again at the next call
         capability = torch.cuda.get_device_capability(index)
         runs = runs_on(native.cuda_archs, capability)
         _usable[index] = (
@@ -78,11 +91,9 @@ def status() -> BackendStatus:
     if reason := why_not_built():
         return BackendStatus(False, reason)
     built = f"compiled for {native.cuda_archs}"
-    query = native.cuda_query()
-    if query["status"] != 0:
-        why = f"{query['status_name']}: {query['status_text']}"
-        return BackendStatus(False, f"{built}, but no usable GPU ({why})")
-    devices = query["devices"]
+    if reason := why_no_gpu():
+        return BackendStatus(False, f"{built}, but {reason}")
+    devices = native.cuda_query()["devices"]
     names = ", ".join(device["name"] for device in devices) or "no device"
     runs = any(
         runs_on(native.cuda_archs, (device["capability_major"], device["capability_minor"]))

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import sequences
 from .api import CFPOLoss, cfpo_loss, policy_loss, token_logps
 from .autograd import CFPOFunction
 from .backends import BackendStatus, BackendUnavailableError, available_backends
@@ -27,5 +28,6 @@ __all__ = [
     "cfpo_loss_from_logps",
     "policy_loss",
     "policy_loss_from_logps",
+    "sequences",
     "token_logps",
 ]

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import sequences
+from . import bounds, sequences
 from .api import CFPOLoss, cfpo_loss, policy_loss, token_logps
 from .autograd import CFPOFunction
 from .backends import BackendStatus, BackendUnavailableError, available_backends
@@ -24,6 +24,7 @@ __all__ = [
     "CFPOStats",
     "PPOClip",
     "available_backends",
+    "bounds",
     "cfpo_loss",
     "cfpo_loss_from_logps",
     "policy_loss",

@@ -8,6 +8,7 @@ from .autograd import CFPOFunction
 from .backends import BackendStatus, BackendUnavailableError, available_backends
 from .from_logps import cfpo_loss_from_logps, policy_loss_from_logps
 from .objectives import CFPO, PPOClip
+from .rollout import rollout_weights
 from .stats import CFPOStats
 
 try:
@@ -29,6 +30,7 @@ __all__ = [
     "cfpo_loss_from_logps",
     "policy_loss",
     "policy_loss_from_logps",
+    "rollout_weights",
     "sequences",
     "token_logps",
 ]

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import bounds, sequences
+from . import bounds, preference, sequences
 from .api import CFPOLoss, cfpo_loss, policy_loss, token_logps
 from .autograd import CFPOFunction
 from .backends import BackendStatus, BackendUnavailableError, available_backends
@@ -30,6 +30,7 @@ __all__ = [
     "cfpo_loss_from_logps",
     "policy_loss",
     "policy_loss_from_logps",
+    "preference",
     "rollout_weights",
     "sequences",
     "token_logps",

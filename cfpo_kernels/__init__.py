@@ -2,11 +2,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import bounds, preference, sequences
 from .api import CFPOLoss, cfpo_loss, policy_loss, token_logps
 from .autograd import CFPOFunction
 from .backends import BackendStatus, BackendUnavailableError, available_backends
 from .from_logps import cfpo_loss_from_logps, policy_loss_from_logps
 from .objectives import CFPO, PPOClip
+from .rollout import rollout_weights
 from .stats import CFPOStats
 from .verification.records import VerifyRecord
 from .verification.run import verify
@@ -26,10 +28,14 @@ __all__ = [
     "PPOClip",
     "VerifyRecord",
     "available_backends",
+    "bounds",
     "cfpo_loss",
     "cfpo_loss_from_logps",
     "policy_loss",
     "policy_loss_from_logps",
+    "preference",
+    "rollout_weights",
+    "sequences",
     "token_logps",
     "verify",
 ]

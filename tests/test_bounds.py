@@ -302,6 +302,15 @@ def test_bapo_edges() -> None:
     )
 
 
+def test_bapo_takes_numbers_of_every_kind() -> None:
+    given = (double(0.5, 2.0).log(), double(-1, 1))
+    want = bounds.bapo(*given, target=2.5, low=(0.5, 0.75), high=(1.25, 2.0), low_step=0.125)
+    for kind in (Fraction, np.float32):
+        ends = {"low": (kind(0.5), kind(0.75)), "high": [kind(1.25), 2]}
+        got = bounds.bapo(*given, target=kind(2.5), low_step=kind(0.125), **ends)
+        assert got == want and all(b.dtype == torch.float64 for b in got)
+
+
 def test_bapo_works_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(1)
     x, advantages = torch.randn(2, 3, 20, generator=g)

@@ -109,7 +109,9 @@ def test_exact_results_rounded_are_right_and_a_nan_is_not(dtype: torch.dtype) ->
 def test_the_short_battery_has_every_kind_of_call() -> None:
     chosen = cases.short()
     assert 70 <= len(chosen) <= 100 and len(set(chosen)) == len(chosen)
-    assert {case.call for case in chosen} == {"train", "score", "backward", "multiply"}
+    assert {case.call for case in chosen} == {
+        "train", "score", "on-policy", "backward", "multiply",
+    }  # fmt: skip
     assert min(case.n_cols for case in chosen) == 1
     assert max(case.n_cols for case in chosen) == 262144
     assert {case.layout for case in chosen} == {"whole", "sliced", "late"}

@@ -35,8 +35,8 @@ class Case:
     many: bool = True  # rows for all of the device; else so few that they may be split
     layout: str = "whole"  # "sliced": x[:, :-1] of (2, T, V); "late": not where a vector begins
     inplace: bool = False
-    # "train": loss and gradient; "loss": without a gradient; "score": log-probs; "backward": the
-    # gradient of log-probs; "multiply".
+    # "train": loss and gradient; "loss": without a gradient; "score": log-probs; "on-policy": the
+    # loss of what was just scored; "backward": the gradient of log-probs; "multiply".
     call: str = "train"
     entropy: bool = False
     everything: bool = False  # KL, entropy bonus, weights, a temperature a row, a gradient scale
@@ -98,6 +98,8 @@ def short() -> list[Case]:
     cases += [Case("misaligned", v, layout="late") for v in (8, 1000, 2040)]
     cases += [Case("score", v, call="score", entropy=True) for v in (32001, 50257, 50265)]
     cases += [Case("score", v, call="score") for v in (100352, 128256, 151936)]
+    cases += [Case("on-policy", 50257, call="on-policy", entropy=True)]
+    cases += [Case("on-policy", 100352, call="on-policy")]
     cases += [
         Case("backward", v, call="backward", inplace=inplace)
         for v in (100352, 128256, 151936)
@@ -129,6 +131,7 @@ def long() -> list[Case]:
                     cases += [case]
                     if call != "train":
                         cases += [replace(case, entropy=True)]
+        cases += [Case("on-policy", v, call="on-policy", many=many) for many in (False, True)]
         cases.append(Case("multiply", v, call="multiply", layout="late"))
     return list(dict.fromkeys(cases))
 

@@ -115,7 +115,8 @@ def run(request: dict[str, Any], results: Results) -> None:
         if fast and request["timings"] and left > TIMING_SECONDS:
             results.write("timing_begins", dtype=dtype_name)
             try:
-                for found in timing.measure(fast, dtype):
+                sizes = timing.FULL_SIZES if request["full"] else timing.SIZES
+                for found in timing.measure(fast, dtype, sizes):
                     results.write("timing", **asdict(found))
             except Exception as error:  # right is right, fast or not
                 results.write("no_timing", dtype=dtype_name, reason=why_failed(error)[1])

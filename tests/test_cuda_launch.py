@@ -45,10 +45,8 @@ def link(objects: list[str], launch: Path, folder: Path) -> Run:
     subprocess.run([CXX, *objects, str(part), "-o", str(program)], check=True)
 
     def run(*commands: str, kernel: str = "auto") -> list[str]:
-        environment = {"CFPO_KERNELS_CUDA_KERNEL": kernel}
-        done = subprocess.run(
-            [str(program), *commands], capture_output=True, text=True, timeout=900, env=environment
-        )
+        program_and_commands = [str(program), f"row_kernel:{kernel}", *commands]
+        done = subprocess.run(program_and_commands, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()
 

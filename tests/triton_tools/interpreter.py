@@ -20,6 +20,8 @@
 - `and`, `or`, `not`, `min`, `max` are elementwise on tensors (`a and b` gave b); `if` of several
   elements raises (it was True), and so does `a < b < c`.
 - What a kernel raises is raised as it is, not as the text of an InterpreterError.
+- A launch puts its own functions into triton.language once, not at every call of a function that
+  a kernel calls: that was over 40% of the time.
 
 What it cannot show: ex2.approx and the division of float32 err by up to 2 ulp, here by half a one
 or so; ptxas contracts a * b + c to an fma; a sum has another order; a float out of an integer's
@@ -140,8 +142,23 @@ def _call(name: str, *args: ast.expr) -> ast.Call:
     return ast.Call(func=ast.Name(id=name, ctx=ast.Load()), args=list(args), keywords=[])
 
 
+_patched: set[Any] = set()  # modules of triton.language, by the launch under way
+
+
+def _patch_once(original: Any) -> Any:
+    def patch_lang(fn: Any) -> Any:
+        modules = {x for x in fn.__globals__.values() if x is tl or x is tl.core}
+        if modules and modules <= _patched:
+            return None  # which nobody looks at: a launch's first call gets its scope
+        _patched.update(modules)
+        return original(fn)
+
+    return patch_lang
+
+
 def _run(original: Any) -> Any:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _patched.clear()
         try:
             with np.errstate(all="ignore"):
                 return original(self, *args, **kwargs)
@@ -172,4 +189,5 @@ def mend() -> None:
     replace(interpreter.FunctionRewriter, "ast_transformer", lambda _: _Transformer())
     interpreter.InterpretedFunction.rewritten_fn.clear()
     replace(interpreter.InterpretedFunction, "run", _run)
+    replace(interpreter, "_patch_lang", _patch_once)
     _mended = True

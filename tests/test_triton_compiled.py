@@ -281,7 +281,7 @@ def test_table() -> None:
             assert tile.threads * tile.registers <= 65536
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("version, most_spills", [("3.6.0", 0), ("3.9.0", 7)])
 def test_other_tritons(version: str, most_spills: int, tmp_path: Path) -> None:
     """The oldest and the newest that were tried, each in a process of its own.

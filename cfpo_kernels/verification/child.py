@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..backends import triton_failure
 from . import battery, cases, records, timing
 from .records import CRASHED, NOT_RUN, RIGHT, WRONG, Verdict
 
@@ -52,7 +53,7 @@ def why_failed(error: BaseException) -> tuple[str, str]:
         return NOT_RUN, "the device is busy: another process holds it"
     if "insufficientdriver" in lower or "driver version is insufficient" in lower:
         return NOT_RUN, "the driver is too old for these kernels"
-    return NOT_RUN, f"does not compile or launch here: {type(error).__name__}: {text[:300]}"
+    return NOT_RUN, f"cannot run here: {triton_failure.why_failed(error)}"
 
 
 class Results:

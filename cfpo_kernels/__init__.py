@@ -8,6 +8,8 @@ from .backends import BackendStatus, BackendUnavailableError, available_backends
 from .from_logps import cfpo_loss_from_logps, policy_loss_from_logps
 from .objectives import CFPO, PPOClip
 from .stats import CFPOStats
+from .verification.records import VerifyRecord
+from .verification.run import verify
 
 try:
     __version__ = version("cfpo-kernels")
@@ -22,10 +24,12 @@ __all__ = [
     "CFPOLoss",
     "CFPOStats",
     "PPOClip",
+    "VerifyRecord",
     "available_backends",
     "cfpo_loss",
     "cfpo_loss_from_logps",
     "policy_loss",
     "policy_loss_from_logps",
     "token_logps",
+    "verify",
 ]

@@ -46,8 +46,8 @@ def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     resolve = backends.resolve
 
-    def to_triton(name: str, device: torch.device) -> str:
-        return "triton" if name in ("auto", "cpu") else resolve(name, device)
+    def to_triton(name: str, *of: Any, **how: Any) -> str:
+        return "triton" if name in ("auto", "cpu") else resolve(name, *of, **how)
 
     monkeypatch.setattr(backends, "resolve", to_triton)
     # Every launch of every test: nothing outside the arguments, no races, nothing written twice.

@@ -49,7 +49,7 @@ def test_cpu_tensors_are_refused_and_untouched() -> None:
 )
 def test_a_failure_names_the_kernel_the_device_and_the_cause() -> None:
     rows = (0, 0, 1, 1000, 1, 0, 1000)
-    where = {"device": 0, "stream": 0, "workspace": 0}
+    where = {"device": 0, "stream": 0, "workspace": 0, "row_kernel": "auto"}
     with pytest.raises(RuntimeError, match=r"multiply_kernel on device 0 failed: cudaError\w+: \w"):
         cpu.native.cuda.multiply_rows(rows=rows, factors=0, factor_stride=0, **where)
     with pytest.raises(RuntimeError, match=r"on device 0 failed: cudaError\w+: \w"):
@@ -111,11 +111,11 @@ def test_torch_may_run_on_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPat
     status = cfpo_kernels.available_backends()["cuda"]
     assert not status and reason in status.detail
     with pytest.raises(BackendUnavailableError, match="driver 580 or newer"):
-        resolve("cuda", device)
+        resolve("cuda", device, torch.bfloat16, 1000)
     fake.status = 0
     assert cuda.why_not(device) == "", "asked again"
     fake.status = 35
-    assert resolve("cuda", device) == "cuda", "not asked any more"
+    assert resolve("cuda", device, torch.bfloat16, 1000) == "cuda", "not asked any more"
 
 
 @pytest.mark.skipif(

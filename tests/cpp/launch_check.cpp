@@ -6,6 +6,7 @@
 //   capturing         this thread captures a graph from now on
 //   NAME=VALUE        of the device or the runtime: device, sms, shared, launches_clusters,
 //                     ptx_version, clusters, runtime_version, driver_version
+//   row_kernel:NAME   which kernel takes whole rows: auto, portable or cluster
 //   limits            device_limits
 //   launch:A, launch:B   one of two kernels
 //   count:A           clusters of four blocks
@@ -26,7 +27,6 @@ void kernel_a(int) {}
 void kernel_b(int) {}
 
 int device = 0;
-
 RowKernel wanted = RowKernel::kAuto;
 
 void launch_one(const std::string& which) {

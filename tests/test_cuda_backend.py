@@ -9,7 +9,7 @@ import torch
 
 import cfpo_kernels
 from cfpo_kernels import BackendUnavailableError
-from cfpo_kernels.backends import cpu, cuda
+from cfpo_kernels.backends import cpu, cuda, resolve
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,48 @@ def test_the_status_says_that_nothing_is_verified(
     status = cfpo_kernels.available_backends()["cuda"]
     assert bool(status) is available and "A Device" in status.detail
     assert ("not yet verified on GPU" if available else "does not run here") in status.detail
+
+
+class OldDriver(FakeNative):
+    """The same where torch runs, by a CUDA runtime of its own, and the module does not."""
+
+    status = 35
+
+    def cuda_query(self) -> dict[str, Any]:
+        if self.status == 0:
+            return super().cuda_query()
+        return {
+            "status": self.status,
+            "status_name": "cudaErrorInsufficientDriver",
+            "status_text": "this build needs driver 580 or newer",
+            "devices": [],
+        }
+
+
+def test_torch_may_run_on_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = OldDriver("A Device", 9, 0)
+    monkeypatch.setattr(cpu, "native", fake)
+    monkeypatch.setattr(cuda, "native", fake)
+    monkeypatch.setattr(cuda, "_usable", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    device = torch.device("cuda", 0)
+    reason = "no usable GPU (cudaErrorInsufficientDriver: this build needs driver 580 or newer)"
+    assert cuda.why_not(device) == reason
+    status = cfpo_kernels.available_backends()["cuda"]
+    assert not status and reason in status.detail
+    with pytest.raises(BackendUnavailableError, match="driver 580 or newer"):
+        resolve("cuda", device)
+    fake.status = 0
+    assert cuda.why_not(device) == "", "asked again"
+    fake.status = 35
+    assert resolve("cuda", device) == "cuda", "not asked any more"
+
+
+@pytest.mark.skipif(
+    not cpu.native.cuda_built or cpu.native.cuda_query()["driver_version"] != 0,
+    reason="needs CUDA without a driver",
+)
+def test_without_a_driver_the_status_says_which_is_needed() -> None:
+    detail = cfpo_kernels.available_backends()["cuda"].detail
+    assert "no usable GPU (cudaErrorInsufficientDriver: there is no NVIDIA driver" in detail
+    assert "needs driver 580 or newer" in detail

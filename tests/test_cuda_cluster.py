@@ -19,7 +19,7 @@ from cfpo_kernels import CFPO, PPOClip, backends
 pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
 
 HOPPER = (*H100, True)
-VECTOR, SEGMENT = 16, 2048
+VECTOR, LINE, SEGMENT = 16, 128, 2048
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_plans_fit(shared: int, module: Any) -> None:
         assert 1 <= plan["warps"] <= min(15, *slices), "every worker has a segment"
         # A shift of up to 15 bytes widens a slice by one vector.
         assert plan["slot_bytes"] >= plan["slice"] * SEGMENT + VECTOR
-        assert plan["slot_bytes"] % VECTOR == 0
+        assert plan["slot_bytes"] % LINE == 0, "as rows begin where lines do"
         assert plan["sums"] % VECTOR == plan["barriers"] % 8 == plan["notes"] % 8 == 0
         assert plan["sums"] >= plan["stages"] * plan["slot_bytes"]
 

@@ -107,7 +107,7 @@ MUTANTS = {
         CLUSTER, "hw::barrier_wait(Block::ready(Block::turn(number)), Block::parity(number));", ""
     ),
     "cluster: coefficients overwritten while they are used": Mutant(
-        CLUSTER, "plan_.shared.gradients)[turn(number)]", "plan_.shared.gradients)[0]"
+        CLUSTER, "plan_.shared.gradients) + turn(number)", "plan_.shared.gradients)"
     ),
     "cluster: a slot read before it is full": Mutant(
         CLUSTER, "    hw::barrier_wait(Block::full(place.slot), place.parity);\n", ""

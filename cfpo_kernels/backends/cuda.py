@@ -48,6 +48,17 @@ def why_not_built() -> str:
     return "" if native.cuda_built else f"built without CUDA: {native.cuda_reason}"
 
 
+def why_no_gpu() -> str:
+    """Why the module's CUDA runtime finds no GPU, or "".
+
+    torch has a runtime of its own, which may run on an older driver.
+    """
+    query = native.cuda_query()
+    if query["status"] == 0:
+        return ""
+    return f"no usable GPU ({query['status_name']}: {query['status_text']})"
+
+
 _usable: dict[int, str] = {}  # device index -> why not, or ""
 
 
@@ -59,6 +70,8 @@ def why_not(device: torch.device) -> str:
         return f"it takes CUDA tensors, the logits are on {device}"
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _usable:
+        if reason := why_no_gpu():
+            return reason  # and ask again at the next call
         capability = torch.cuda.get_device_capability(index)
         runs = runs_on(native.cuda_archs, capability)
         _usable[index] = (

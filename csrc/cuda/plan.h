@@ -11,6 +11,7 @@ namespace cfpo::cuda {
 // 2 KiB of a row: the unit of work of a warp and of reduction of every kernel; see segment.cuh.
 constexpr int kSegmentBytes = 2048;
 constexpr int kWindowBytes = kSegmentBytes + 16;
+constexpr int kLineBytes = 128;  // of memory
 
 CFPO_HOST_DEVICE inline int count_segments(std::int64_t n_cols, DType dtype) {
   const std::int64_t columns = kSegmentBytes / dtype_size(dtype);
@@ -76,7 +77,7 @@ std::int64_t row_blocks(std::int64_t n_rows, const RowPlan& plan, const DeviceLi
 // Offsets into the cluster kernel's shared memory, which begins with the slots. Sums and gradients
 // have two copies, for rows by turns.
 struct ClusterSharedMemory {
-  int slot_bytes = 0;  // the aligned vectors that a slice touches: one more than it has bytes for
+  int slot_bytes = 0;  // whole lines; a slice touches one vector more than it has bytes for
   int sums = 0;        // 2 * (n_segments + 1) SentSums
   int barriers = 0;    // 6, and one for each slot
   int notes = 0;       // kClusterNotes ClusterRows

@@ -10,7 +10,7 @@
 //                            compiled for blocks of at most `threads`, `blocks` of them on an SM
 //   CFPO_ARGUMENT            begins a kernel's parameter that is a struct, read where it lies
 //   thread_index, block_index, block_index_y, block_count, block_count_y, block_threads
-//   shared_memory()          the block's dynamic shared memory, 16-byte aligned
+//   shared_memory()          the block's dynamic shared memory, 128-byte aligned
 //   sync_block, sync_warp    barriers; both also order memory between the threads they join
 //   sync_threads(count)      the same for the block's first `count` threads, whole warps
 //   shuffle_xor(x, mask)     lane ^ mask's x, for float and double

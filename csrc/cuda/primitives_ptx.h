@@ -22,7 +22,7 @@ CFPO_DEVICE std::int64_t block_count() { return gridDim.x; }
 CFPO_DEVICE int block_count_y() { return gridDim.y; }
 
 CFPO_DEVICE char* shared_memory() {
-  extern __shared__ uint4 memory[];
+  extern __shared__ __align__(128) uint4 memory[];
   return reinterpret_cast<char*>(memory);
 }
 

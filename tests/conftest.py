@@ -13,7 +13,7 @@ from ptx_tools.nvcc import NVCC
 from cfpo_kernels import backends
 from cfpo_kernels.backends import cpu
 
-LEVELS = tuple(cpu.native.cpu_levels())
+LEVELS = tuple(cpu.native.cpu_levels()) if cpu.native is not None else ()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -36,9 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="what backend='auto' and 'cpu' mean for CPU tensors; triton: interpreted",
     )
+    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if cpu.native is None:
+        raise pytest.UsageError(f"{cpu.import_failure}; `make test` builds it")
     if config.getoption("--backend") == "triton":
         from triton_tools.interpreter import INTERPRETING, mend
 
@@ -86,15 +89,16 @@ def is_in_other_runs(item: pytest.Item) -> bool:
     return any(dtype is not torch.bfloat16 for dtype in of_type) or not of_type
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m drops what is nightly
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if is_in_other_runs(item):
             item.add_marker(pytest.mark.nightly)
-    if config.getoption("--backend") == "triton":
-        dropped = [item for item in items if takes_too_long_interpreted(item)]
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in dropped]
+    nightly, interpreted = (config.getoption(x) for x in ("--nightly", "--backend"))
+    dropped = {item for item in items if "nightly" in item.keywords and not nightly}
+    if interpreted == "triton":
+        dropped |= {item for item in items if takes_too_long_interpreted(item)}
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

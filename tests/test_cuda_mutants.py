@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 from emulation import CXX, ROOT, SANITIZE, compile_cpp
+from limits import HANGS_AFTER
 
 pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
 
@@ -212,7 +213,9 @@ Done = subprocess.CompletedProcess[str]
 
 
 def run(program: Path, kernels: str = "") -> Done:
-    return subprocess.run([str(program), kernels], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [str(program), kernels], capture_output=True, text=True, timeout=HANGS_AFTER
+    )
 
 
 def plant(name: str, folder: Path) -> Path:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 from emulation import CXX, ROOT, SANITIZE
+from limits import HANGS_AFTER
 from ptx_tools import single
-from ptx_tools.build import LIMIT, build_library
+from ptx_tools.build import build_library
 from ptx_tools.interpreter import Module, known_forms, text_of
 from ptx_tools.kernel_cases import KERNELS, PROLOGUE, check_kernel
 from ptx_tools.mistake_cases import MISTAKES, check_mistake
@@ -75,7 +76,7 @@ def test_under_sanitizers(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=LIMIT,
+        timeout=HANGS_AFTER,
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     counts = f"{len(CASES)} + {len(KERNELS)} + {len(MISTAKES)} cases, 0 wrong"

@@ -257,7 +257,7 @@ def test_table() -> None:
             assert tile.threads * tile.registers <= 65536
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_older_triton(tmp_path: Path) -> None:
     """Compiles with Triton 3.6.0, the oldest supported, in a process of its own."""
     target = tmp_path / "triton"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANGS_AFTER
 
 pytest.importorskip("trl", reason="the TRL integration needs the trl extra")
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(*command: str) -> str:
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=HANGS_AFTER
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "found in sys.modules" not in done.stderr  # a module run by -m and imported too

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from emulation import CXX, INTERPRETER, ROOT, compile_cpp
+from limits import HANGS_AFTER
 
 Done = subprocess.CompletedProcess[str]
-LIMIT = 600.0  # for hangs
 
 
 def compile_sources(names: Iterable[str], folder: Path, *flags: str) -> list[Path]:
@@ -55,5 +55,9 @@ def run_check(program: Path, ptx: Path, kernels: str, **options: int) -> Done:
     environment = {f"CFPO_PTX_{name.upper().strip('_')}": str(x) for name, x in options.items()}
     environment = os.environ | environment | {"CFPO_PTX": str(ptx)}
     return subprocess.run(
-        [str(program), kernels], capture_output=True, text=True, timeout=LIMIT, env=environment
+        [str(program), kernels],
+        capture_output=True,
+        text=True,
+        timeout=HANGS_AFTER,
+        env=environment,
     )

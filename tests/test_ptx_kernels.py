@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ptx_tools import nvcc
+from ptx_tools import forms, nvcc
 from ptx_tools.build import Done, run_check
 
 if nvcc.NVCC is None:
@@ -50,3 +50,29 @@ def test_many_small_cases(kernels: str, arch: str, ptx_check: Path, ptx: nvcc.Co
 def test_other_orders(async_: int, seed: int, ptx_check: Path, ptx: nvcc.Compiler) -> None:
     folder = ptx.instance("cfpo_bfloat16", nvcc.CLUSTERS).parent
     assert_passed(run_check(ptx_check, folder, "clusters", async_=async_, seed=seed), "clusters")
+
+
+# On every commit those kernels whose PTX is there anyway.
+@pytest.mark.parametrize("letters", ["b", pytest.param("bfh", marks=NIGHTLY)])
+def test_the_list_of_forms(letters: str, interpreter: Path, ptx: nvcc.Compiler) -> None:
+    """A new instruction is seen in review: its test against the manual, its place in the model."""
+    text = forms.FILE.read_text()
+    if f"# nvcc {forms.version()}." not in text:
+        pytest.skip("the list is another nvcc's")
+    got = forms.compiled(ptx, interpreter, letters)
+    changed = forms.differences(got, forms.of_types(forms.read(text), letters))
+    assert not changed, (
+        "the kernels use other instructions than tests/golden/ptx_forms.txt says. If that is meant,"
+        f" write it anew by `{forms.RENEW}` and commit it.\n" + "\n".join(changed)
+    )
+
+
+def test_a_new_form_is_noticed() -> None:
+    want = forms.read(forms.FILE.read_text())
+    assert want and forms.differences(want, want) == []
+    got = want | {("80", "popc.b32 rr"): {"row(b)"}}
+    del got["90a", "fence.proxy.async.shared::cta"]
+    assert forms.differences(got, want) == [
+        "new: sm_80 popc.b32 rr in row(b)",
+        *(f"gone: sm_90a fence.proxy.async.shared::cta in cluster({x})" for x in "bfh"),
+    ]

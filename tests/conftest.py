@@ -73,10 +73,15 @@ def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def takes_too_long_interpreted(item: pytest.Item) -> bool:
     parameters = getattr(item, "callspec", None) and item.callspec.params
-    of_reference = parameters and parameters.get("backend") == "reference"
+    of_reference = parameters and "reference" in (
+        parameters.get("backend"),
+        parameters.get("name"),
+    )
+    # What is compiled is the same operator as on the CPU kernels.
+    of_inductor = parameters and parameters.get("compiler") == "inductor"
     long_rows = parameters and parameters.get("v", 0) > 130_000
     of_cpu = item.name.startswith("test_every_instruction_set")
-    return bool(of_reference or long_rows or of_cpu) or "slow" in item.keywords
+    return bool(of_reference or of_inductor or long_rows or of_cpu) or "slow" in item.keywords
 
 
 def is_in_other_runs(item: pytest.Item) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from ptx_tools import forms, nvcc
 from ptx_tools.build import Done, run_check
+from ptx_tools.nvcc import plant
 
 if nvcc.NVCC is None:
     pytest.skip(nvcc.MISSING, allow_module_level=True)
@@ -39,9 +40,29 @@ def assert_passed(done: Done, kernels: str) -> None:
     ],
 )
 def test_many_small_cases(kernels: str, arch: str, ptx_check: Path, ptx: nvcc.Compiler) -> None:
-    """With proxy fences, also of what was read, and data races looked for."""
+    """Proxy fences are looked for, also of what was read; data races in the row kernels."""
     folder = ptx.instance("cfpo_bfloat16", arch).parent
-    assert_passed(run_check(ptx_check, folder, kernels, races=1), kernels)
+    assert_passed(run_check(ptx_check, folder, kernels, races=int(kernels == "rows")), kernels)
+
+
+# All lanes read the target's logit, but only those that send it use what they read; nothing orders
+# the others' reads before the gradient overwrites it.
+READ = "      if (target >= 0) {\n        logit = "
+BY_SENDERS = "      if (target >= 0 && lane_index() < plan_.cluster) {\n        logit = "
+
+
+@pytest.mark.nightly
+def test_clusters_race_for_nothing_else(
+    ptx_check: Path, ptx: nvcc.Compiler, tmp_path: Path
+) -> None:
+    folder = ptx.instance("cfpo_bfloat16", nvcc.CLUSTERS).parent
+    done = run_check(ptx_check, folder, "clusters", races=1)
+    assert done.returncode != 0 and "ptx: a race with thread" in done.stderr, done.stderr
+    tree = plant("cluster_kernel.cuh", READ, BY_SENDERS, tmp_path)
+    source = tree / "csrc" / "cuda" / "instances" / "cfpo_bfloat16.cu"
+    (tmp_path / "ptx").mkdir()
+    nvcc.compile_ptx(source, nvcc.CLUSTERS, tmp_path / "ptx" / "kernels.ptx", tree)
+    assert_passed(run_check(ptx_check, tmp_path / "ptx", "clusters", races=1), "clusters")
 
 
 @pytest.mark.nightly

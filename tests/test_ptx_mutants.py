@@ -8,7 +8,6 @@ the same mistake in the new code.
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from emulation import ROOT
 from ptx_tools import nvcc
 from ptx_tools.build import run_check
 from ptx_tools.interpreter import Module, every_how
+from ptx_tools.nvcc import plant
 from ptx_tools.wrappers import first_mistake
 from test_cuda_mutants import MUTANTS
 
@@ -170,16 +170,6 @@ OF_CLUSTERS = {
         "mov.u32 %0, %%cluster_ctarank;", "mov.u32 %0, %%ctaid.x;", "cluster_rank.*are wrong"
     ),
 }  # fmt: skip
-
-
-def plant(file: str, line: str, planted: str, folder: Path) -> Path:
-    """A copy of the sources with the mistake in it."""
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    source = folder / "csrc" / "cuda" / file
-    text = source.read_text()
-    assert text.count(line) == 1, f"{file} no longer has {line!r} once"
-    source.write_text(text.replace(line, planted))
-    return folder
 
 
 @pytest.mark.parametrize("name", [*PORTABLE, *OF_CLUSTERS])

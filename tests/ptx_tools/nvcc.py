@@ -28,6 +28,16 @@ def compile_ptx(source: Path, arch: str, output: Path, tree: Path = ROOT) -> str
     return output.read_text()
 
 
+def plant(file: str, line: str, planted: str, folder: Path) -> Path:
+    """A copy of the sources with a mistake in it."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    source = folder / "csrc" / "cuda" / file
+    text = source.read_text()
+    assert text.count(line) == 1, f"{file} no longer has {line!r} once"
+    source.write_text(text.replace(line, planted))
+    return folder
+
+
 def instance_of(kernel: str) -> str:
     """The file of csrc/cuda/instances that a kernel, by its mangled name, is compiled in."""
     if "multiply_kernel" in kernel:

@@ -103,6 +103,7 @@ for kind in ("f32", "f64"):
     same(f"max.{kind} rrr", kind, (0.0, -0.0, 0.0), (-3.0, 2.0, 2.0))
     same(f"neg.{kind} rr", kind, (0.0, -0.0), (-2.5, 2.5))
     same(f"abs.{kind} rr", kind, (-0.0, 0.0), (-2.5, 2.5), (-INF, INF))
+same("min.f32 rrr", "f32", (NAN, -1.0, -1.0), (2.0, NAN, 2.0), (0.0, -0.0, -0.0), (-3.0, 2.0, -3.0))
 same("copysign.f64 rrr", "f64", (-0.0, 3.0, -3.0), (2.0, -3.0, 3.0))  # the first one's sign
 # Without error where the test asks for exact powers; subnormals, also results, are zeros.
 same(
@@ -187,6 +188,10 @@ add("cvt.rn.f64.s64 rr", "f64", "s64", (2**53 + 1, 2.0**53), (2**53 + 3, 2.0**53
 for kind in ("f32", "f64"):  # NaN gives the least
     rows = [(-2.75, -2), (2.75, 2), (2.0**63, MOST64), (-(2.0**70), LEAST64), (NAN, LEAST64)]
     add(f"cvt.rzi.s64.{kind} rr", "s64", kind, *rows)
+add(
+    "cvt.rzi.s32.f32 rr", "s32", "f32",
+    (-2.75, -2), (2.0**31, MOST32), (-(2.0**31), LEAST32), (-3e9, LEAST32), (NAN, 0),
+)  # fmt: skip
 UP, DOWN = [(1.25, 2.0), (-1.25, -1.0), (5.0, 5.0)], [(1.75, 1.0), (-1.25, -2.0)]
 same("cvt.rpi.f32.f32 rr", "f32", *UP, (TINY, 1.0))
 same("cvt.rpi.f64.f64 rr", "f64", *UP, (2.0**-1074, 1.0))

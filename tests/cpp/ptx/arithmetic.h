@@ -192,14 +192,15 @@ void round_float(Thread& t, const Instruction& i) {
   if constexpr (kFlush) x = flush(x);
   put<T>(t, i, 0, canonical(kRound(x)));
 }
-// Towards zero. Out of range is the nearest that there is; NaN the least.
-template <class From>
-void truncate_to_s64(Thread& t, const Instruction& i) {
-  const From x = get<From>(t, i, 1);
-  i64 result = std::numeric_limits<i64>::min();
-  if (x >= static_cast<From>(0x1p63)) result = std::numeric_limits<i64>::max();
-  if (std::fabs(x) < static_cast<From>(0x1p63)) result = static_cast<i64>(x);
-  put<i64>(t, i, 0, result);
+// Towards zero. Out of range is the nearest that there is; NaN gives 0, in 64 bits the least.
+template <class To, class From>
+void truncate(Thread& t, const Instruction& i) {
+  constexpr To kLeast = std::numeric_limits<To>::min(), kMost = std::numeric_limits<To>::max();
+  const From x = get<From>(t, i, 1), limit = std::ldexp(From(1), std::numeric_limits<To>::digits);
+  To result = x >= limit ? kMost : kLeast;
+  if (x != x && sizeof(To) < 8) result = 0;
+  if (std::fabs(x) < limit) result = static_cast<To>(x);
+  put<To>(t, i, 0, result);
 }
 inline void exp2_approx(Thread& t, const Instruction& i) {
   put<f32>(t, i, 0, approximate_exp2(t, get<f32>(t, i, 1)));

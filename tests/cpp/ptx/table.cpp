@@ -45,6 +45,7 @@ void add_arithmetic(Table& t) {
   t["max.s64 rrr"] = {binary<i64, Extreme<true>>};
   t["max.f32 rrr"] = {binary<f32, Extreme<true>>};
   t["max.f64 rrr"] = {binary<f64, Extreme<true>>};
+  t["min.f32 rrr"] = {binary<f32, Extreme<false>>};
   t["min.s32 rrr"] = {binary<i32, Extreme<false>>};
   t["min.s64 rrr"] = {binary<i64, Extreme<false>>};
   t["neg.s32 rr"] = {unary<i32, Neg>};
@@ -121,8 +122,9 @@ void add_conversions(Table& t) {
   t["cvt.rn.f32.f64 rr"] = {convert_float<f32, f64>};
   t["cvt.rn.f64.s32 rr"] = {convert_float<f64, i32>};
   t["cvt.rn.f64.s64 rr"] = {convert_float<f64, i64>};
-  t["cvt.rzi.s64.f32 rr"] = {truncate_to_s64<f32>};
-  t["cvt.rzi.s64.f64 rr"] = {truncate_to_s64<f64>};
+  t["cvt.rzi.s64.f32 rr"] = {truncate<i64, f32>};
+  t["cvt.rzi.s32.f32 rr"] = {truncate<i32, f32>};
+  t["cvt.rzi.s64.f64 rr"] = {truncate<i64, f64>};
   t["cvt.rpi.f32.f32 rr"] = {round_float<f32, std::ceil, false>};
   t["cvt.rpi.ftz.f32.f32 rr"] = {round_float<f32, std::ceil, true>};
   t["cvt.rmi.ftz.f32.f32 rr"] = {round_float<f32, std::floor, true>};

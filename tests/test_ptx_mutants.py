@@ -184,11 +184,13 @@ def test_a_wrapper_that_is_wrong(name: str, interpreter: Path, tmp_path: Path) -
     assert re.search(mutant.found, found, re.DOTALL), found
 
 
-# Those of test_cuda_mutants.py that take away a proxy fence of what was read.
+# Those of test_cuda_mutants.py that take away a proxy fence of what was read; the first always.
 FENCES = [name for name, mutant in MUTANTS.items() if "fenced" in name and mutant.found]
 
 
-@pytest.mark.parametrize("name", FENCES)
+@pytest.mark.parametrize(
+    "name", [FENCES[0], *(pytest.param(name, marks=pytest.mark.nightly) for name in FENCES[1:])]
+)
 def test_a_missing_fence(name: str, ptx_check: Path, tmp_path: Path) -> None:
     mutant = MUTANTS[name]
     tree = plant(mutant.file, mutant.line, mutant.planted, tmp_path)

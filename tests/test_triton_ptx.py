@@ -7,6 +7,7 @@ nvcc: Triton has a compiler of its own.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -69,13 +70,11 @@ def hows(runner: Runner) -> Iterator[None]:
 @pytest.mark.parametrize("v", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_losses(dtype: torch.dtype, v: int, runner: Runner) -> None:
-    for n in (2, 5):
-        for objective in (CFPO(0.2), PPOClip(0.2, 0.3)):
-            plain = make_case(n, v, dtype, objective=objective, mask_every=4)
-            everything = with_everything(make_case(n, v, dtype, objective=objective, mask_every=4))
-            for _ in hows(runner):
-                check(plain)
-                check(everything, inplace=True)
+    variants = itertools.product((2, 5), (CFPO(0.2), PPOClip(0.2, 0.3)))
+    for (n, objective), _ in zip(variants, hows(runner), strict=True):
+        check(make_case(n, v, dtype, objective=objective, mask_every=4))
+        case = make_case(n, v, dtype, objective=objective, mask_every=4)
+        check(with_everything(case), inplace=True)
 
 
 @pytest.mark.parametrize("runner", ARCHS, indirect=True)

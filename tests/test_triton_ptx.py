@@ -59,10 +59,10 @@ def runner(
 
 
 def hows(runner: Runner) -> Iterator[None]:
-    """An order each, with powers of whole numbers exact or as far off as others."""
+    """An order each; approximations of what float32 has are exact, or as far off as others."""
     for seed, order in enumerate(ORDERS):
         runner.how = How(ASYNC[seed % 3], order, seed + 1)
-        runner.exact_powers = seed % 2 == 0
+        runner.exact_if_exact = seed % 2 == 0
         yield
 
 

@@ -105,7 +105,7 @@ for kind in ("f32", "f64"):
     same(f"abs.{kind} rr", kind, (-0.0, 0.0), (-2.5, 2.5), (-INF, INF))
 same("min.f32 rrr", "f32", (NAN, -1.0, -1.0), (2.0, NAN, 2.0), (0.0, -0.0, -0.0), (-3.0, 2.0, -3.0))
 same("copysign.f64 rrr", "f64", (-0.0, 3.0, -3.0), (2.0, -3.0, 3.0))  # the first one's sign
-# Without error where the test asks for exact powers; subnormals, also results, are zeros.
+# Without error, as the test asks for; subnormals, also results, are zeros.
 same(
     "ex2.approx.ftz.f32 rr", "f32",
     (3.0, 8.0), (-126.0, 2.0**-126), (-127.0, 0.0), (-INF, 0.0), (INF, INF), (NAN, NAN),

@@ -53,7 +53,7 @@ def run(library: Path, case: Case) -> list[int]:
         memory[i] = bits(kind, value) | GARBAGE >> width_of(kind) << width_of(kind)
     at = ctypes.addressof(memory)
     Module(library, text_of(body_of(case))).launch(
-        "small", (1,), (1,), pack(("q", at)), memory=[(at, 64, True)], exact_powers=True
+        "small", (1,), (1,), pack(("q", at)), memory=[(at, 64, True)], exact_if_exact=True
     )
     return [memory[4 + i] & ((1 << width_of(kind)) - 1) for i, (kind, _) in enumerate(case.results)]
 

@@ -21,7 +21,7 @@ class Runner:
 
     def __init__(self, library: Path) -> None:
         self.library = library
-        self.how, self.exact_powers = How(), False
+        self.how, self.exact_if_exact = How(), False
         self.modules: dict[int, Module] = {}
         self.launches: Launches = Launches()
 
@@ -50,7 +50,7 @@ class Runner:
             how=self.how,
             memory=memory,
             shared=launch.shared,
-            exact_powers=self.exact_powers,
+            exact_if_exact=self.exact_if_exact,
         )
 
 

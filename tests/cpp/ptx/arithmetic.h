@@ -205,6 +205,9 @@ void truncate(Thread& t, const Instruction& i) {
 inline void exp2_approx(Thread& t, const Instruction& i) {
   put<f32>(t, i, 0, approximate_exp2(t, get<f32>(t, i, 1)));
 }
+inline void divide_approx(Thread& t, const Instruction& i) {
+  put<f32>(t, i, 0, approximate_quotient(t, get<f32>(t, i, 1), get<f32>(t, i, 2)));
+}
 inline void reciprocal_approx(Thread& t, const Instruction& i) {
   put<f64>(t, i, 0, approximate_reciprocal(get<f64>(t, i, 1)));
 }

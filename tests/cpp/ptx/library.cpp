@@ -27,7 +27,7 @@ struct PtxLaunch {
   unsigned long long param_bytes;
   int async, order;
   unsigned long long seed;
-  int exact_powers, proxies, races, unwritten_is_error, n_ranges;
+  int exact_if_exact, proxies, races, unwritten_is_error, n_ranges;
   const ptx::Range* ranges;
 };
 
@@ -70,7 +70,7 @@ long long ptx_launch(const void* module, const char* name, const PtxLaunch* how)
                        static_cast<ptx::Order>(how->order),
                        how->seed,
                        0,
-                       how->exact_powers != 0,
+                       how->exact_if_exact != 0,
                        how->proxies,
                        how->races != 0,
                        how->unwritten_is_error != 0};

@@ -25,9 +25,9 @@ enum class Content : char { kNothing, kWritten, kUnderWay };
 struct Options {
   Async async = Async::kRandom;
   Order order = Order::kShuffled;
-  std::uint64_t seed = 1;      // of the approximations' errors
-  std::uint64_t schedule = 0;  // with `seed`, of everything else
-  bool exact_powers = false;   // ex2.approx of whole numbers has no error
+  std::uint64_t seed = 1;       // of the approximations' errors
+  std::uint64_t schedule = 0;   // with `seed`, of everything else
+  bool exact_if_exact = false;  // approximations of what float32 has have no error
   // In kernels with bulk copies. 1: a bulk store of bytes whose writer has not fenced them is an
   // error; 2: so is what writes asynchronously over bytes whose reader has not fenced them.
   int proxies = 2;

@@ -38,8 +38,7 @@ void add_arithmetic(Table& t) {
   t["div.s64 rrr"] = {binary<i64, Division<false>>};
   t["div.rn.f32 rrr"] = {binary<f32, Division<false>>};
   t["div.rn.f64 rrr"] = {binary<f64, Division<false>>};
-  // Its error of up to 2 units in the last place is not modelled.
-  t["div.full.f32 rrr"] = {binary<f32, Division<false>>};
+  t["div.full.f32 rrr"] = {divide_approx};
   t["rem.s32 rrr"] = {binary<i32, Division<true>>};
   t["max.s32 rrr"] = {binary<i32, Extreme<true>>};
   t["max.s64 rrr"] = {binary<i64, Extreme<true>>};

@@ -93,17 +93,28 @@ inline u16 to_bf16(f32 x) {
 }
 inline f32 from_bf16(u16 bits) { return canonical(from_bits<f32>(u64{bits} << 16)); }
 
-// As far from 2^x as it may be, by a hash of x and the seed.
+// In [-1, 1), a hash of an operand's bits and the seed: how far off an approximation is, in units
+// of what the manual allows it.
+inline f64 error_of(const Thread& t, f32 x) {
+  u64 hash = to_bits(x) * 0x9E3779B97F4A7C15ull;
+  hash += t.machine->options.seed * 0xD1342543DE82EF95ull;
+  hash ^= hash >> 29, hash *= 0xBF58476D1CE4E5B9ull, hash ^= hash >> 32;
+  return static_cast<f64>(hash & 0xFFFFFFFF) * 0x1p-31 - 1.0;
+}
+// ex2.approx.ftz.f32: 2^-22 of the result.
 inline f32 approximate_exp2(const Thread& t, f32 x) {
-  const Options& options = t.machine->options;
   x = flush(x);
   if (x != x) return from_bits<f32>(kNan);
-  u64 hash = to_bits(x) * 0x9E3779B97F4A7C15ull + options.seed * 0xD1342543DE82EF95ull;
-  hash ^= hash >> 29, hash *= 0xBF58476D1CE4E5B9ull, hash ^= hash >> 32;
-  const f64 error = static_cast<f64>(hash & 0xFFFFFFFF) * 0x1p-31 - 1.0;  // in [-1, 1)
-  const bool exact = x == 0 || std::isinf(x) || (options.exact_powers && x == std::floor(x));
-  const f64 power = std::exp2(static_cast<f64>(x)) * (exact ? 1.0 : 1.0 + error * 0x1p-22);
-  return flush(static_cast<f32>(power));
+  const bool whole = t.machine->options.exact_if_exact && x == std::floor(x);
+  const f64 error = x == 0 || std::isinf(x) || whole ? 0.0 : error_of(t, x);
+  return flush(static_cast<f32>(std::exp2(static_cast<f64>(x)) * (1.0 + error * 0x1p-22)));
+}
+// div.full.f32: 2 units in the last place, of which one is left to rounding.
+inline f32 approximate_quotient(const Thread& t, f32 a, f32 b) {
+  const f32 exact = canonical(a / b);
+  const bool is_exact = t.machine->options.exact_if_exact && std::fma(exact, b, -a) == 0;
+  if (is_exact || exact == 0 || !std::isfinite(exact)) return exact;
+  return static_cast<f32>(static_cast<f64>(a) / b * (1.0 + error_of(t, a) * 0x1p-24));
 }
 // rcp.approx.ftz.f64: the upper words of the argument and of the result; what is subnormal is zero.
 inline f64 approximate_reciprocal(f64 x) {

@@ -13,6 +13,9 @@ from ptx_tools.nvcc import NVCC
 from cfpo_kernels import backends
 from cfpo_kernels.backends import cpu
 
+# test_ptx_wrappers.py says so.
+collect_ignore = [] if NVCC is not None else ["test_ptx_kernels.py", "test_ptx_mutants.py"]
+
 LEVELS = tuple(cpu.native.cpu_levels()) if cpu.native is not None else ()
 
 
@@ -22,7 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("level", LEVELS if only_cpu else LEVELS[:1], indirect=True)
     if "emulated_cuda" in metafunc.fixturenames:
         targets: list[Any] = ["source"]
-        if NVCC is not None:  # test_ptx_wrappers.py says where it is not
+        if NVCC is not None:
             targets.append("ptx")
         if getattr(metafunc.module, "ON_GPU_TOO", False):
             targets.append(pytest.param("gpu", marks=pytest.mark.gpu))

@@ -13,9 +13,6 @@ from ptx_tools import forms, nvcc
 from ptx_tools.build import Done, run_check
 from ptx_tools.nvcc import plant
 
-if nvcc.NVCC is None:
-    pytest.skip(nvcc.MISSING, allow_module_level=True)
-
 NIGHTLY = pytest.mark.nightly
 CASES = {"rows": 228, "clusters": 1359}
 

@@ -20,9 +20,6 @@ from ptx_tools.nvcc import plant
 from ptx_tools.wrappers import first_mistake
 from test_cuda_mutants import MUTANTS
 
-if nvcc.NVCC is None:
-    pytest.skip(nvcc.MISSING, allow_module_level=True)
-
 
 class Planted(NamedTuple):
     line: str
@@ -184,6 +181,34 @@ def test_a_wrapper_that_is_wrong(name: str, interpreter: Path, tmp_path: Path) -
     assert re.search(mutant.found, found, re.DOTALL), found
 
 
+def compile_kernels(tree: Path, folder: Path) -> Path:
+    """CFPO's, of bfloat16: what emulated_check.cpp runs."""
+    folder.mkdir()
+    source = tree / "csrc" / "cuda" / "instances" / "cfpo_bfloat16.cu"
+    nvcc.compile_ptx(source, nvcc.CLUSTERS, folder / "kernels.ptx", tree)
+    return folder
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("cvt.rn.bf16x2: operands exchanged", r"row \d+ is wrong"),
+        ("try_wait: the other parity", r"line \d+ of .*mbarrier"),
+        ("mapa: address and rank exchanged", r"no such rank: .*line \d+ of .*mapa"),
+        ("expect_tx: half the bytes", r"line \d+ of .*mbarrier"),
+        ("st.async: words exchanged", r"row \d+ is wrong|line \d+ of "),
+    ],
+)
+def test_whole_kernels_notice_too(name: str, found: str, ptx_check: Path, tmp_path: Path) -> None:
+    file = "primitives_ptx.h" if name in PORTABLE else "primitives_sm90.h"
+    mutant = (PORTABLE | OF_CLUSTERS)[name]
+    ptx = compile_kernels(plant(file, mutant.line, mutant.planted, tmp_path), tmp_path / "ptx")
+    done = run_check(ptx_check, ptx, "rows" if name in PORTABLE else "clusters")
+    assert done.returncode != 0, "not found"
+    assert re.search(found, done.stderr, re.DOTALL), done.stderr
+
+
 # Those of test_cuda_mutants.py that take away a proxy fence of what was read; the first always.
 FENCES = [name for name, mutant in MUTANTS.items() if "fenced" in name and mutant.found]
 
@@ -194,10 +219,7 @@ FENCES = [name for name, mutant in MUTANTS.items() if "fenced" in name and mutan
 def test_a_missing_fence(name: str, ptx_check: Path, tmp_path: Path) -> None:
     mutant = MUTANTS[name]
     tree = plant(mutant.file, mutant.line, mutant.planted, tmp_path)
-    (tmp_path / "ptx").mkdir()
-    source = tree / "csrc" / "cuda" / "instances" / "cfpo_bfloat16.cu"
-    nvcc.compile_ptx(source, nvcc.CLUSTERS, tmp_path / "ptx" / "kernels.ptx", tree)
-    done = run_check(ptx_check, tmp_path / "ptx", "clusters")
+    done = run_check(ptx_check, compile_kernels(tree, tmp_path / "ptx"), "clusters")
     assert done.returncode != 0, "not found"
     assert "ptx: no proxy fence" in done.stderr, done.stderr
     assert re.search(r": (st\.async|cp\.async\.bulk)", done.stderr), "names no instruction"

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from emulation import ROOT
 from filelock import FileLock
 
+ROOT = Path(__file__).resolve().parents[2]
+
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
-MISSING = "needs nvcc: put it on PATH, or set CUDACXX to it (requirements/cuda.txt has it)"
+MISSING = "no PTX of the CUDA kernels: needs nvcc on PATH or in CUDACXX (requirements/cuda.txt)"
 # As CMakeLists.txt compiles them.
 FLAGS = ("-ptx", "-std=c++17", "-O3", "-DNDEBUG", "-fmad=false")
 

@@ -38,7 +38,7 @@ def assert_passed(done: Done, kernels: str) -> None:
 )
 def test_many_small_cases(kernels: str, arch: str, ptx_check: Path, ptx: nvcc.Compiler) -> None:
     """Proxy fences are looked for, also of what was read; data races in the row kernels."""
-    folder = ptx.instance("cfpo_bfloat16", arch).parent
+    folder = ptx.instance(nvcc.CHECKED, arch).parent
     assert_passed(run_check(ptx_check, folder, kernels, races=int(kernels == "rows")), kernels)
 
 
@@ -52,11 +52,11 @@ BY_SENDERS = "      if (target >= 0 && lane_index() < plan_.cluster) {\n        
 def test_clusters_race_for_nothing_else(
     ptx_check: Path, ptx: nvcc.Compiler, tmp_path: Path
 ) -> None:
-    folder = ptx.instance("cfpo_bfloat16", nvcc.CLUSTERS).parent
+    folder = ptx.instance(nvcc.CHECKED, nvcc.CLUSTERS).parent
     done = run_check(ptx_check, folder, "clusters", races=1)
     assert done.returncode != 0 and "ptx: a race with thread" in done.stderr, done.stderr
     tree = plant("cluster_kernel.cuh", READ, BY_SENDERS, tmp_path)
-    source = tree / "csrc" / "cuda" / "instances" / "cfpo_bfloat16.cu"
+    source = tree / "csrc" / "cuda" / "instances" / f"{nvcc.CHECKED}.cu"
     (tmp_path / "ptx").mkdir()
     nvcc.compile_ptx(source, nvcc.CLUSTERS, tmp_path / "ptx" / "kernels.ptx", tree)
     assert_passed(run_check(ptx_check, tmp_path / "ptx", "clusters", races=1), "clusters")
@@ -66,7 +66,7 @@ def test_clusters_race_for_nothing_else(
 @pytest.mark.parametrize("seed", [3, 4])
 @pytest.mark.parametrize("async_", [0, 1, 2], ids=["immediate", "late", "random"])
 def test_other_orders(async_: int, seed: int, ptx_check: Path, ptx: nvcc.Compiler) -> None:
-    folder = ptx.instance("cfpo_bfloat16", nvcc.CLUSTERS).parent
+    folder = ptx.instance(nvcc.CHECKED, nvcc.CLUSTERS).parent
     assert_passed(run_check(ptx_check, folder, "clusters", async_=async_, seed=seed), "clusters")
 
 

@@ -182,9 +182,9 @@ def test_a_wrapper_that_is_wrong(name: str, interpreter: Path, tmp_path: Path) -
 
 
 def compile_kernels(tree: Path, folder: Path) -> Path:
-    """CFPO's, of bfloat16: what emulated_check.cpp runs."""
+    """Those that emulated_check.cpp runs."""
     folder.mkdir()
-    source = tree / "csrc" / "cuda" / "instances" / "cfpo_bfloat16.cu"
+    source = tree / "csrc" / "cuda" / "instances" / f"{nvcc.CHECKED}.cu"
     nvcc.compile_ptx(source, nvcc.CLUSTERS, folder / "kernels.ptx", tree)
     return folder
 

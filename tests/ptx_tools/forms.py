@@ -15,12 +15,11 @@ from emulation import ROOT
 
 from .build import build_library
 from .interpreter import Module
-from .nvcc import CLUSTERS, NVCC, ROWS, Compiler
+from .nvcc import CLUSTERS, NVCC, POLICIES, ROWS, Compiler
 
 FILE = ROOT / "tests" / "golden" / "ptx_forms.txt"
 RENEW = "PYTHONPATH=tests .venv/bin/python -m ptx_tools.forms"
 DTYPES = {"b": "bfloat16", "f": "float32", "h": "float16"}
-STAGES = ("cfpo", "ppo_clip", "logps", "logps_backward")
 
 # For each architecture and form, "cluster(b)": a kernel with that type of elements.
 Forms = dict[tuple[str, str], set[str]]
@@ -37,8 +36,10 @@ def compiled(ptx: Compiler, interpreter: Path, dtypes: Iterable[str]) -> Forms:
     """Of the kernels of these types, whatever their stage: clusters' on 9.0a, others' on 8.0."""
     found: Forms = {}
     for letter in dtypes:
-        names = [(f"{stage}_{DTYPES[letter]}", ROWS) for stage in STAGES] + [("multiply", ROWS)]
-        names += [(f"{stage}_{DTYPES[letter]}", CLUSTERS) for stage in STAGES[:2]]
+        names = [
+            (f"{stage}_{DTYPES[letter]}", ROWS) for stage in (*POLICIES, "logps", "logps_backward")
+        ] + [("multiply", ROWS)]
+        names += [(f"{stage}_{DTYPES[letter]}", CLUSTERS) for stage in POLICIES]
         for name, arch in names:
             module = Module(interpreter, ptx.instance(name, arch).read_text())
             for kernel, forms in module.forms().items():

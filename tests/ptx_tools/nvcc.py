@@ -17,6 +17,9 @@ MISSING = "no PTX of the CUDA kernels: needs nvcc on PATH or in CUDACXX (require
 # As CMakeLists.txt compiles them.
 FLAGS = ("-ptx", "-std=c++17", "-O3", "-DNDEBUG", "-fmad=false")
 
+# Instances of the kernels that take the gradient with the loss.
+POLICIES = ("cfpo", "ppo_clip")
+CHECKED = f"{POLICIES[0]}_bfloat16"  # what emulated_check.cpp runs
 ROWS, CLUSTERS = "80", "90a"  # the oldest architectures that kernels of either kind are for
 
 
@@ -43,13 +46,9 @@ def instance_of(kernel: str) -> str:
     """The file of csrc/cuda/instances that a kernel, by its mangled name, is compiled in."""
     if "multiply_kernel" in kernel:
         return "multiply"
-    stages = {
-        "PpoClip": "ppo_clip",
-        "LogpsBackwardStage": "logps_backward",
-        "LogpsStage": "logps",
-    }
+    stages = {"PpoClip": "ppo_clip", "LogpsBackwardStage": "logps_backward", "LogpsStage": "logps"}
     # Sums alone are of no stage: the files of all have them.
-    stage = next((file for name, file in stages.items() if name in kernel), "cfpo")
+    stage = next((file for name, file in stages.items() if name in kernel), POLICIES[0])
     dtype = re.search(r"kernelI(?:NS_\d+(bfloat16|float16)E|f)", kernel)
     assert dtype is not None, kernel
     return f"{stage}_{dtype[1] or 'float32'}"

@@ -27,7 +27,7 @@ CXX = next((c for c in (os.environ.get("CXX"), "c++", "g++") if c and shutil.whi
 FLAGS = ["-std=c++17", "-DCFPO_EMULATE", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 # Of tests/cpp/ptx: what runs PTX, and launches of the kernels that do.
-INTERPRETER = ("parser", "memory", "machine", "async", "instructions", "table", "launch")
+INTERPRETER = ("parser", "memory", "machine", "async", "table", "launch")
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 

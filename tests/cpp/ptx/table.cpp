@@ -4,7 +4,7 @@
 #include <unordered_map>
 
 #include "ptx/arithmetic.h"
-#include "ptx/instructions.h"
+#include "ptx/async_instructions.h"
 
 namespace ptx {
 namespace {

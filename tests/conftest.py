@@ -3,13 +3,19 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock  # torch brings it
+from ptx_tools.nvcc import NVCC
 
 from cfpo_kernels import backends
 from cfpo_kernels.backends import cpu
+
+# test_ptx_wrappers.py says so.
+collect_ignore = [] if NVCC is not None else ["test_ptx_kernels.py", "test_ptx_mutants.py"]
 
 LEVELS = tuple(cpu.native.cpu_levels()) if cpu.native is not None else ()
 
@@ -18,6 +24,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "level" in metafunc.fixturenames:
         only_cpu = metafunc.config.getoption("--backend") == "cpu"
         metafunc.parametrize("level", LEVELS if only_cpu else LEVELS[:1], indirect=True)
+    if "emulated_cuda" in metafunc.fixturenames:
+        targets: list[Any] = ["source"]
+        if NVCC is not None:
+            targets.append("ptx")
+        if getattr(metafunc.module, "ON_GPU_TOO", False):
+            targets.append(pytest.param("gpu", marks=pytest.mark.gpu))
+        metafunc.parametrize("emulated_cuda", targets, indirect=True, scope="session")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,8 +100,21 @@ def is_for_the_night(item: pytest.Item, interpreted: bool) -> bool:
     return parameter(item, "dtype") == torch.float16 or of_compile
 
 
+def is_in_other_runs(item: pytest.Item) -> bool:
+    """Of what runs on PTX: the kernels of one type, and short rows, are enough for every commit."""
+    parameters = getattr(item, "callspec", None) and item.callspec.params
+    if not parameters or parameters.get("emulated_cuda") != "ptx":
+        return False
+    of_type = [x for x in parameters.values() if isinstance(x, torch.dtype)]
+    of_type += [x.get("dtype") for x in parameters.values() if isinstance(x, dict)]
+    return any(dtype is not torch.bfloat16 for dtype in of_type) or not of_type
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     interpreted = config.getoption("--backend") == "triton"
+    for item in items:
+        if is_in_other_runs(item):
+            item.add_marker(pytest.mark.nightly)
     dropped = {item for item in items if interpreted and takes_too_long_interpreted(item)}
     if not config.getoption("--nightly"):
         dropped |= {item for item in items if is_for_the_night(item, interpreted)}
@@ -125,13 +151,50 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The CUDA kernels built for the CPU; once, also where several processes run the tests."""
-    from emulation import load_module
-    from filelock import FileLock  # torch brings it
-
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all processes that run the tests; what is built there is built under a lock."""
     root = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        root = root.parent
-    with FileLock(root / "emulated.lock"):
-        return load_module(root / "emulated")
+    return root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
+
+
+@pytest.fixture(scope="session")
+def interpreter(shared_folder: Path) -> Path:
+    """The library that runs PTX."""
+    from ptx_tools.build import build_library
+
+    with FileLock(shared_folder / "interpreter.lock"):
+        return build_library(shared_folder / "interpreter")
+
+
+@pytest.fixture(scope="session")
+def ptx_check(shared_folder: Path) -> Path:
+    """The program of emulated_check.cpp, which $CFPO_PTX makes run PTX."""
+    from ptx_tools.build import build_check
+
+    with FileLock(shared_folder / "ptx_check.lock"):
+        return build_check(shared_folder / "ptx_check")
+
+
+@pytest.fixture(scope="session")
+def ptx(shared_folder: Path) -> Any:
+    """Compiles to PTX."""
+    from ptx_tools.nvcc import Compiler
+
+    return Compiler(shared_folder / "ptx")
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda(request: pytest.FixtureRequest, shared_folder: Path) -> Any:
+    """The CUDA kernels on the CPU, as `pytest_generate_tests` says: their source, built by g++, or
+    the PTX that nvcc makes of it, interpreted. None for a GPU."""
+    from emulation import load_module
+
+    if request.param == "gpu":
+        return None
+    with FileLock(shared_folder / "emulated.lock"):
+        module = load_module(shared_folder / "emulated")
+    if request.param == "ptx":
+        module.use_ptx(request.getfixturevalue("ptx").text_of)
+    else:
+        module.use_source()
+    return module

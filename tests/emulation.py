@@ -1,4 +1,7 @@
-"""Builds the CUDA kernels for the CPU, where tests/cpp/emulation runs them, and calls them."""
+"""Builds the CUDA kernels for the CPU, where tests/cpp/emulation runs them, and calls them.
+
+The module that is built runs their PTX too, by tests/cpp/ptx.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CXX = next((c for c in (os.environ.get("CXX"), "c++", "g++") if c and shutil.which(c)), "c++")
 FLAGS = ["-std=c++17", "-DCFPO_EMULATE", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+# Of tests/cpp/ptx: what runs PTX, and launches of the kernels that do.
+INTERPRETER = ("parser", "memory", "machine", "async", "table", "launch")
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -38,10 +43,12 @@ def compile_cpp(
 def build_module(folder: Path, library: Path) -> None:
     cuda = ROOT / "csrc" / "cuda"
     sources = [*sorted((cuda / "instances").glob("*.cu")), cuda / "dispatch.cpp", cuda / "plan.cpp"]
+    interpreter = [ROOT / "tests" / "cpp" / "ptx" / f"{name}.cpp" for name in INTERPRETER]
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     binding = ROOT / "tests" / "cpp" / "emulated_module.cpp"
     jobs: list[tuple[Path, Sequence[str], str]] = [(binding, python, "-O0")]
     jobs += [(source, (), "-O1") for source in sources]
+    jobs += [(source, (), "-O2") for source in interpreter]
     objects = [folder / f"{source.name}.o" for source, _, _ in jobs]
 
     def compile_one(job: tuple[tuple[Path, Sequence[str], str], Path]) -> None:
@@ -50,7 +57,7 @@ def build_module(folder: Path, library: Path) -> None:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(compile_one, zip(jobs, objects, strict=True)))
-    subprocess.run([CXX, "-shared", *map(str, objects), "-o", str(library)], check=True)
+    subprocess.run([CXX, "-shared", *map(str, objects), "-ldl", "-o", str(library)], check=True)
 
 
 def load_module(folder: Path) -> Any:

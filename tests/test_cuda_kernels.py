@@ -1,8 +1,9 @@
-"""The CUDA kernels against float64: emulated on the CPU, and on a GPU where there is one.
+"""The CUDA kernels against float64: on the CPU, as source and as PTX, and on a GPU if there is one.
 
-Emulated, the code is the GPU's, down to the primitives; what runs it is not. That finds mistakes of
-arithmetic, addressing and synchronisation, and says nothing about speed or the memory model: it
-makes no kernel count as verified on a GPU.
+The source is built by g++: the code is the GPU's, down to the primitives; what runs it is not. Of
+PTX, which an interpreter runs, that goes for the primitives too. Both find mistakes of arithmetic,
+addressing and synchronisation, and say nothing about speed or the memory model: they make no kernel
+count as verified on a GPU. docs/design.md, "What shows what", has it in a table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ c
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVEL = ""  # of the CPU kernels, which do not run here
+ON_GPU_TOO = True
 
 
 class Target:
@@ -45,16 +47,13 @@ class Target:
             self.module.set_order(name)
 
 
-@pytest.fixture(
-    autouse=True, params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)], ids=str
-)
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+@pytest.fixture(autouse=True)
+def target(emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Target:
     """Every call of backend="cpu" goes to the CUDA kernels."""
-    if request.param == "gpu":
+    if emulated_cuda is None:
         chosen = Target(OnDevice())
     else:
-        module = request.getfixturevalue("emulated_cuda")
-        chosen = Target(EmulatedBackend(module), module)
+        chosen = Target(EmulatedBackend(emulated_cuda), emulated_cuda)
     chosen.set_device(*ONE_SM)
     chosen.set_order("forward")
     monkeypatch.setattr(backends, "kernels", lambda _: chosen.backend)

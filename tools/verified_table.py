@@ -28,12 +28,14 @@ ROWS = (
     (
         "cuda",
         "NVIDIA GPUs from compute capability 8.0",
-        "tested on every commit in emulation on the CPU, compiled for 8.0, 9.0, 10.0 and 12.0",
+        "tested on every commit on the CPU, as source in emulation and as PTX in an interpreter "
+        "([what that shows](docs/design.md#what-shows-what)); compiled for 8.0, 9.0, 10.0 and 12.0",
     ),
     (
         "triton",
         "NVIDIA sm_80 and newer, AMD gfx942",
-        "tested on every commit, interpreted; compiled for sm_75, sm_80, sm_90, sm_100 and gfx942",
+        "tested on every commit, interpreted as Python and, for sm_90, as PTX; compiled for sm_75, "
+        "sm_80, sm_90, sm_100 and gfx942",
     ),
 )
 

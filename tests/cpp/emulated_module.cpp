@@ -1,5 +1,7 @@
 // The Python module that runs the CUDA kernels emulated: the same functions as
 // cfpo_kernels._C.cuda, on addresses of CPU memory.
+#include <pybind11/functional.h>
+
 #include "cuda/bindings.h"
 #include "cuda/launch.h"
 
@@ -12,6 +14,10 @@ PYBIND11_MODULE(emulated_cuda, m) {
       },
       pybind11::arg("sm_count"), pybind11::arg("shared_per_block"), pybind11::arg("shared_per_sm"),
       pybind11::arg("clusters") = false);
+  // From here on the kernels' C++ runs, or their PTX: `loader` gives the text of the module that
+  // has a kernel, by its mangled name.
+  m.def("use_source", [] { emulation::use_ptx(nullptr); });
+  m.def("use_ptx", [](emulation::PtxLoader loader) { emulation::use_ptx(std::move(loader)); });
   m.def("set_largest_cluster", [](int blocks) { emulation::largest_cluster() = blocks; });
   m.def("plan_clusters", [](int n_segments, std::int64_t n_rows, const std::string& row_kernel) {
     const cfpo::cuda::ClusterPlan plan = cfpo::cuda::plan_clusters(n_segments, emulation::limits());

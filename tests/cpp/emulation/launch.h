@@ -1,10 +1,12 @@
 // csrc/cuda/launch.h on a CPU: a device of any size, and launches that return when they are done.
+// What runs is the kernel's C++, or its PTX: see ptx/launch.h.
 #pragma once
 
 #include <stdexcept>
 #include <string>
 
 #include "emulation/schedule.h"
+#include "ptx/launch.h"
 
 namespace emulation {
 
@@ -38,6 +40,15 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
             const Arguments&... arguments) {
   if (grid.shared_bytes > emulation::limits().shared_per_block || grid.threads > 1024) {
     throw std::runtime_error(std::string("launching ") + name + " failed: too large a block");
+  }
+  if (emulation::run_ptx() != nullptr) {
+    emulation::Ranges ranges;
+    (ranges.add(static_cast<const Parameters&>(arguments)), ...);
+    emulation::run_ptx()(
+        reinterpret_cast<const void*>(kernel), grid,
+        {{&static_cast<const Parameters&>(arguments), sizeof(Parameters), alignof(Parameters)}...},
+        ranges);
+    return;
   }
   emulation::run_grid(grid.blocks, grid.blocks_y, grid.cluster, grid.threads,
                       static_cast<std::size_t>(grid.shared_bytes), [&] { kernel(arguments...); });

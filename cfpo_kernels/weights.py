@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ def row_weights(
     n_sequences: int,
     normalizer: float | Tensor | None,
     dtype: torch.dtype,
+    group: Any = None,
 ) -> Tensor:
     """w_i with ``loss = sum_i w_i loss_i``; exactly 0 where a token is not active.
 
@@ -24,6 +27,7 @@ def row_weights(
         sequence_index: (N,) int64, the sequence of each token; only for the seq-* reductions.
         normalizer: replaces the denominator: the number of active tokens ("token-mean"), the
             number of sequences that have one ("seq-mean-*"), or 1 ("sum", "none").
+        group: the process group over which each sequence is split; their lengths are summed.
 
     Returns:
         (N,) of `dtype`. Without any active token all weights are 0, whatever the normalizer.
@@ -36,6 +40,8 @@ def row_weights(
         assert sequence_index is not None  # validation.py
         lengths = torch.zeros(n_sequences, dtype=dtype, device=active.device)
         lengths = lengths.index_add(0, sequence_index, numerator)
+        if group is not None:
+            torch.distributed.all_reduce(lengths, group=group)
         denominator = (lengths > 0).sum()
         if reduction == "seq-mean-token-mean":
             numerator = numerator / lengths[sequence_index]

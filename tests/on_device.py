@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cfpo_kernels.backends.base import KernelRows, KernelTerms
 from cfpo_kernels.backends.cuda import CUDA
+from cfpo_kernels.inputs import TokenInputs
 
 
 class Visit:
@@ -44,7 +45,9 @@ class OnDevice:
     def policy_loss(self, rows: KernelRows, terms: KernelTerms, **outputs: Any) -> None:
         visit = Visit(self.device)
         moved = {name: visit(x) for name, x in outputs.items()}
-        CUDA.policy_loss(KernelRows(*map(visit, rows)), KernelTerms(*map(visit, terms)), **moved)
+        inputs = TokenInputs(*map(visit, terms.inputs))
+        terms = terms._replace(inputs=inputs, grad_scale=visit(terms.grad_scale))
+        CUDA.policy_loss(KernelRows(*map(visit, rows)), terms, **moved)
         visit.bring_back()
 
     def token_logps(self, rows: KernelRows, **outputs: Any) -> None:

@@ -28,8 +28,8 @@ def log2e_over(t):
 
 
 @triton.jit
-def expm1(x):
-    """e^x - 1, to a relative error of 2e-7; -1 and inf far out, NaN for NaN."""
+def _exp_parts(x):
+    """n and e with e^x = 2^n (1 + e), |e| <= 0.42."""
     n = tl.floor(x * LOG2E + 0.5)
     f = tl.fma(n, -_LN2_LOW, tl.fma(n, -_LN2_HIGH, x))  # |f| <= ln(2) / 2
     p = 1.0 / 5040
@@ -38,7 +38,23 @@ def expm1(x):
     p = tl.fma(p, f, 1.0 / 24)
     p = tl.fma(p, f, 1.0 / 6)
     p = tl.fma(p, f, 0.5)
-    e = tl.fma(p * f, f, f)
+    return n, tl.fma(p * f, f, f)
+
+
+@triton.jit
+def exp(x):
+    """e^x, to a relative error of 2e-7; 0 and inf far out, NaN for NaN."""
+    n, e = _exp_parts(x)
+    half = tl.exp2(n - 1)
+    result = 2 * tl.fma(half, e, half)
+    result = tl.where(x > 88.72284, float("inf"), result)
+    return tl.where(x < -87.0, 0.0, result)
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1, to a relative error of 2e-7; -1 and inf far out, NaN for NaN."""
+    n, e = _exp_parts(x)
     half = tl.exp2(n - 1)  # 2^n itself would overflow a little early
     result = 2 * tl.fma(half, e, half - 0.5)
     result = tl.where(x > 88.72284, float("inf"), result)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import formula
 from ..api import policy_loss, token_logps
+from ..inputs import LossSettings, TokenInputs
 from ..objectives import Objective
 from ..stats import CFPOStats, collect_stats
 from ._trl_batch import Tokens, accumulation_steps, denominator
@@ -106,7 +107,8 @@ class TokenLoss:
 
         advantages = unmasked(tokens.advantages)
         old = logps.detach() if tokens.old_logps is None else unmasked(tokens.old_logps)
-        loss = reference.policy_term(self.objective, logps - old, advantages)
+        shape = self.objective.shape()
+        loss = formula.policy_loss(logps, logps - old, TokenInputs(advantages), shape)
         kept, bonus_mask = self._masks(logps.detach(), entropy.detach(), old, tokens)
         loss = loss * kept
         if tokens.correction is not None:
@@ -124,7 +126,7 @@ class TokenLoss:
         """TRL's estimate of each token; 0 where masked."""
         assert tokens.ref_logps is not None  # align
         ref_logps = torch.where(tokens.mask, tokens.ref_logps, logps.detach())
-        kl = reference.kl_term("k3", logps, ref_logps)
+        kl = formula.kl_term("k3", logps, ref_logps)
         return kl * (logps - old_logps).exp() if self.kl_times_ratio else kl
 
     def _masks(
@@ -177,10 +179,9 @@ def loss_terms(loss_of: TokenLoss, scored: Scored, tokens: Tokens) -> LossTerms:
         logps.flatten(),
         entropy.flatten(),
         mask.flatten(),
-        old_logps.flatten(),
-        None,
-        loss_of.objective,
-        "k3",
+        TokenInputs(tokens.advantages.expand(mask.shape).flatten(), old_logps.flatten()),
+        LossSettings(loss_of.objective.shape()),
+        loss_of.objective.trust_region(),
         mask.shape,
     )
     if loss_of.beta != 0:

@@ -10,10 +10,7 @@ struct CudaKernels {
   static cuda::Execution execution(int device, std::uintptr_t stream, std::uintptr_t workspace) {
     return {device, stream, pointer<void>(workspace)};
   }
-  template <class... Arguments>
-  static void policy_loss(const Arguments&... arguments) {
-    cuda::policy_loss(arguments...);
-  }
+  static constexpr auto policy_loss = cuda::policy_loss;
   static constexpr auto token_logps = cuda::token_logps;
   static constexpr auto token_logps_backward = cuda::token_logps_backward;
   static constexpr auto multiply_rows = cuda::multiply_rows;

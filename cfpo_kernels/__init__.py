@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import bounds, preference, sequences
 from .api import CFPOLoss, cfpo_loss, policy_loss, token_logps
 from .autograd import CFPOFunction
 from .backends import BackendStatus, BackendUnavailableError, available_backends
@@ -19,6 +20,7 @@ from .objectives import IcePop as IcePop
 from .objectives import PowerIS as PowerIS
 from .objectives import PPOClip as PPOClip
 from .objectives import Reinforce as Reinforce
+from .rollout import rollout_weights
 from .stats import CFPOStats
 from .two_pass import TokenTerms
 
@@ -35,10 +37,14 @@ __all__ = [
     "CFPOStats",
     "TokenTerms",
     "available_backends",
+    "bounds",
     "cfpo_loss",
     "cfpo_loss_from_logps",
     "policy_loss",
     "policy_loss_from_logps",
+    "preference",
+    "rollout_weights",
+    "sequences",
     "token_logps",
     *(objective.__name__ for objective in OBJECTIVES.values()),
 ]

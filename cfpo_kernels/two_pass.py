@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .inputs import TokenInputs
+from .weights import sequence_totals
 
 
 class TokenTerms(NamedTuple):
@@ -123,22 +124,16 @@ class SequenceRatio:
     def mean(self, log_ratio: Tensor, active: Tensor) -> Tensor:
         """(N,) from (N,); 0 where not active."""
         values = torch.where(active, log_ratio, torch.zeros_like(log_ratio)).double()
-        sums = torch.stack([self._sums(values), self._sums(active.double())])
+        where = (self.index, self.n_sequences, self.longest)
+        sums = torch.stack(
+            [sequence_totals(values, *where), sequence_totals(active.double(), *where)]
+        )
         if self.group is not None:
             from torch.distributed.nn.functional import all_reduce
 
             sums = all_reduce(sums, group=self.group)
         means = sums[0] / sums[1].clamp(min=1)
         return torch.where(active, means[self.index].to(log_ratio.dtype), 0)
-
-    def _sums(self, values: Tensor) -> Tensor:
-        sums = suffix_sums(values, self.index, self.longest)
-        ids = torch.arange(self.n_sequences, dtype=torch.int64, device=values.device)
-        first = torch.searchsorted(self.index, ids)
-        empty = torch.searchsorted(self.index, ids, right=True) == first
-        # A sequence without tokens gets the number behind the last one, a zero.
-        first = torch.where(empty, values.shape[0], first)
-        return torch.cat([sums, sums.new_zeros(1)])[first]
 
     def __call__(self, log_ratio: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """The log-ratio for the objective, and that for a KL estimate that is weighted by it.
@@ -150,23 +145,6 @@ class SequenceRatio:
         own = torch.where(log_ratio.isfinite(), log_ratio, torch.zeros_like(log_ratio))
         of_token = shared.detach() + (own - own.detach())
         return (of_token if self.by_token else shared), of_token
-
-
-def suffix_sums(values: Tensor, index: Tensor, longest: int) -> Tensor:
-    """(N,): the sum of each token's number and of those after it in its sequence.
-
-    Doubles the reach of a sum log2(longest) times, instead of a cumulative sum over everything: the
-    order of additions depends on a token's distance to its sequence's end only, so that a sequence
-    has the same bits padded, packed and alone, and a NaN stays where it is. Neither holds for
-    atomic additions.
-    """
-    reach = 1
-    while reach < min(longest, values.shape[0]):
-        same = index[reach:] == index[:-reach]
-        more = torch.where(same, values[reach:], torch.zeros_like(values[reach:]))
-        values = torch.cat([values[:-reach] + more, values[-reach:]])
-        reach *= 2
-    return values
 
 
 class Beyond(NamedTuple):

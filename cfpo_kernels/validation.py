@@ -163,7 +163,7 @@ def _constant(name: str, value: object | None, tokens: Tokens) -> Tensor | None:
 
 
 def _advantages(
-    value: object, tokens: Tokens, sequence_index: Tensor | None, n_sequences: int
+    value: object, tokens: Tokens, sequence_index: Tensor | None = None, n_sequences: int = 0
 ) -> tuple[Tensor, bool]:
     """(N,), and whether they came by token."""
     accepted, shape = "a floating-point tensor", tokens.shape

@@ -21,6 +21,7 @@ class CudaQuery(TypedDict):
 # Only where cuda_built: the four kernels below, with `device`, `stream` and `workspace` in place
 # of `threads` and `level`, and workspace_bytes(logits, device).
 cuda: ModuleType
+build_id: str
 cuda_built: bool
 cuda_archs: str
 cuda_reason: str

@@ -23,6 +23,8 @@ from .objectives import Reinforce as Reinforce
 from .rollout import rollout_weights
 from .stats import CFPOStats
 from .two_pass import TokenTerms
+from .verification.records import VerifyRecord
+from .verification.run import verify
 
 try:
     __version__ = version("cfpo-kernels")
@@ -36,6 +38,7 @@ __all__ = [
     "CFPOLoss",
     "CFPOStats",
     "TokenTerms",
+    "VerifyRecord",
     "available_backends",
     "bounds",
     "cfpo_loss",
@@ -47,4 +50,5 @@ __all__ = [
     "sequences",
     "token_logps",
     *(objective.__name__ for objective in OBJECTIVES.values()),
+    "verify",
 ]

@@ -24,17 +24,17 @@ def _resolve_backend(name: object, logits: object, inplace: bool) -> str:
     chosen = validation.check_choice("backend", name, BACKENDS)
     if not isinstance(logits, Tensor):
         return chosen  # validation says what is wrong with it
-    resolved = backends.resolve(chosen, logits.device)
+    n_cols = logits.shape[-1] if logits.dim() else 0
+    resolved = backends.resolve(chosen, logits.device, logits.dtype, n_cols, inplace=inplace)
     if resolved != "reference" and _has_tangent(logits):
         raise RuntimeError(
             "cfpo_kernels: forward-mode AD is not supported by the fused kernels; "
             "backend='reference' supports it"
         )
-    if inplace and resolved == "reference":
-        why = "" if chosen == "reference" else f", which is what {logits.device} tensors get"
+    if inplace and chosen == "reference":
         raise ValueError(
-            f"inplace=True needs a backend with kernels, not backend='reference'{why}: it keeps "
-            "autograd's own buffers"
+            "inplace=True needs a backend with kernels, not backend='reference': it keeps "
+            "autograd's own buffers; backend='auto' takes it as a permission"
         )
     return resolved
 
@@ -248,7 +248,8 @@ def cfpo_loss(
         temperature: number, 0-d tensor, or (...) float for one a row.
         inplace: the gradient overwrites the logits, so that no V-sized memory is allocated; their
             old values are gone when this returns, and autograd refuses to use them. The gradient of
-            a leaf is then the leaf's own memory.
+            a leaf is then the leaf's own memory. With backend="auto" it is a permission: where only
+            plain torch can run, it is not used, and one warning says so.
         grad_scale: number or 0-d tensor; the loss scale of AMP, where it is known: multiplied into
             the gradient before it is rounded, and divided out of the incoming gradient, so that
             float16 gradients do not underflow. Does not change the result otherwise.

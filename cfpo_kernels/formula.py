@@ -151,7 +151,7 @@ def loss_of_logps(
         return torch.where(active, x.to(logps.dtype), torch.zeros_like(logps))
 
     logps = of_active(logps)
-    inputs = TokenInputs(*(None if x is None else of_active(x.detach()) for x in inputs))  # type: ignore[arg-type]
+    inputs = inputs.each(lambda x: of_active(x.detach()))
     log_ratio = logps - (logps.detach() if inputs.old_logps is None else inputs.old_logps)
     kl_log_ratio = log_ratio
     if beyond.ratio is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,6 +24,10 @@ class TokenInputs(NamedTuple):
     # Numbers for the shape in place of its own, from Objective.bounds_of.
     low: Tensor | None = None
     high: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TokenInputs:
+        """With `change` applied to those that there are."""
+        return TokenInputs(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
 
 
 class LossSettings(NamedTuple):

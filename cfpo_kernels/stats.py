@@ -61,7 +61,7 @@ def collect_stats(
     def mean(x: Tensor) -> Tensor:
         return torch.where(active, x, torch.zeros_like(x)).sum() / count
 
-    inputs = TokenInputs(*(None if x is None else x.float() for x in inputs))  # type: ignore[arg-type]
+    inputs = inputs.each(lambda x: x.float())
     old_logps, ref_logps = inputs.old_logps, inputs.ref_logps
     log_ratio = torch.zeros_like(logps) if old_logps is None else logps - old_logps
     of_tokens = torch.expm1(log_ratio) - log_ratio

@@ -91,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_built") = false;
 #endif
+  m.attr("build_id") = CFPO_BUILD_ID;
   m.attr("cuda_archs") = CFPO_CUDA_ARCHS;
   m.attr("cuda_reason") = CFPO_CUDA_REASON;
 }

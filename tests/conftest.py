@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What this machine's user has verified is not the tests' business, and the other way round.
+    os.environ["CFPO_KERNELS_CACHE"] = tempfile.mkdtemp(prefix="cfpo-kernels-tests-")
     if config.getoption("--backend") == "triton":
         from triton_tools.interpreter import INTERPRETING, mend
 
@@ -46,8 +49,8 @@ def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     resolve = backends.resolve
 
-    def to_triton(name: str, device: torch.device) -> str:
-        return "triton" if name in ("auto", "cpu") else resolve(name, device)
+    def to_triton(name: str, *of: Any, **how: Any) -> str:
+        return "triton" if name in ("auto", "cpu") else resolve(name, *of, **how)
 
     monkeypatch.setattr(backends, "resolve", to_triton)
     # Every launch of every test: nothing outside the arguments, no races, nothing written twice.

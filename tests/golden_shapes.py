@@ -75,10 +75,9 @@ def torch_term(
         return None if x is None else torch.tensor([x], dtype=torch.float64)
 
     # old_logp = logp - log_ratio would be rounded: the sum must be log_ratio to the last bit.
-    leaf = torch.tensor([logp], dtype=torch.float64, requires_grad=True)
-    inputs = TokenInputs(one(advantage), None, one(token_weight), None, one(low), one(high))
-    shifted = leaf - leaf.detach() + log_ratio
-    loss = formula.policy_loss(leaf, shifted, inputs, shape)
+    leaf = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    inputs = TokenInputs(one(advantage), None, one(token_weight), None, one(low), one(high))  # type: ignore[arg-type]
+    loss = formula.policy_loss(leaf + logp, leaf + log_ratio, inputs, shape)
     (slope,) = torch.autograd.grad(loss.sum(), leaf)
     return loss.item(), slope.item()
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cfpo_kernels.backends.base import KernelRows, KernelTerms
 from cfpo_kernels.backends.cuda import CUDA
-from cfpo_kernels.inputs import TokenInputs
 
 
 class Visit:
@@ -45,8 +44,7 @@ class OnDevice:
     def policy_loss(self, rows: KernelRows, terms: KernelTerms, **outputs: Any) -> None:
         visit = Visit(self.device)
         moved = {name: visit(x) for name, x in outputs.items()}
-        inputs = TokenInputs(*map(visit, terms.inputs))
-        terms = terms._replace(inputs=inputs, grad_scale=visit(terms.grad_scale))
+        terms = terms._replace(inputs=terms.inputs.each(visit), grad_scale=visit(terms.grad_scale))
         CUDA.policy_loss(KernelRows(*map(visit, rows)), terms, **moved)
         visit.bring_back()
 

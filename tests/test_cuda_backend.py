@@ -9,7 +9,7 @@ import torch
 
 import cfpo_kernels
 from cfpo_kernels import BackendUnavailableError
-from cfpo_kernels.backends import cpu, cuda
+from cfpo_kernels.backends import cpu, cuda, resolve
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_cpu_tensors_are_refused_and_untouched() -> None:
 )
 def test_a_failure_names_the_kernel_the_device_and_the_cause() -> None:
     rows = (0, 0, 1, 1000, 1, 0, 1000)
-    where = {"device": 0, "stream": 0, "workspace": 0}
+    where = {"device": 0, "stream": 0, "workspace": 0, "row_kernel": "auto"}
     with pytest.raises(RuntimeError, match=r"multiply_kernel on device 0 failed: cudaError\w+: \w"):
         cpu.native.cuda.multiply_rows(rows=rows, factors=0, factor_stride=0, **where)
     with pytest.raises(RuntimeError, match=r"on device 0 failed: cudaError\w+: \w"):
@@ -72,7 +72,7 @@ class FakeNative:
 
 
 @pytest.mark.parametrize(("major", "available"), [(9, True), (8, False)])
-def test_the_status_says_that_nothing_is_verified(
+def test_the_status_says_what_it_sees(
     major: int, available: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeNative("A Device", major, 0)
@@ -80,4 +80,49 @@ def test_the_status_says_that_nothing_is_verified(
     monkeypatch.setattr(cuda, "native", fake)
     status = cfpo_kernels.available_backends()["cuda"]
     assert bool(status) is available and "A Device" in status.detail
-    assert ("not yet verified on GPU" if available else "does not run here") in status.detail
+    assert ("does not run here" in status.detail) is not available
+
+
+class OldDriver(FakeNative):
+    """The same where torch runs, by a CUDA runtime of its own, and the module does not."""
+
+    status = 35
+
+    def cuda_query(self) -> dict[str, Any]:
+        if self.status == 0:
+            return super().cuda_query()
+        return {
+            "status": self.status,
+            "status_name": "cudaErrorInsufficientDriver",
+            "status_text": "this build needs driver 580 or newer",
+            "devices": [],
+        }
+
+
+def test_torch_may_run_on_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = OldDriver("A Device", 9, 0)
+    monkeypatch.setattr(cpu, "native", fake)
+    monkeypatch.setattr(cuda, "native", fake)
+    monkeypatch.setattr(cuda, "_usable", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    device = torch.device("cuda", 0)
+    reason = "no usable GPU (cudaErrorInsufficientDriver: this build needs driver 580 or newer)"
+    assert cuda.why_not(device) == reason
+    status = cfpo_kernels.available_backends()["cuda"]
+    assert not status and reason in status.detail
+    with pytest.raises(BackendUnavailableError, match="driver 580 or newer"):
+        resolve("cuda", device, torch.float32, 9)
+    fake.status = 0
+    assert cuda.why_not(device) == "", "asked again"
+    fake.status = 35
+    assert resolve("cuda", device, torch.float32, 9) == "cuda", "not asked any more"
+
+
+@pytest.mark.skipif(
+    not cpu.native.cuda_built or cpu.native.cuda_query()["driver_version"] != 0,
+    reason="needs CUDA without a driver",
+)
+def test_without_a_driver_the_status_says_which_is_needed() -> None:
+    detail = cfpo_kernels.available_backends()["cuda"].detail
+    assert "no usable GPU (cudaErrorInsufficientDriver: there is no NVIDIA driver" in detail
+    assert "needs driver 580 or newer" in detail

@@ -7,15 +7,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from emulation import CXX, ROOT, compile_cpp
+from emulation import CXX, ROOT, SANITIZE, compile_cpp
 
 pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
+
+
+SOURCE = ROOT / "tests" / "cpp" / "cluster_primitives.cpp"
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = tmp_path_factory.mktemp("primitives") / "check"
-    compile_cpp(ROOT / "tests" / "cpp" / "cluster_primitives.cpp", built)
+    compile_cpp(SOURCE, built)
     return built
 
 
@@ -40,7 +43,9 @@ def test_right_use(program: Path) -> None:
         ("wrong parity", "orders failed|deadlock"),
         ("early refill", "bytes changed"),
         ("not waited for", "ended with asynchronous copies"),
-        ("no fence", "not fenced"),
+        ("no fence", "a bulk store of bytes that are not fenced"),
+        ("sums not fenced", "a message over bytes whose reader has not fenced them"),
+        ("chunk not fenced", "a bulk load over bytes whose reader has not fenced them"),
         ("too few bytes", "deadlock"),
         ("misaligned", "misaligned"),
     ],
@@ -49,3 +54,12 @@ def test_misuse_is_noticed(program: Path, mistake: str, what: str) -> None:
     done = run(program, mistake)
     assert done.returncode != 0
     assert any(text in done.stdout + done.stderr for text in what.split("|")), done.stderr
+
+
+def test_a_read_past_the_emulation_is_noticed(program: Path, tmp_path: Path) -> None:
+    """Of what a copy has written, by a pointer: unseen, except by the address sanitizer."""
+    assert run(program, "direct").returncode == 0
+    sanitized = tmp_path / "sanitized"
+    compile_cpp(SOURCE, sanitized, *SANITIZE)
+    assert run(sanitized, "none").returncode == 0
+    assert "use-after-poison" in run(sanitized, "direct").stderr

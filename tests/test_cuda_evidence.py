@@ -137,21 +137,66 @@ def problems_of_cluster_code(usage: Any, instructions: list[str]) -> list[str]:
     return problems
 
 
-def test_clusters_move_rows_by_bulk_copies(usages: list[Any]) -> None:
+def cluster_kernels(usages: list[Any], name: str) -> list[Any]:
     chosen = [
-        u
-        for u in usages
-        if re.fullmatch(r"cluster_kernel<\w+, policy>", u.kernel)
-        and resources.arch_number(u.arch) >= 90
+        u for u in usages if re.fullmatch(name, u.kernel) and resources.arch_number(u.arch) >= 90
     ]
     if not chosen:
         pytest.skip("built for no device with clusters")
-    for usage in chosen:
+    return chosen
+
+
+def test_clusters_move_rows_by_bulk_copies(usages: list[Any]) -> None:
+    for usage in cluster_kernels(usages, r"cluster_kernel<\w+, policy>"):
         code = resources.instructions(cpu.native.__file__, usage)
         assert problems_of_cluster_code(usage, code) == []
     row = next(u for u in usages if u.kernel == "row_kernel<bfloat16, policy>")
     found = problems_of_cluster_code(row, resources.instructions(cpu.native.__file__, row))
     assert len(found) >= 7, "another kernel would pass"
+
+
+def fenced(instructions: list[str]) -> bool:
+    """Whether the last load from shared memory has a proxy fence behind it."""
+    for name in reversed(instructions):
+        if name.startswith(("FENCE.VIEW.ASYNC", "LDS")):
+            return name.startswith("FENCE")
+    return False
+
+
+def problems_of_proxies(usage: Any, instructions: list[str]) -> list[str]:
+    """What was loaded from shared memory is fenced before others learn that it may be overwritten.
+
+    In the order of the program's text: the compiler keeps a loop's instructions together.
+    """
+    problems = []
+    for what, pattern in {
+        "tells the other blocks that it has merged the sums": r"SYNCS\.ARRIVE\..*A1T0",
+        "sends a sum": r"STAS\.128",
+        "stores a chunk": r"UBLKCP\.G\.S",
+    }.items():
+        at = next((i for i, name in enumerate(instructions) if re.fullmatch(pattern, name)), 0)
+        if not fenced(instructions[:at]):
+            problems.append(f"{usage.arch} {usage.kernel}: no fence before it {what}")
+    # Each of the four waits for this thread's loads and stores first.
+    fences = re.findall(r"MEMBAR\.ALL\.CTA FENCE\.VIEW\.ASYNC", " ".join(instructions))
+    if len(fences) < 4:
+        problems.append(f"{usage.arch} {usage.kernel}: only {len(fences)} proxy fences")
+    # Fences of the whole GPU, which take long, come with the barriers of the cluster alone.
+    for i, name in enumerate(instructions):
+        if name == "MEMBAR.ALL.GPU" and "UCGABAR_ARV" not in instructions[i : i + 4]:
+            problems.append(f"{usage.arch} {usage.kernel}: {name} for each row")
+    return problems
+
+
+def test_clusters_fence_what_they_have_read(usages: list[Any]) -> None:
+    for usage in cluster_kernels(usages, r"cluster_kernel<.*>"):
+        code = resources.instructions(cpu.native.__file__, usage)
+        assert problems_of_proxies(usage, code) == []
+    told = next(i for i, name in enumerate(code) if name.endswith("A1T0"))
+    late = [*code[:told], "LDS", *code[told:]]
+    assert len(problems_of_proxies(usage, late)) == 1
+    assert len(problems_of_proxies(usage, [c for c in code if "FENCE" not in c])) == 4
+    assert len(problems_of_proxies(usage, [*late, "MEMBAR.ALL.GPU", "SYNCS.ARRIVE.TRANS64"])) == 2
 
 
 SPILLING = """

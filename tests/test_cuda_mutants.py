@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from emulation import CXX, ROOT, compile_cpp
+from emulation import CXX, ROOT, SANITIZE, compile_cpp
 
 pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
-
-SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 class Mutant(NamedTuple):
@@ -24,6 +22,7 @@ class Mutant(NamedTuple):
     line: str
     planted: str
     flags: list[str] = []  # noqa: RUF012  # never changed
+    found: str = ""  # what the emulation says
 
 
 ROW, SEGMENT, SPLIT, ELEMENTS, CLUSTER = (
@@ -33,6 +32,16 @@ ROW, SEGMENT, SPLIT, ELEMENTS, CLUSTER = (
     "elements.cuh",
     "cluster_kernel.cuh",
 )
+UNFENCED = "over bytes whose reader has not fenced them"
+RAGGED_ENDS = """\
+    if (begin_ == 0) write_elements(columns, out, 0, head, column, g);
+    if (end_ == count_) write_elements(columns, out, tail, x.count, column, g);
+"""
+FENCE = """\
+    // For the bulk store, and for the load of another row: after all that is read here.
+    hw::fence_async();
+    hw::sync_warp();
+"""
 MUTANTS = {
     "sums merged before all have come": Mutant(
         ROW, "    hw::sync_block();\n    if (Stage::kSums) {", "    if (Stage::kSums) {"
@@ -120,12 +129,37 @@ MUTANTS = {
         "plan.h", "kClusterNotes = 16;", "kClusterNotes = 4;"
     ),
     "cluster: the target is not sent": Mutant(
-        CLUSTER, "      if (target >= 0) {", "      if (target > 0) {"
+        CLUSTER, "if (target >= 0) send(", "if (target > 0) send("
     ),
     "cluster: bytes of other lanes stored before they are there": Mutant(
-        CLUSTER, "    hw::fence_async();\n    hw::sync_warp();", "    hw::fence_async();"
+        CLUSTER, "    hw::sync_warp();\n    if (lane_index() == 0 && from < to)",
+        "    if (lane_index() == 0 && from < to)",
     ),
-    "cluster: bytes stored that are not fenced": Mutant(CLUSTER, "    hw::fence_async();\n", ""),
+    "cluster: bytes stored that are not fenced": Mutant(CLUSTER, FENCE, "    hw::sync_warp();\n"),
+    "cluster: sums that were merged are not fenced": Mutant(
+        CLUSTER, "    hw::fence_async();\n    hw::sync_warp();  // all lanes",
+        "    hw::sync_warp();  // all lanes",
+        found=f"a message {UNFENCED}",
+    ),
+    "cluster: the next chunk, read for a sum, is not fenced": Mutant(
+        CLUSTER, "        hw::fence_async();\n        hw::sync_warp();", "        hw::sync_warp();",
+        found=f"a bulk load {UNFENCED}",
+    ),
+    "cluster: the next chunk, read for the target, is not fenced": Mutant(
+        CLUSTER, "      if (target >= 0) send(number, plan_.n_segments, {{logit,",
+        """      if (target >= 0) {
+        logit = load_shared_element(reinterpret_cast<const T*>(window + x.shift) + target);
+      }
+      if (target >= 0) send(number, plan_.n_segments, {{logit,""",
+        found=f"a bulk load {UNFENCED}",
+    ),
+    "cluster: the next chunk, read for a gradient, is not fenced": Mutant(
+        CLUSTER, "    hw::fence_async();\n    hw::sync_threads(", "    hw::sync_threads(",
+        found=f"a bulk load {UNFENCED}",
+    ),
+    "cluster: ragged ends are not fenced": Mutant(
+        CLUSTER, RAGGED_ENDS + FENCE, FENCE + RAGGED_ENDS, found=f"a bulk load {UNFENCED}"
+    ),
     "cluster: left with stores under way": Mutant(
         CLUSTER, "    if (lane_index() == 0) hw::bulk_wait_read();\n", ""
     ),
@@ -206,3 +240,4 @@ def test_a_planted_mistake_is_found(name: str, tmp_path: Path) -> None:
     kernels = "clusters" if name.startswith("cluster") else "rows"
     done = run(build(tmp_path, plant(name, tmp_path), flags), kernels)
     assert done.returncode != 0, f"not found: {name}"
+    assert MUTANTS[name].found in done.stderr

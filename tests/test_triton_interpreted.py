@@ -26,10 +26,12 @@ from triton_tools.memory import sparse
 import cfpo_kernels
 from cfpo_kernels import CFPO, PPOClip
 from cfpo_kernels.backends import triton as backend
+from cfpo_kernels.backends.triton import TRITON
 from cfpo_kernels.inputs import LossSettings
 from cfpo_kernels.objectives import OBJECTIVES
 from cfpo_kernels.objectives.base import Shape
 from cfpo_kernels.triton_kernels import config, kernels, objective, scalar_math, softmax
+from cfpo_kernels.verification import battery, cases
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="TRITON_INTERPRET=1 is not set")
 
@@ -559,3 +561,9 @@ def test_a_race_is_found(monkeypatch: pytest.MonkeyPatch, processors: Any) -> No
     monkeypatch.setattr(kernels, "_piece", overlapping)
     with pytest.raises(RaceError):
         test_every_access(torch.bfloat16, "segment and one", False, 64, processors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_battery_of_a_first_use_passes(dtype: torch.dtype) -> None:
+    target = battery.Target("triton", TRITON, torch.device("cpu"), 2, largest=4096)
+    assert battery.run(target, dtype, cases.short(), lambda case, phase: None) > 30

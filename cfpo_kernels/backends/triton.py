@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +17,45 @@ from ..inputs import LossSettings
 from ..objectives.base import Shape
 from .base import KernelRows, KernelTerms
 from .layout import RowLayout, row_blocks, row_layout
+from .status import BackendStatus
+
+# ROCm calls itself cuda.
+DEVICES = ("cuda", "xpu")
+# Looked for once: this is asked at every call.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to run kernels on CPU tensors, before it was imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def _has_device(kind: str) -> bool:
+    module = getattr(torch, kind, None)
+    return module is not None and bool(module.is_available())
+
+
+def status() -> BackendStatus:
+    """What `available_backends` says."""
+    if not _INSTALLED:
+        return BackendStatus(False, "triton is not installed: pip install triton")
+    if interpreted():
+        return BackendStatus(True, "interpreted, on CPU tensors (TRITON_INTERPRET)")
+    kinds = [kind for kind in DEVICES if _has_device(kind)]
+    if not kinds:
+        return BackendStatus(False, "torch sees no GPU, and TRITON_INTERPRET is not set")
+    return BackendStatus(True, f"compiles for {', '.join(kinds)}")
+
+
+def why_not(device: torch.device) -> str:
+    """Why the kernels cannot run on `device`, where Triton is available; or ""."""
+    takes = ("cpu",) if interpreted() else DEVICES
+    if device.type in takes:
+        return ""
+    return (
+        f"takes {' and '.join(takes)} tensors {'where' if interpreted() else 'unless'} "
+        f"TRITON_INTERPRET is set, the logits are on {device}"
+    )
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..objectives import Objective
 from ._trl_batch import Tokens, accumulation_steps, align
 from ._trl_config import check_options, resolve_objective
@@ -69,8 +68,7 @@ def compute_cfpo_loss(
 
     def prepare(n_rows: int, device: torch.device) -> tuple[Tokens, TokenLoss]:
         tokens = align(trainer, inputs, n_rows)
-        kernels = backends.resolve(backend, device) != "reference"
-        overwrite = kernels if inplace is None else inplace
+        overwrite = backend != "reference" if inplace is None else inplace
         how = {"temperature": trainer.temperature, "inplace": overwrite, "backend": backend}
         return tokens, TokenLoss(trainer, inputs, tokens, objective, how)
 

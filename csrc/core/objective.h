@@ -80,7 +80,8 @@ struct Policy {
  private:
   CFPO_HOST_DEVICE Term window(const Token& token) const {
     const bool positive = token.advantage > 0;
-    const bool below = token.log_ratio<token.low, above = token.log_ratio> token.high;
+    const bool below = token.log_ratio < token.low;
+    const bool above = token.log_ratio > token.high;
     // Comparisons, not fmin and fmax, which would swallow a NaN; and before exp, which overflows.
     double x = below ? token.low : above ? token.high : token.log_ratio;
     x = x > cap ? cap : x;

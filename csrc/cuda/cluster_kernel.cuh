@@ -27,6 +27,12 @@
 // that: the last segment of a chunk ends up to 15 bytes into the next. The sums read these; a slot
 // is overwritten only after ready[], by when all sums have been taken.
 //
+// Threads read slots and sums by the generic proxy, bulk copies and messages overwrite them by the
+// asynchronous one, and between the two no barrier alone gives an order. So whoever has read there
+// calls fence_async before it says so: the accountant before vacant[]; a worker before it sends the
+// last sums of a chunk that ends in the next one, and before it has done with the row. Every read
+// goes through load_shared or read_shared, where the emulation sees whether it was fenced.
+//
 // A slot has the aligned vectors that the slice touches, as in segment.cuh. Reading these whole
 // stays within the allocation, whose ends are aligned to more than a vector; the bytes of a
 // neighbour that come along may change while they are read, and are not used.
@@ -49,6 +55,13 @@ struct ClusterPlace {
       parity ^= 1;
     }
   }
+};
+
+// An array in shared memory that is read only.
+template <class T>
+struct SharedArray {
+  const T* begin;
+  CFPO_DEVICE T operator[](int i) const { return hw::read_shared(begin + i); }
 };
 
 // What the threads of a block have in common.
@@ -82,12 +95,13 @@ class ClusterBlock {
   // Of the phase of a barrier by turns.
   static CFPO_DEVICE int parity(int number) { return number >> 1 & 1; }
 
-  CFPO_DEVICE RowGradient& gradient(int number) const {
-    return shared<RowGradient>(plan_.shared.gradients)[turn(number)];
+  CFPO_DEVICE RowGradient* gradient(int number) const {
+    return shared<RowGradient>(plan_.shared.gradients) + turn(number);
   }
-  CFPO_DEVICE ClusterRow& notes(int number) const {
-    return shared<ClusterRow>(plan_.shared.notes)[number % kClusterNotes];
+  CFPO_DEVICE ClusterRow* notes(int number) const {
+    return shared<ClusterRow>(plan_.shared.notes) + number % kClusterNotes;
   }
+  CFPO_DEVICE ClusterRow noted(int number) const { return hw::read_shared(notes(number)); }
   // The sums of a row's segments; behind them the target's logit, as `ref`.
   CFPO_DEVICE SentSum* sums(int number) const {
     return shared<SentSum>(plan_.shared.sums) + turn(number) * (plan_.n_segments + 1);
@@ -126,7 +140,7 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
   CFPO_DEVICE void run() {
     for (int number = 0;; ++number) {
       hw::sync_warp();
-      const ClusterRow row = Block::notes(number);
+      const ClusterRow row = Block::noted(number);
       if (row.row < 0) return;
       note_next(number + plan_.stages);
       settle(row, number);
@@ -154,11 +168,11 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
   // Notes the next row that is read, or that there is none.
   CFPO_DEVICE void note_next(int number) {
     while (left_ == 0 && next_ < n_rows()) look_ahead();
-    ClusterRow& notes = Block::notes(number);
+    ClusterRow* const notes = Block::notes(number);
     if (left_ == 0) {
-      notes.row = -1;
+      notes->row = -1;
     } else if (lane_index() == hw::lowest_bit(left_)) {
-      notes = {Block::logits().row(row_), dlogits_.row(row_), row_, token_, scale_};
+      *notes = {Block::logits().row(row_), dlogits_.row(row_), row_, token_, scale_};
     }
     left_ &= left_ - 1;
   }
@@ -171,14 +185,15 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
     }
     const auto inputs = stage_.inputs(row.row);
     hw::barrier_wait(Block::exchange(turn), Block::parity(number));
-    const SentSum* sums = Block::sums(number);
+    const SharedArray<SentSum> sums{Block::sums(number)};
     const RowSum sum = merge_segments(sums, plan_.n_segments);
     const float target = row.token >= 0 ? sums[plan_.n_segments].ref : NAN;
-    hw::sync_warp();  // all lanes have read
+    hw::fence_async();
+    hw::sync_warp();  // all lanes have read, and fenced
     if (lane_index() < plan_.cluster) hw::arrive_peer(Block::vacant(turn), lane_index());
     if (lane_index() == 0) {
       const RowStats stats = join_target(row.scale, target, sum);
-      Block::gradient(number) = stage_(row.row, inputs, stats, hw::cluster_rank() == 0);
+      *Block::gradient(number) = stage_(row.row, inputs, stats, hw::cluster_rank() == 0);
       hw::barrier_arrive_expect(Block::ready(turn), 0);
     }
   }
@@ -208,7 +223,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     for (int i = 0; i < plan_.stages; ++i) fetch_next();
     ClusterPlace before, now;
     while (true) {
-      const bool more = Block::notes(now.number).row >= 0;
+      const bool more = Block::noted(now.number).row >= 0;
       if (more) {
         send_sums(now);
         // Into the slot of the row before the last, whose gradient has left it by now.
@@ -254,7 +269,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
 
   // Starts to copy the next row that was noted; masked rows before it become zeros meanwhile.
   CFPO_DEVICE void fetch_next() {
-    const ClusterRow row = Block::notes(fetched_.number);
+    const ClusterRow row = Block::noted(fetched_.number);
     if (row.row >= 0) fetch(row);
     const int end = row.row < 0 ? n_rows() : row.row;
     for (; next_ < end; next_ += row_step_) zero_row(next_);
@@ -285,7 +300,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
   // The sums of this warp's segments, and the target's logit, go to every block of the cluster.
   CFPO_DEVICE void send_sums(const ClusterPlace& place) {
     const int number = place.number;
-    const ClusterRow row = Block::notes(number);
+    const ClusterRow row = Block::noted(number);
     const Segment<const T> x = logits_slice(row);
     const int column = column_in_slice(row);
     hw::barrier_wait(Block::full(place.slot), place.parity);
@@ -295,11 +310,18 @@ class ClusterWorker : ClusterBlock<T, Stage> {
       const int target = column_in_segment<T>(column, i);
       const PartialSum part = sum_segment<T, kEntropy>(
           window, Segment<const T>(x.begin, x.count, i), target, row.scale);
-      send(number, first_segment_ + i, {part});
+      float logit = 0.0f;
       if (target >= 0) {
-        const T* columns = reinterpret_cast<const T*>(window + x.shift);
-        send(number, plan_.n_segments, {{load_element(columns + target), 0.0f, 0.0f}});
+        logit = load_shared_element(reinterpret_cast<const T*>(window + x.shift) + target);
       }
+      // The next chunk's first vector was read too. Its worker may refill it, once all have sent
+      // their sums, before this one comes to the fence of its gradient.
+      if (x.shift != 0 && i + 1 == end_) {
+        hw::fence_async();
+        hw::sync_warp();
+      }
+      send(number, first_segment_ + i, {part});
+      if (target >= 0) send(number, plan_.n_segments, {{logit, 0.0f, 0.0f}});
     }
   }
   CFPO_DEVICE void send(int number, int index, const SentSum& sum) {
@@ -312,12 +334,12 @@ class ClusterWorker : ClusterBlock<T, Stage> {
 
   CFPO_DEVICE void write_row(const ClusterPlace& place) {
     const int number = place.number;
-    const ClusterRow row = Block::notes(number);
+    const ClusterRow row = Block::noted(number);
     const Segment<const T> x = logits_slice(row);
     const Segment<T> out = slice(static_cast<T*>(row.dlogits));
     const int column = column_in_slice(row);
     hw::barrier_wait(Block::ready(Block::turn(number)), Block::parity(number));
-    const RowGradient g = Block::gradient(number);
+    const RowGradient g = hw::read_shared(Block::gradient(number));
     char* const bytes = slot(place);
     if (out.shift == x.shift) {
       if (begin_ < end_) write_chunk(bytes, x, out, column, g);
@@ -329,6 +351,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
                                   Segment<T>(out.begin, out.count, i),
                                   column_in_segment<T>(column, i), g);
     }
+    hw::fence_async();
     hw::sync_threads(plan_.warps * kWarpThreads);  // the next chunk's first vector was read too
   }
 
@@ -347,6 +370,10 @@ class ClusterWorker : ClusterBlock<T, Stage> {
       gradient_vector<T, kEntropy>(values, (at - x.shift) / kSize, column, g);
       hw::store_shared(bytes + at, pack<T>(values));
     }
+    const T* columns = reinterpret_cast<const T*>(bytes + x.shift);
+    if (begin_ == 0) write_elements(columns, out, 0, head, column, g);
+    if (end_ == count_) write_elements(columns, out, tail, x.count, column, g);
+    // For the bulk store, and for the load of another row: after all that is read here.
     hw::fence_async();
     hw::sync_warp();
     if (lane_index() == 0 && from < to) {
@@ -354,16 +381,14 @@ class ClusterWorker : ClusterBlock<T, Stage> {
                      hw::read_once());
       hw::bulk_commit();
     }
-    const T* columns = reinterpret_cast<const T*>(bytes + x.shift);
-    if (begin_ == 0) write_elements(columns, out, 0, head, column, g);
-    if (end_ == count_) write_elements(columns, out, tail, x.count, column, g);
   }
   // Fewer than a vector.
   CFPO_DEVICE void write_elements(const T* columns, const Segment<T>& out, int first, int last,
                                   int column, const RowGradient& g) {
     const int i = first + lane_index();
     if (i >= last) return;
-    store_element(out.begin + i, gradient_at<kEntropy>(load_element(columns + i), i, column, g));
+    const float x = load_shared_element(columns + i);
+    store_element(out.begin + i, gradient_at<kEntropy>(x, i, column, g));
   }
 
   int first_segment_;  // of the slice

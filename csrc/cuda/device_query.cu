@@ -33,6 +33,22 @@ cudaError_t read_all(DeviceQuery& query) {
   return cudaSuccess;
 }
 
+std::string version(int number) {
+  return "CUDA " + std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+// The runtime calls the driver too old also where there is none.
+std::string about_old_driver(const DeviceQuery& query) {
+  const int major = query.runtime_version / 1000;
+  const std::string runtime = version(query.runtime_version);
+  const std::string needs = runtime + ", which this build has, needs " +
+                            (major == 13   ? "driver 580 or newer"
+                             : major == 12 ? "driver 525 or newer"
+                                           : "a newer one");
+  if (query.driver_version == 0) return "there is no NVIDIA driver; " + needs;
+  return "the driver is for " + version(query.driver_version) + "; " + needs;
+}
+
 }  // namespace
 
 DeviceQuery query_devices() {
@@ -45,7 +61,8 @@ DeviceQuery query_devices() {
   }
   query.status = status;
   query.status_name = cudaGetErrorName(status);
-  query.status_text = cudaGetErrorString(status);
+  query.status_text =
+      status == cudaErrorInsufficientDriver ? about_old_driver(query) : cudaGetErrorString(status);
   return query;
 }
 

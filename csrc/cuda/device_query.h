@@ -19,7 +19,7 @@ struct DeviceInfo {
 struct DeviceQuery {
   int status = 0;                   // a cudaError_t; 0 is success
   std::string status_name;          // e.g. "cudaErrorInsufficientDriver"
-  std::string status_text;          // the runtime's sentence for it
+  std::string status_text;          // a sentence for it
   int runtime_version = 0;          // 1000 * major + 10 * minor, e.g. 13000
   int driver_version = 0;           // newest runtime that the driver supports; 0 without a driver
   std::vector<DeviceInfo> devices;  // empty unless status is 0

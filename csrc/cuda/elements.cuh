@@ -78,6 +78,11 @@ CFPO_DEVICE float load_element(const bfloat16* p) {
   return x[0];
 }
 CFPO_DEVICE float load_element(const float16* p) { return hw::half_to_float(p->bits); }
+template <class T>
+CFPO_DEVICE float load_shared_element(const T* p) {
+  const T x = hw::read_shared(p);
+  return load_element(&x);
+}
 
 template <class T>
 CFPO_DEVICE void store_element(T* p, float x) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "core/params.h"
+#include "cuda/plan.h"
 
 namespace cfpo::cuda {
 
@@ -16,6 +17,7 @@ struct Execution {
   int device;
   std::uintptr_t stream;  // a cudaStream_t
   void* workspace;        // of workspace_bytes(); may be null where that is 0
+  RowKernel row_kernel = RowKernel::kAuto;
 };
 
 // Memory that policy_loss and token_logps want for such logits on that device.

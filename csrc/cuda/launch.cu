@@ -11,6 +11,8 @@ namespace cfpo::cuda {
 
 namespace {
 
+constexpr char kQuery[] = "a query";
+
 std::string describe(int device) {
   cudaDeviceProp properties;
   std::string text = "device " + std::to_string(device);
@@ -22,25 +24,57 @@ std::string describe(int device) {
 
 void check(const std::string& what, int device, cudaError_t status) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // or a later, unrelated check would report it
-  throw std::runtime_error("cfpo_kernels: " + what + " on " + describe(device) + " failed: " +
-                           cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+  const std::string text = "cfpo_kernels: " + what + " on " + describe(device) +
+                           " failed: " + cudaGetErrorName(status) + ": " +
+                           cudaGetErrorString(status);
+  // The runtime keeps the last error, also one of describe()'s: a later, unrelated check would
+  // report it.
+  cudaGetLastError();
+  throw std::runtime_error(text);
 }
 
-int attribute(cudaDeviceAttr name, int device) {
+void choose_device(const std::string& why, int device) {
+  check("choosing the device for " + why, device, cudaSetDevice(device));
+}
+
+// What is done once may load code. While this thread captures a graph that is forbidden, although
+// it is no part of the graph, unless the thread says that it knows what it does.
+class OutsideCapture {
+ public:
+  OutsideCapture(const std::string& why, int device) {
+    check("relaxing the capture of graphs for " + why, device,
+          cudaThreadExchangeStreamCaptureMode(&mode_));
+  }
+  OutsideCapture(const OutsideCapture&) = delete;
+  ~OutsideCapture() {
+    if (cudaThreadExchangeStreamCaptureMode(&mode_) != cudaSuccess) cudaGetLastError();
+  }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // later the thread's own
+};
+
+int attribute(const std::string& why, cudaDeviceAttr name, int device) {
   int value = 0;
-  check("reading the attributes", device, cudaDeviceGetAttribute(&value, name, device));
+  check("reading the attributes for " + why, device, cudaDeviceGetAttribute(&value, name, device));
   return value;
 }
 
 // Code for compute capability 8.0 runs on later devices too, and knows no clusters.
 __global__ void probe_kernel() {}
 bool built_for_clusters(int device) {
-  check("choosing the device for a query", device, cudaSetDevice(device));
+  choose_device(kQuery, device);
   cudaFuncAttributes attributes;
   const auto probe = reinterpret_cast<const void*>(probe_kernel);
   check("asking for a kernel's attributes", device, cudaFuncGetAttributes(&attributes, probe));
   return attributes.ptxVersion >= 90;
+}
+
+// A device where no such cluster fits, such as a slice of a GPU, may answer with an error, not with
+// 0.
+bool too_large(cudaError_t status) {
+  return status == cudaErrorInvalidClusterSize || status == cudaErrorInvalidConfiguration ||
+         status == cudaErrorLaunchOutOfResources;
 }
 
 }  // namespace
@@ -51,23 +85,26 @@ DeviceLimits device_limits(int device) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(device);
   if (found != known.end()) return found->second;
+  const OutsideCapture outside(kQuery, device);
   DeviceLimits limits;
-  limits.sm_count = attribute(cudaDevAttrMultiProcessorCount, device);
-  limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  limits.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  limits.clusters = attribute(cudaDevAttrClusterLaunch, device) != 0 && built_for_clusters(device);
+  limits.sm_count = attribute(kQuery, cudaDevAttrMultiProcessorCount, device);
+  limits.shared_per_block = attribute(kQuery, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  limits.shared_per_sm = attribute(kQuery, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  limits.clusters =
+      attribute(kQuery, cudaDevAttrClusterLaunch, device) != 0 && built_for_clusters(device);
   return known[device] = limits;
 }
 
 void prepare_launch(const char* name, const void* kernel, int device) {
-  check(std::string("choosing the device for ") + name, device, cudaSetDevice(device));
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> ready;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (ready.count({kernel, device}) != 0) return;
+  if (ready.count({kernel, device}) != 0) return choose_device(name, device);
+  const OutsideCapture outside(name, device);
+  choose_device(name, device);
   // The kernels may have all the shared memory there is, and need no L1; what a block gets is what
   // its launch asks for.
-  const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int most = attribute(name, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const std::string what = std::string("reserving shared memory for ") + name;
   check(what, device,
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
@@ -89,9 +126,15 @@ std::int64_t clusters_at_once(const char* name, const void* kernel, const Grid& 
   one.blocks = grid.cluster;
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = launch_config(one, cluster);
+  const OutsideCapture outside(name, device);
   int count = 0;
-  check(std::string("counting clusters for ") + name, device,
-        cudaOccupancyMaxActiveClusters(&count, kernel, &config));
+  const cudaError_t status = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  if (too_large(status)) {
+    cudaGetLastError();
+    count = 0;
+  } else {
+    check(std::string("counting clusters for ") + name, device, status);
+  }
   return known[key] = count;
 }
 

@@ -1,7 +1,6 @@
 #include "cuda/plan.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -12,6 +11,8 @@ namespace {
 constexpr int kReservedPerBlock = 1024;  // of an SM's shared memory, by the system
 constexpr int kPassingSlots = 3;  // of a warp, where rows only pass: two under way, one in use
 constexpr int kMinSplitSegments = 32;
+constexpr int kMostGridY = 65535;
+constexpr int kMostSplitSegments = kMostGridY * (kSplitThreads / 32);
 constexpr int kMostCluster = 8;  // more is not portable
 // Of a slice, 64 KiB: beside it a row that is summed and one that comes in.
 constexpr int kMostSlice = 32;
@@ -58,7 +59,7 @@ RowPlan fit(RowPlan plan, bool both_sweeps, const DeviceLimits& limits) {
 
 ClusterSharedMemory cluster_shared_memory(const ClusterPlan& plan) {
   ClusterSharedMemory shared;
-  shared.slot_bytes = plan.slice_segments() * kSegmentBytes + 16;
+  shared.slot_bytes = plan.slice_segments() * kSegmentBytes + kLineBytes;
   shared.sums = plan.stages * shared.slot_bytes;
   shared.barriers = shared.sums + 2 * (plan.n_segments + 1) * int{sizeof(SentSum)};
   shared.notes = shared.barriers + (6 + plan.stages) * 8;
@@ -112,10 +113,8 @@ ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits) {
   return ClusterPlan();
 }
 
-RowKernel wanted_row_kernel() {
-  const char* text = std::getenv("CFPO_KERNELS_CUDA_KERNEL");
-  const std::string name = text == nullptr ? "auto" : text;
-  if (name == "auto" || name.empty()) return RowKernel::kAuto;
+RowKernel row_kernel(const std::string& name) {
+  if (name == "auto") return RowKernel::kAuto;
   if (name == "portable") return RowKernel::kPortable;
   if (name == "cluster") return RowKernel::kCluster;
   throw std::invalid_argument("CFPO_KERNELS_CUDA_KERNEL is '" + name +
@@ -137,7 +136,8 @@ bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimi
 }
 
 bool split_rows(std::int64_t n_rows, int n_segments, const DeviceLimits& limits) {
-  return n_segments >= kMinSplitSegments && 2 * n_rows <= limits.sm_count;
+  return n_segments >= kMinSplitSegments && n_segments <= kMostSplitSegments &&
+         2 * n_rows <= limits.sm_count;
 }
 
 std::int64_t SplitWorkspace::bytes(std::int64_t n_rows, int n_segments) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "core/host_device.h"
 #include "core/row_math.h"
@@ -11,6 +12,7 @@ namespace cfpo::cuda {
 // 2 KiB of a row: the unit of work of a warp and of reduction of every kernel; see segment.cuh.
 constexpr int kSegmentBytes = 2048;
 constexpr int kWindowBytes = kSegmentBytes + 16;
+constexpr int kLineBytes = 128;  // of memory
 
 CFPO_HOST_DEVICE inline int count_segments(std::int64_t n_cols, DType dtype) {
   const std::int64_t columns = kSegmentBytes / dtype_size(dtype);
@@ -76,7 +78,7 @@ std::int64_t row_blocks(std::int64_t n_rows, const RowPlan& plan, const DeviceLi
 // Offsets into the cluster kernel's shared memory, which begins with the slots. Sums and gradients
 // have two copies, for rows by turns.
 struct ClusterSharedMemory {
-  int slot_bytes = 0;  // the aligned vectors that a slice touches: one more than it has bytes for
+  int slot_bytes = 0;  // whole lines; a slice touches one vector more than it has bytes for
   int sums = 0;        // 2 * (n_segments + 1) SentSums
   int barriers = 0;    // 6, and one for each slot
   int notes = 0;       // kClusterNotes ClusterRows
@@ -114,10 +116,10 @@ struct alignas(16) SentSum : PartialSum {};
 // The smallest cluster that keeps slices short and three rows in flight; cluster 0 if none does.
 ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits);
 
-// Which kernel sums and writes whole rows: CFPO_KERNELS_CUDA_KERNEL, which is "auto" (or unset),
-// "portable" or "cluster". std::invalid_argument for anything else.
+// Which kernel sums and writes whole rows: the one that suits the row and the device ("auto"), the
+// one that needs no clusters ("portable"), or the one of clusters ("cluster").
 enum class RowKernel { kAuto, kPortable, kCluster };
-RowKernel wanted_row_kernel();
+RowKernel row_kernel(const std::string& name);  // std::invalid_argument for anything else
 
 // Whether the cluster kernel takes these rows; std::invalid_argument if it is wanted and cannot.
 bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimits& limits,

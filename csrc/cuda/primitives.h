@@ -10,7 +10,7 @@
 //                            compiled for blocks of at most `threads`, `blocks` of them on an SM
 //   CFPO_ARGUMENT            begins a kernel's parameter that is a struct, read where it lies
 //   thread_index, block_index, block_index_y, block_count, block_count_y, block_threads
-//   shared_memory()          the block's dynamic shared memory, 16-byte aligned
+//   shared_memory()          the block's dynamic shared memory, 128-byte aligned
 //   sync_block, sync_warp    barriers; both also order memory between the threads they join
 //   sync_threads(count)      the same for the block's first `count` threads, whole warps
 //   shuffle_xor(x, mask)     lane ^ mask's x, for float and double
@@ -24,6 +24,7 @@
 //   read_once(), read_again()  policies of copy_async16: whether L2 should keep the line
 //   load_shared(p), store_shared(p, vector), load_global(p), store_streaming(p, vector)
 //                            16 aligned bytes
+//   read_shared(p)           an object of any type in shared memory
 //   store_streaming(p, element)
 //   exp2_approx(x)           2^x to 2^-22 relative; 0 for -inf, NaN for NaN
 //   funnel_shift(low, high, bits)   32 bits from (high:low) >> bits, bits < 32
@@ -50,8 +51,9 @@
 //   bulk_store(to, from, bytes, policy), bulk_commit(), bulk_wait_read()
 //                            shared to global memory. bulk_wait_read returns when all stores of
 //                            this thread have read their bytes, so that these may be overwritten
-//   fence_async()            what this thread has written to shared memory, bulk_store may read
-//                            once the writer has met the thread that starts it
+//   fence_async()            what this thread has written to shared memory, bulk_store may read,
+//                            and what it has read or written there, bulk_load and send_peer may
+//                            overwrite, once this thread has met the one that starts them
 #pragma once
 
 #include <cstdint>

@@ -22,7 +22,7 @@ CFPO_DEVICE std::int64_t block_count() { return gridDim.x; }
 CFPO_DEVICE int block_count_y() { return gridDim.y; }
 
 CFPO_DEVICE char* shared_memory() {
-  extern __shared__ uint4 memory[];
+  extern __shared__ __align__(128) uint4 memory[];
   return reinterpret_cast<char*>(memory);
 }
 
@@ -98,6 +98,10 @@ CFPO_DEVICE void wait_copies(int pending) {
   }
 }
 
+template <class T>
+CFPO_DEVICE T read_shared(const T* p) {
+  return *p;
+}
 CFPO_DEVICE Vector load_shared(const void* p) {
   Vector v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -118,8 +118,8 @@ CFPO_DEVICE PartialSum sum_segment(const char* window, const Segment<const T>& s
 
 // A row's sums from those of its segments, by one warp, in an order that depends on nothing but
 // their number; the result in every lane.
-template <class Part>
-CFPO_DEVICE RowSum merge_segments(const Part* parts, int count) {
+template <class Parts>
+CFPO_DEVICE RowSum merge_segments(Parts parts, int count) {
   float top = -INFINITY;
   for (int i = lane_index(); i < count; i += kWarpThreads) top = std::fmax(top, parts[i].ref);
   RowSum row;
@@ -202,7 +202,7 @@ CFPO_DEVICE void write_gradient(const char* window, int shift, const Segment<T>&
       },
       [&](int column) {
         const T* x = reinterpret_cast<const T*>(window + shift) + column;
-        return gradient_at<kLinear>(load_element(x), column, target, g);
+        return gradient_at<kLinear>(load_shared_element(x), column, target, g);
       });
 }
 

@@ -18,7 +18,8 @@ constexpr int kChunk = 256;  // bytes
 
 struct Mistakes {
   bool no_first_barrier, not_all_sent, early_exit, no_last_barrier, sent_too_early, no_wait,
-      wrong_parity, early_refill, no_fence, too_few_bytes, misaligned, not_waited_for;
+      wrong_parity, early_refill, no_fence, too_few_bytes, misaligned, not_waited_for,
+      sums_not_fenced, chunk_not_fenced, direct;
 };
 
 // Every block multiplies its chunks by what the cluster's blocks send around in two rounds, through
@@ -62,7 +63,11 @@ void kernel(const Mistakes& wrong, std::uint32_t* data, int n_chunks, float* sum
       hw::send_peer(parts + rank, thread, {{value, 0, 0, 0}}, exchange);
     }
     hw::barrier_wait(exchange, round);
-    for (int k = 0; k < kCluster; ++k) sum += static_cast<float>(parts[k].word[0]);
+    for (int k = 0; k < kCluster; ++k) {
+      const Vector part = wrong.direct ? parts[k] : hw::read_shared(parts + k);
+      sum += static_cast<float>(part.word[0]);
+    }
+    if (!wrong.sums_not_fenced) hw::fence_async();
     hw::sync_threads(kThreads);
     if (thread < kCluster) hw::arrive_peer(vacant, thread);
   }
@@ -77,6 +82,7 @@ void kernel(const Mistakes& wrong, std::uint32_t* data, int n_chunks, float* sum
       hw::store_shared(slot + thread * kVectorBytes, v);
       if (!wrong.no_fence) hw::fence_async();
     }
+    if (wrong.chunk_not_fenced && thread == kThreads - 1) hw::load_shared(slot);
     hw::sync_block();
     if (thread == 0) {
       hw::bulk_store(own + i * kChunk / 4, slot, kChunk, hw::read_once());
@@ -124,6 +130,9 @@ int main(int, char** arguments) {
   wrong.no_last_barrier = is("no last barrier");
   wrong.sent_too_early = is("sent too early");
   wrong.misaligned = is("misaligned");
+  wrong.sums_not_fenced = is("sums not fenced");
+  wrong.chunk_not_fenced = is("chunk not fenced");
+  wrong.direct = is("direct");
   int failed = 0;
   for (const auto order :
        {emulation::Order::kForward, emulation::Order::kBackward, emulation::Order::kShuffled}) {

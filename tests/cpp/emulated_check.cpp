@@ -139,7 +139,12 @@ bool run(const Case& c) {
       logits.row(i)[j] = c.masked(i) ? T{0x7FC0} : rounded(normal(random));  // masked rows: NaN
       z[i].push_back(value_of(logits.row(i)[j]));
     }
-    ids[i] = c.masked(i) ? -100 : i == 0 ? c.n_cols - 1 : static_cast<int>(random() % c.n_cols);
+    ids[i] = static_cast<int>(random() % c.n_cols);
+    // The last column of the row; of a segment, which ends in the next one's first vector where the
+    // row is shifted.
+    if (i == 0) ids[i] = c.n_cols - 1;
+    if (i % 3 == 1) ids[i] = std::min<std::int64_t>(ids[i] | 1023, c.n_cols - 1);
+    if (c.masked(i)) ids[i] = -100;
     if (c.no_such_token && i == c.n_rows - 1) ids[i] = c.n_cols;
     weights[i] = c.masked(i) ? 0.0f : 1.0f;
     advantages[i] = i % 2 == 0 ? 1.5f : -0.5f;

@@ -2,11 +2,11 @@
 //
 // Bulk copies are as late as the hardware may make them: a load spoils its target when it starts
 // and lands when the phase that counts it is waited for; a store lands when it is waited for, and
-// its bytes must not have changed. A store of bytes that their writer has not fenced, an access to
-// a block that has not begun or has ended, a misaligned or odd-sized copy are errors.
+// its bytes must not have changed. A copy from or over bytes that a thread has not fenced, an
+// access to a block that has not begun or has ended, a misaligned or odd-sized copy are errors.
 #pragma once
 
-#include "emulation/machine.h"
+#include "emulation/proxies.h"
 
 namespace emulation {
 
@@ -76,9 +76,7 @@ inline void end_phase_if_complete(Barrier& barrier) {
   std::size_t bytes = 0;
   for (const BulkCopy& copy : barrier.copies) bytes += copy.bytes;
   if (barrier.pending > 0 || bytes != barrier.expected) return;
-  for (const BulkCopy& copy : barrier.copies) {
-    std::memcpy(copy.to, copy.from != nullptr ? copy.from : copy.seen.data(), copy.bytes);
-  }
+  for (const BulkCopy& copy : barrier.copies) land(copy);
   barrier.copies.clear();
   barrier.expected = 0;
   barrier.pending = barrier.count;
@@ -114,25 +112,23 @@ inline void send_peer(void* p, int rank, const void* x, std::size_t bytes, void*
   Block& peer = running_peer(rank);
   check_aligned(p);
   void* to = in_peer(peer, p, bytes);
+  check_left(peer, shared_offset(p, bytes), bytes, "a message");
   Barrier& barrier = barrier_at(peer, in_peer(peer, counter, 8));
   end_phase_if_complete(barrier);
-  std::memset(to, 0xFF, bytes);
+  spoil(to, bytes);
   const char* begin = static_cast<const char*>(x);
   barrier.copies.push_back({to, nullptr, bytes, {begin, begin + bytes}});
 }
 inline void bulk_load(void* to, const void* from, std::size_t bytes, void* barrier) {
   check_bulk(from, to, bytes);
-  std::memset(to, 0xFF, bytes);
+  check_left(*current().block, shared_offset(to, bytes), bytes, "a bulk load");
+  spoil(to, bytes);
   barrier_at(barrier).copies.push_back({to, from, bytes, {}});
 }
 inline void bulk_store(void* to, const void* from, std::size_t bytes) {
   check_bulk(to, from, bytes);
-  const std::size_t first = shared_offset(from, bytes) / 16;
-  for (std::size_t i = first; i < first + bytes / 16; ++i) {
-    if (current().block->unfenced[i] != 0) fail("a bulk store of bytes that are not fenced");
-  }
-  const char* begin = static_cast<const char*>(from);
-  current().open_bulk_stores.push_back({to, from, bytes, {begin, begin + bytes}});
+  check_written(*current().block, shared_offset(from, bytes), bytes);
+  current().open_bulk_stores.push_back({to, from, bytes, seen(from, bytes)});
 }
 inline void bulk_commit() {
   Thread& thread = current();
@@ -143,26 +139,13 @@ inline void bulk_wait_read() {
   Thread& thread = current();
   for (const auto& group : thread.bulk_stores) {
     for (const BulkCopy& copy : group) {
-      if (std::memcmp(copy.from, copy.seen.data(), copy.bytes) != 0) {
+      if (seen(copy.from, copy.bytes) != copy.seen) {
         fail("bytes changed while a bulk store read them");
       }
-      std::memcpy(copy.to, copy.from, copy.bytes);
+      std::memcpy(copy.to, copy.seen.data(), copy.bytes);
     }
   }
   thread.bulk_stores.clear();
-}
-
-inline void store_shared(void* p, const void* vector) {
-  check_shared(p);
-  const std::size_t index = shared_offset(p, 16) / 16;
-  ++current().block->unfenced[index];
-  current().unfenced.push_back(index);
-  std::memcpy(p, vector, 16);
-}
-inline void fence_async() {
-  Thread& thread = current();
-  for (const std::size_t index : thread.unfenced) --thread.block->unfenced[index];
-  thread.unfenced.clear();
 }
 
 }  // namespace emulation

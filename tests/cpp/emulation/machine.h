@@ -128,8 +128,10 @@ struct Thread {
   std::deque<std::vector<Copy>> groups;
   std::function<bool()> ready;
   int cluster_arrivals = 0;
-  int syncs = 0;                      // sync_threads
-  std::vector<std::size_t> unfenced;  // vectors of shared memory that only this proxy sees
+  int syncs = 0;  // sync_threads
+  // Vectors of shared memory since the last fence_async, which the asynchronous proxy does not know
+  // of.
+  std::vector<std::size_t> written, read;
   std::vector<BulkCopy> open_bulk_stores;
   std::deque<std::vector<BulkCopy>> bulk_stores;
 };
@@ -145,8 +147,8 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<std::uint64_t> exchange[2];  // what a lane shows to its warp, by turns
   bool started = false;
-  int left = 0;               // threads that have not ended
-  std::vector<int> unfenced;  // for each vector of shared memory: writers that have not fenced it
+  int left = 0;                       // threads that have not ended
+  std::vector<int> writers, readers;  // of each vector of shared memory, who have not fenced it
   std::map<const void*, Barrier> barriers;
 };
 
@@ -223,7 +225,8 @@ inline void prepare(Thread& thread, Block& block, int index) {
   thread.done = false;
   thread.exchanges = 0;
   thread.cluster_arrivals = thread.syncs = 0;
-  thread.unfenced.clear();
+  thread.written.clear();
+  thread.read.clear();
   if (!thread.stack) thread.stack.reset(new char[kStackBytes]);  // only what is used gets memory
   begin_context(thread.context, thread.stack.get(), run_thread);
 }

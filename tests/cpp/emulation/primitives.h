@@ -51,9 +51,15 @@ inline void copy_async16(void* to, const void* from, Policy) { emulation::copy_a
 inline void commit_copies() { emulation::commit_copies(); }
 inline void wait_copies(int pending) { emulation::wait_copies(pending); }
 
+template <class T>
+T read_shared(const T* p) {
+  T x;
+  emulation::read_shared(&x, p, sizeof x);
+  return x;
+}
 inline Vector load_shared(const void* p) {
   emulation::check_shared(p);
-  return *static_cast<const Vector*>(p);
+  return read_shared(static_cast<const Vector*>(p));
 }
 inline void store_shared(void* p, Vector v) { emulation::store_shared(p, &v); }
 inline Vector load_global(const void* p) {

@@ -57,9 +57,12 @@ inline bool run_warp(Block& block, int first) {
 inline void begin_block(Block& block, int threads, std::size_t shared_bytes) {
   block.threads.resize(threads);
   block.shared_bytes = shared_bytes;
-  block.shared.reset(static_cast<char*>(std::malloc(shared_bytes)));
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 128, shared_bytes) != 0) fail("out of memory");
+  block.shared.reset(static_cast<char*>(shared));
   std::memset(block.shared.get(), 0xFF, shared_bytes);
-  block.unfenced.assign(shared_bytes / 16, 0);
+  block.writers.assign((shared_bytes + 15) / 16, 0);
+  block.readers.assign((shared_bytes + 15) / 16, 0);
   block.barriers.clear();
   block.started = false;
   block.left = threads;

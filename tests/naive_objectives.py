@@ -29,6 +29,9 @@ class Given(NamedTuple):
             return self.low, self.high
         return torch.full_like(self.r, low), torch.full_like(self.r, high)
 
+    def by_sign(self, positive: float, negative: float) -> Tensor:
+        return torch.where(self.advantages > 0, torch.full_like(self.r, positive), negative)
+
     def clipped(self, low: float, high: float) -> Tensor:
         low_bound, high_bound = self.bounds(low, high)
         return torch.minimum(torch.maximum(self.r, low_bound), high_bound)
@@ -59,8 +62,7 @@ def cispo(o: Any, t: Given) -> Tensor:
 
 
 def sapo(o: Any, t: Given) -> Tensor:
-    tau = torch.where(t.advantages > 0, o.tau_positive, o.tau_negative).to(t.r.dtype)
-    # The sign of A is that of tau's choice; float64 sigmoid loses its tail beyond z = 36.
+    tau = t.by_sign(o.tau_positive, o.tau_negative)
     return -torch.sigmoid(tau * (t.r - 1)) * (4 / tau) * t.advantages
 
 
@@ -111,7 +113,7 @@ def reinforce(o: Any, t: Given) -> Tensor:
 
 
 def power_is(o: Any, t: Given) -> Tensor:
-    power = torch.where(t.advantages > 0, o.power_positive, o.power_negative)
+    power = t.by_sign(o.power_positive, o.power_negative)
     return -(t.r.detach() ** (power - 1)) * t.r * t.advantages
 
 

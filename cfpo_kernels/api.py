@@ -8,35 +8,36 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import backends, ops, reference, validation
-from .autograd import CFPOFunction, TokenLogpsFunction
+from . import backends, validation
 from .formula import loss_of_logps
 from .inputs import LogRatioBounds
 from .objectives import CFPO
+from .runners import Runner, may_overwrite, runner
 from .stats import CFPOStats, collect_stats
-from .validation import AnyObjective, LossTerms, Rows
+from .validation import AnyObjective
 from .weights import REDUCTIONS
 
 BACKENDS = ("auto", *backends.NAMES)
 
 
-def _resolve_backend(name: object, logits: object, inplace: bool) -> str:
+def _runner(name: object, logits: object, inplace: bool) -> Runner:
     chosen = validation.check_choice("backend", name, BACKENDS)
     if not isinstance(logits, Tensor):
-        return chosen  # validation says what is wrong with it
+        return runner(chosen)  # validation says what is wrong with them
     n_cols = logits.shape[-1] if logits.dim() else 0
     resolved = backends.resolve(chosen, logits.device, logits.dtype, n_cols, inplace=inplace)
-    if resolved != "reference" and _has_tangent(logits):
+    found = runner(resolved)
+    if not found.differentiates_twice and _has_tangent(logits):
         raise RuntimeError(
             "cfpo_kernels: forward-mode AD is not supported by the fused kernels; "
             "backend='reference' supports it"
         )
-    if inplace and chosen == "reference":
+    if inplace and not may_overwrite(chosen):
         raise ValueError(
-            "inplace=True needs a backend with kernels, not backend='reference': it keeps "
+            f"inplace=True needs a backend with kernels, not backend={chosen!r}: it keeps "
             "autograd's own buffers; backend='auto' takes it as a permission"
         )
-    return resolved
+    return found
 
 
 def _has_tangent(logits: Tensor) -> bool:
@@ -84,9 +85,14 @@ def policy_loss(
     """
     chosen = validation.check_objective(objective)
     validation.check_flag("return_stats", return_stats)
-    resolved = _resolve_backend(backend, logits, inplace)
+    chosen_runner = _runner(backend, logits, inplace)
     rows = validation.check_rows(
-        logits, token_ids, mask=mask, temperature=temperature, inplace=inplace, backend=resolved
+        logits,
+        token_ids,
+        mask=mask,
+        temperature=temperature,
+        inplace=inplace,
+        takes_float64=chosen_runner.takes_float64,
     )
     with torch.no_grad():
         terms = validation.check_loss_terms(
@@ -108,14 +114,14 @@ def policy_loss(
             entropy_coef=entropy_coef,
             grad_scale=grad_scale,
         )
-    with_entropy = return_stats or terms.settings.needs_entropy or terms.beyond.needs_entropy
-    if terms.beyond or resolved == "reference":
-        logps, entropy, _ = _score(rows, resolved, inplace, with_entropy)
+    if terms.beyond:
+        wanted = return_stats or terms.settings.needs_entropy or terms.beyond.needs_entropy
+        logps, entropy, _ = chosen_runner.score(rows, inplace, wanted)
         loss = loss_of_logps(
             logps, entropy, terms.weights, terms.inputs, terms.settings, terms.beyond
         )
     else:
-        loss, logps, entropy = _fused(rows, terms, resolved, inplace, return_stats)
+        loss, logps, entropy = chosen_runner.loss(rows, terms, inplace, return_stats)
     loss = loss.reshape(rows.shape) if reduction == "none" else loss.sum()
     if not return_stats:
         return loss
@@ -131,50 +137,6 @@ def policy_loss(
             terms.beyond,
         )
     return loss, stats
-
-
-def _fused(
-    rows: Rows, terms: LossTerms, backend: str, inplace: bool, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    of_rows = (rows.token_ids, terms.weights, rows.temperature)
-    if rows.logits.requires_grad and torch.is_grad_enabled():
-        return CFPOFunction.apply(
-            rows.logits,
-            inplace,
-            *of_rows,
-            terms.grad_scale,
-            with_entropy,
-            backend,
-            terms.settings,
-            *terms.inputs,
-        )
-    loss, logps, entropy, _ = ops.policy_loss(
-        rows.logits,
-        *of_rows,
-        with_entropy,
-        False,
-        backend,
-        list(terms.inputs),
-        *ops.flat(terms.settings),
-        terms.grad_scale,
-    )
-    return loss, logps, entropy
-
-
-def _score(
-    rows: Rows, backend: str, inplace: bool, with_entropy: bool, with_lse: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logps (N,) and entropy, (N,) or (0,), differentiable; T * logsumexp(logits / T), (N,)."""
-    if backend == "reference":
-        flat = rows.logits.reshape(-1, rows.logits.shape[-1])
-        return reference.token_logps(
-            flat, rows.token_ids, rows.active, rows.temperature, with_entropy, with_lse
-        )
-    of_rows = (rows.token_ids, rows.active.to(rows.dtype), rows.temperature)
-    if rows.logits.requires_grad and torch.is_grad_enabled():
-        return TokenLogpsFunction.apply(rows.logits, inplace, *of_rows, with_entropy, backend)
-    logps, lse, entropy = ops.token_logps(rows.logits, *of_rows, with_entropy, backend)
-    return logps, entropy, lse
 
 
 def cfpo_loss(
@@ -331,11 +293,16 @@ def token_logps(
     """
     validation.check_flag("return_entropy", return_entropy)
     validation.check_flag("return_lse", return_lse)
-    resolved = _resolve_backend(backend, logits, inplace)
+    chosen_runner = _runner(backend, logits, inplace)
     rows = validation.check_rows(
-        logits, token_ids, mask=mask, temperature=temperature, inplace=inplace, backend=resolved
+        logits,
+        token_ids,
+        mask=mask,
+        temperature=temperature,
+        inplace=inplace,
+        takes_float64=chosen_runner.takes_float64,
     )
-    logps, entropy, lse = _score(rows, resolved, inplace, return_entropy, return_lse)
+    logps, entropy, lse = chosen_runner.score(rows, inplace, return_entropy, return_lse)
     found = [logps.reshape(rows.shape)]
     if return_entropy:
         found.append(entropy.reshape(rows.shape))

@@ -106,12 +106,12 @@ def _check_tensor(
     return value
 
 
-def _check_logits(logits: object, backend: str) -> Tensor:
+def _check_logits(logits: object, takes_float64: bool) -> Tensor:
     accepted = "a float32, bfloat16 or float16 tensor of shape (..., V)"
     if not isinstance(logits, Tensor):
         raise _type_error("logits", logits, accepted)
     if logits.dtype == torch.float64:
-        if backend != "reference":
+        if not takes_float64:
             raise TypeError(f"logits must be {accepted}; float64 needs backend='reference'")
     elif logits.dtype not in KERNEL_DTYPES:
         raise _type_error("logits", logits, accepted)
@@ -327,16 +327,13 @@ def check_rows(
     mask: object,
     temperature: object,
     inplace: bool,
-    backend: str,
+    takes_float64: bool,
 ) -> Rows:
     """The checks that all entry points share."""
-    checked = _check_logits(logits, backend)
+    checked = _check_logits(logits, takes_float64)
     ids = _check_token_ids(token_ids, checked)
     active = _active(mask, Tokens("logits", checked))
     rows = Rows("logits", checked, ids, _temperature(temperature, checked, active), active)
-    # The kernels check the ids themselves, when they run: compiled code gets there unchecked.
-    if backend == "reference" and values_can_be_checked(ids):
-        check_token_range(ids, active, checked.shape[-1], rows.shape)
     if check_flag("inplace", inplace) and _rows_overlap(checked):
         raise ValueError(
             "inplace=True needs rows that do not overlap in memory, got logits of shape "

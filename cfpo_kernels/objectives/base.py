@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..two_pass import TokenTerms
 
 # What a window reports as loss; see csrc/core/objective.h.
 SURROGATE, WEIGHTED, SCORE = 0.0, 1.0, 2.0
@@ -81,6 +84,19 @@ class Objective:
     def shape(self) -> Shape:
         """What the kernels are given."""
         raise NotImplementedError
+
+    def __call__(self, terms: TokenTerms) -> Tensor:
+        """The loss of each token without its drift, in torch: for callables that change a part.
+
+        ``objective=lambda terms: PPOClip()(terms) * my_mask(terms)``
+        """
+        if self.needs_bounds:
+            raise ValueError(f"{type(self).__name__} cannot be called: it needs log_ratio_bounds")
+        from ..formula import policy_loss  # which imports this module
+        from ..inputs import TokenInputs
+
+        inputs = TokenInputs(terms.advantages)
+        return policy_loss(terms.logps, terms.log_ratio, inputs, self.shape()._replace(drift=0.0))
 
     def trust_region(self) -> tuple[float, float] | None:
         """The log-ratios that ``outside_fraction`` does not count, from and to; None: all."""

@@ -2,8 +2,8 @@
 
 A token is inside where ``low <= log r <= high``. All are computed in float64 and log space without
 a device sync, and are constants: once a rollout batch is enough, but for :func:`bapo`. With p the
-probability of the sampled token under the anchor, and q = r p under the policy being trained, the
-divergences are those of the two Bernoulli distributions, sampled or not.
+probability of the sampled token under the anchor, the policy that sampled, and q = r p under the
+policy being trained, the divergences are those of two Bernoulli distributions: sampled or not.
 """
 
 from __future__ import annotations
@@ -286,8 +286,8 @@ def bapo(
         raised = steps.clamp(max=len(lows) - 1)
         widened = (steps - raised).clamp(max=len(highs) - 1)
         return (
-            (low[0] + raised * low_step).clamp(max=low[1]).log(),
-            (high[0] + widened * high_step).clamp(max=high[1]).log(),
+            (lows[0] + raised * float(low_step)).clamp(max=lows[-1]).log(),
+            (highs[0] + widened * float(high_step)).clamp(max=highs[-1]).log(),
         )
 
 

@@ -71,8 +71,9 @@ def floats(name: str, value: object) -> Tensor:
 
 
 def same_shape(name: str, value: object, like_name: str, like: Tensor) -> Tensor:
-    """A floating-point tensor of the shape and device of another one; differentiable."""
-    return validation._per_token(name, value, Tokens(like_name, like)).reshape(like.shape)
+    """A floating-point tensor of another one's shape and device, in float64; differentiable."""
+    flat = validation._per_token(name, value, Tokens(like_name, like.double()))
+    return flat.reshape(like.shape)
 
 
 def result_dtype(tensor: Tensor) -> torch.dtype:

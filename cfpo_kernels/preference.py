@@ -150,7 +150,7 @@ def fpo_loss(
     """
     chosen, rejected = _pairs(chosen_log_ratios, rejected_log_ratios)
     features = [
-        checks.same_shape(name, value, "chosen_log_ratios", chosen_log_ratios).double()
+        checks.same_shape(name, value, "chosen_log_ratios", chosen_log_ratios)
         for name, value in (
             ("chosen_feature_distances", chosen_feature_distances),
             ("rejected_feature_distances", rejected_feature_distances),
@@ -166,7 +166,7 @@ def fpo_loss(
 def _pairs(chosen: object, rejected: object) -> tuple[Tensor, Tensor]:
     like = checks.floats("chosen_log_ratios", chosen)
     other = checks.same_shape("rejected_log_ratios", rejected, "chosen_log_ratios", like)
-    return like.double(), other.double()
+    return like.double(), other
 
 
 def _loss(loss: Tensor, like: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def rollout_weights(
         else:
             batch = checks.sequences("old_logps", source, mask, cu_seqlens)
             active = batch.active
-        engine = engine.detach().reshape(-1).double()
+        engine = engine.detach().reshape(-1)
         log_ratio = source.detach().reshape(-1).double() - engine
         log_ratio = torch.where(active & ~engine.isnan(), log_ratio, 0.0)
         if level != "token":

@@ -49,7 +49,8 @@ def sequence_sum(
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, device or value.
 
-    Memory: O(N) with each of log2(T) steps (log2(N) where packed). Differentiable twice.
+    Memory: O(N), float64 inside, and for a gradient a byte a token for each of log2(T) steps, or
+    log2(N) where packed. Differentiable twice.
 
     Example:
         >>> log_ratio = torch.tensor([[0.1, 0.2, 0.3], [0.5, torch.nan, torch.nan]])
@@ -215,7 +216,7 @@ def group_advantages(
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, device or value.
 
-    Memory: O(N) with each of log2(N) steps, float64 inside.
+    Memory: O(N), float64 inside.
 
     Source: GRPO, arXiv 2402.03300, section 4.1.2; Dr. GRPO, arXiv 2503.20783.
 

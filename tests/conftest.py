@@ -11,7 +11,7 @@ import torch
 from cfpo_kernels import backends
 from cfpo_kernels.backends import cpu
 
-LEVELS = tuple(cpu.native.cpu_levels())
+LEVELS = tuple(cpu.native.cpu_levels()) if cpu.native is not None else ()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -27,11 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="what backend='auto' and 'cpu' mean for CPU tensors; triton: interpreted",
     )
+    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # What this machine's user has verified is not the tests' business, and the other way round.
     os.environ["CFPO_KERNELS_CACHE"] = tempfile.mkdtemp(prefix="cfpo-kernels-tests-")
+    if cpu.native is None:
+        raise pytest.UsageError(f"{cpu.import_failure}; `make test` builds it")
     if config.getoption("--backend") == "triton":
         from triton_tools.interpreter import INTERPRETING, mend
 
@@ -63,17 +66,24 @@ def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def takes_too_long_interpreted(item: pytest.Item) -> bool:
     parameters = getattr(item, "callspec", None) and item.callspec.params
-    of_reference = parameters and parameters.get("backend") == "reference"
+    of_reference = parameters and "reference" in (
+        parameters.get("backend"),
+        parameters.get("name"),
+    )
+    # What is compiled is the same operator as on the CPU kernels.
+    of_inductor = parameters and parameters.get("compiler") == "inductor"
     long_rows = parameters and parameters.get("v", 0) > 130_000
     of_cpu = item.name.startswith("test_every_instruction_set")
-    return bool(of_reference or long_rows or of_cpu) or "slow" in item.keywords
+    return bool(of_reference or of_inductor or long_rows or of_cpu) or "slow" in item.keywords
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--backend") == "triton":
-        dropped = [item for item in items if takes_too_long_interpreted(item)]
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in dropped]
+    nightly, interpreted = (config.getoption(x) for x in ("--nightly", "--backend"))
+    dropped = {item for item in items if "nightly" in item.keywords and not nightly}
+    if interpreted == "triton":
+        dropped |= {item for item in items if takes_too_long_interpreted(item)}
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -60,6 +60,15 @@ def works_everywhere(
         assert one.device.type == "meta" and (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
+def planted(function: Callable[..., Any], right: str, wrong: str) -> Callable[..., Any]:
+    """The function with a mistake in its source."""
+    text = inspect.getsource(function)
+    assert text.count(right) == 1, right
+    namespace = dict(function.__globals__)
+    exec("from __future__ import annotations\n" + text.replace(right, wrong), namespace)
+    return namespace[function.__name__]
+
+
 def public(module: ModuleType) -> set[str]:
     functions = inspect.getmembers(module, inspect.isfunction)
     return {name for name, f in functions if name[0] != "_" and f.__module__ == module.__name__}

@@ -111,11 +111,11 @@ def test_torch_may_run_on_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPat
     status = cfpo_kernels.available_backends()["cuda"]
     assert not status and reason in status.detail
     with pytest.raises(BackendUnavailableError, match="driver 580 or newer"):
-        resolve("cuda", device, torch.float32, 9)
+        resolve("cuda", device, torch.bfloat16, 1000)
     fake.status = 0
     assert cuda.why_not(device) == "", "asked again"
     fake.status = 35
-    assert resolve("cuda", device, torch.float32, 9) == "cuda", "not asked any more"
+    assert resolve("cuda", device, torch.bfloat16, 1000) == "cuda", "not asked any more"
 
 
 @pytest.mark.skipif(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from emulation import CXX, ROOT, SANITIZE, compile_cpp
+from limits import HANGS_AFTER
 
 pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
 
@@ -23,7 +24,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(program: Path, mistake: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(program), mistake], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [str(program), mistake], capture_output=True, text=True, timeout=HANGS_AFTER
+    )
 
 
 def test_right_use(program: Path) -> None:

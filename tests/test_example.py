@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANGS_AFTER
 
 for module in ("mistral_common", "matplotlib", "rich"):
     pytest.importorskip(module, reason="the examples need the examples extra")
@@ -20,7 +21,7 @@ def run_demo(*args: str) -> subprocess.CompletedProcess[str]:
     # A width of its own: the terminal of whoever runs the tests must not wrap the lines.
     env = os.environ | {"COLUMNS": "120"}
     command = [sys.executable, str(SCRIPT), *args]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANGS_AFTER)
 
 
 @pytest.mark.slow

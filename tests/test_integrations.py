@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANGS_AFTER
 
 TRAINERS = ("trl", "transformers", "verl", "openrlhf", "ray", "deepspeed")
 INTEGRATIONS = {
@@ -21,7 +22,7 @@ INTEGRATIONS = {
 
 def run(program: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=HANGS_AFTER
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -71,7 +72,7 @@ def run_example(name: str, *arguments: str) -> str:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=HANGS_AFTER,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

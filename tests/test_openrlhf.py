@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import HANGS_AFTER
 from openrlhf_import import import_openrlhf
 
 if importlib.util.find_spec("openrlhf") is None:
@@ -299,7 +300,7 @@ print(models.PolicyLoss.__module__, models.Actor.forward.__module__)
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_AFTER,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == ours.__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import math
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_torch import run_examples, works_everywhere
+from plain_torch import planted, run_examples, works_everywhere
 from torch import Tensor
 
 import cfpo_kernels
@@ -302,6 +301,9 @@ def test_group_advantages() -> None:
         [0.5**0.5, -(0.5**0.5)]
     )
     assert group_advantages(torch.tensor([3.0, 5.0]), group_size=1).tolist() == [0, 0]
+    none = torch.ones(0, dtype=torch.int64)
+    assert group_advantages(torch.ones(0), none).shape == (0,)
+    assert group_advantages(torch.ones(0, 4), group_size=4).shape == (0, 4)
     assert not group_advantages(torch.ones(4, requires_grad=True), group_size=2).requires_grad
     spoilt = torch.tensor([1.0, torch.nan, 2.0, 4.0, torch.inf, 1.0])
     got = group_advantages(spoilt, torch.tensor([1, 1, 2, 2, 3, 3]))
@@ -400,21 +402,15 @@ def _without(option: str) -> Callable[..., Tensor]:
 
 
 def _planted_advantages(right: str, wrong: str) -> Callable[[], None]:
-    text = inspect.getsource(group_advantages)
-    assert text.count(right) == 1, right
-    namespace = dict(vars(sequences))
-    exec("from __future__ import annotations\n" + text.replace(right, wrong), namespace)
-    return lambda: check_advantages(namespace["group_advantages"])
+    return lambda: check_advantages(planted(group_advantages, right, wrong))
 
 
 def _planted_sums(wrong: str) -> Callable[[], None]:
-    text = inspect.getsource(weights.suffix_sums).replace("index[reach:] == index[:-reach]", wrong)
-    namespace = dict(vars(weights))
-    exec("from __future__ import annotations\n" + text, namespace)
+    mistaken = planted(weights.suffix_sums, "index[reach:] == index[:-reach]", wrong)
 
     def check() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(weights, "suffix_sums", namespace["suffix_sums"])
+            patch.setattr(weights, "suffix_sums", mistaken)
             check_against_loops("suffix_sum", suffix_sum)
 
     return check

@@ -24,6 +24,7 @@ from cfpo_kernels import CFPO, PPOClip
 from cfpo_kernels.backends.base import KernelRows, KernelTerms
 from cfpo_kernels.inputs import LossSettings, TokenInputs
 from cfpo_kernels.triton_kernels import config, kernels
+from cfpo_kernels.verification import battery, cases, timing
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -148,6 +149,26 @@ def test_fused_kernel(arch: str, dtype: torch.dtype, v: int, on: Callable[[str],
     check_code(launches, dtype.itemsize, v)
 
 
+@pytest.mark.parametrize(
+    "dtype, v",
+    [
+        *((torch.bfloat16, v) for v in (1000, 50257)),
+        (torch.float16, 128256),
+        (torch.float32, 50257),
+    ],
+    ids=str,
+)
+def test_turing(dtype: torch.dtype, v: int, on: Callable[[str], None]) -> None:
+    """sm_75 has no bfloat16: integer instructions convert it, and all arithmetic is float32."""
+    on("sm_75")
+    with offline("sm_75") as launches:
+        launch_policy(fake((8192, v), dtype), "ppo_clip", everything=True)
+        launch_logps(fake((8192, v), dtype), entropy=False)
+    check_code(launches, dtype.itemsize, v)
+    for launch in launches:
+        assert ".target sm_75" in launch.asm["ptx"] and "bf16" not in launch.asm["ptx"]
+
+
 @pytest.mark.parametrize("v", [1000, 1001, 16000, 16001, 128256])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_every_kernel_and_tile(dtype: torch.dtype, v: int, on: Callable[[str], None]) -> None:
@@ -177,7 +198,10 @@ def test_the_check_can_fail(
     with pytest.raises(AssertionError):
         check_code(launches, 2, 128256)
     (launch,) = launches
-    assert launch.spills if match == "spills" else set(hot(launch, "load")) != {16}
+    if match == "spills":
+        assert launch.spills and launch.code.spill_depth > 1  # in the loops over columns
+    else:
+        assert set(hot(launch, "load")) != {16}
 
 
 def test_rows_that_start_differently(on: Callable[[str], None]) -> None:
@@ -256,13 +280,17 @@ def test_table() -> None:
             assert tile.threads * tile.registers <= 65536
 
 
-@pytest.mark.slow
-def test_older_triton(tmp_path: Path) -> None:
-    """Compiles with Triton 3.6.0, the oldest supported, in a process of its own."""
+@pytest.mark.nightly
+@pytest.mark.parametrize("version, most_spills", [("3.6.0", 0), ("3.9.0", 7)])
+def test_other_tritons(version: str, most_spills: int, tmp_path: Path) -> None:
+    """The oldest and the newest that were tried, each in a process of its own.
+
+    3.9 spills a few numbers of a row where the cap is 64 registers, outside the loops over columns.
+    """
     target = tmp_path / "triton"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
-    if subprocess.run([*install, "triton==3.6.0"], capture_output=True).returncode:
-        pytest.skip("triton 3.6.0 cannot be installed here")
+    if subprocess.run([*install, f"triton=={version}"], capture_output=True).returncode:
+        pytest.skip(f"triton {version} cannot be installed here")
     tests = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{target}{os.pathsep}{tests}"}
     environment.pop("TRITON_INTERPRET", None)
@@ -270,17 +298,54 @@ def test_older_triton(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tests)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {launch["triton"] for launch in found} == {"3.6.0"}
+    assert {launch["triton"] for launch in found} == {version}
     assert {launch["kernel"] for launch in found} >= {"policy_loss_kernel", "token_logps_kernel"}
-    assert all(launch["spills"] == 0 and launch["stack"] == 0 for launch in found), found
+    for launch in found:
+        assert launch["spills"] <= most_spills and launch["spill_depth"] <= 1, launch
 
 
 def sample() -> None:
-    """What test_older_triton compiles."""
+    """What test_other_tritons compiles."""
     device: Any = config.Device(132, 50 * 2**20)
     backend._device = lambda _: device
     backend._on = lambda _: contextlib.nullcontext()
     for v in (1000, 50257, 128256):
         for dtype in (torch.bfloat16, torch.float32):
+            launch_policy(fake((8192, v), dtype))
             launch_policy(fake((8192, v), dtype), everything=True)
             launch_logps(fake((8192, v), dtype), entropy=False)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.nightly) for d in DTYPES[::2])],
+    ids=str,
+)
+def test_a_first_use_compiles_twelve_variants_at_most(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes seconds of the time that a user waits."""
+    device = config.Device(multiprocessors=132, l2_bytes=50 * 2**20)
+    monkeypatch.setattr(backend, "_device", lambda _: device)
+    cpu = torch.device("cpu")
+    target = battery.Target("triton", backend.TRITON, cpu, 132)
+    with offline("sm_90") as launches:
+        problem = None
+        for case in cases.short():
+            if problem != case.problem():
+                problem = case.problem()
+                inputs = cases.make_inputs(problem, dtype, cpu, target.rows_of(case, dtype))
+            battery._call(backend.TRITON, case, inputs.laid_out(case.layout))
+        for n_cols in timing.SIZES:
+            case = cases.Case("timing", n_cols, inplace=True)
+            inputs = cases.make_inputs(case, dtype, cpu, 70)
+            battery._call(backend.TRITON, case, inputs)
+        for check in battery._PROPERTIES.values():
+            with contextlib.suppress(IndexError):  # nothing was computed
+                list(check(target, dtype))
+    variants = {(launch.name, id(launch.kernel)) for launch in launches}
+    assert len(variants) <= 12, sorted(name for name, _ in variants)
+    assert {name for name, _ in variants} == {
+        "policy_loss_kernel", "sum_segments_kernel", "token_logps_kernel",
+        "token_logps_backward_kernel", "multiply_rows_kernel",
+    }  # fmt: skip

@@ -20,7 +20,7 @@ from golden_shapes import SHAPES, boundaries, native_term, row_shape
 from oracle import Case, check_gradient, make_case, oracle, run, with_everything
 from test_objective import GOLDEN
 from triton_tools.checker import AccessError, RaceError, checked_launches
-from triton_tools.interpreter import INTERPRETING, mend
+from triton_tools.interpreter import INTERPRETING, exp2_off_by, mend
 from triton_tools.memory import sparse
 
 import cfpo_kernels
@@ -214,6 +214,16 @@ def test_elementary_functions() -> None:
     error = unary(scalar_math.log2, s, torch.float64) - torch.log2(s.double())
     assert error.abs().max() < 1e-8
     assert unary(scalar_math.log2, torch.tensor([math.nan]), torch.float64).isnan().all()
+
+
+def test_powers_of_two_are_exact() -> None:
+    """In float32's normal range; what exp2 gives elsewhere, too."""
+    n = torch.arange(-126.0, 128.0)
+    with exp2_off_by(2.0**-22):
+        assert torch.equal(unary(scalar_math.power_of_two, n).double(), 2 ** n.double())
+        far = torch.tensor([-127.0, -150, -(2.0**32), -math.inf, 128, 2.0**32, math.inf, math.nan])
+        got = unary(scalar_math.power_of_two, far).tolist()
+    assert got[:7] == [0, 0, 0, 0, math.inf, math.inf, math.inf] and math.isnan(got[7])
 
 
 # Accesses
@@ -410,6 +420,13 @@ def test_a_row_depends_on_itself_only(dtype: torch.dtype, v: int, processors: An
             backend="triton",
         )
         assert torch.equal(logps, want.logps) and torch.equal(entropy, want.entropy)
+
+
+def test_a_row_depends_on_itself_only_whatever_exp2_does(processors: Any) -> None:
+    """ex2.approx may err by 2^-22, and nothing says that whole numbers are an exception. The sums
+    of a row that programs share meet more powers of two than those of a whole one."""
+    with exp2_off_by(2.0**-22):
+        test_a_row_depends_on_itself_only(torch.float32, 4097, processors)
 
 
 @pytest.mark.parametrize("v", [1000, 4097, 20000])

@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.runtime import driver
 from triton_tools import controls
 from triton_tools.checker import AccessError, RaceError, View, checked_launches
-from triton_tools.interpreter import INTERPRETING, mend
+from triton_tools.interpreter import INTERPRETING, exp2_off_by, mend
 from triton_tools.interpreter_ops import replace
 from triton_tools.memory import sparse
 from triton_tools.offline import fake, offline
@@ -370,6 +370,10 @@ def test_transcendental_operations_are_the_hardwares() -> None:
         assert ((got / want - 1).abs()[normal] < 2**-22).all(), op
     flushed = apply("exp2", torch.tensor([-126.0, -126.5, -149.0]))
     assert flushed.tolist() == [tiny, 0.0, 0.0]
+    whole = torch.arange(-100.0, 100.0)
+    with exp2_off_by(2.0**-22):
+        assert torch.equal(apply("exp2", whole), 2**whole * (1 - 2.0**-22))
+    assert torch.equal(apply("exp2", whole), 2**whole)
     inside = x[x.abs() < 80]
     error = (apply("exp", inside) / inside.double().exp() - 1).abs()
     assert (error < 2**-22 + 2**-23 * inside.abs()).all()

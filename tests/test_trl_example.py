@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANGS_AFTER
 
 pytest.importorskip("trl", reason="the TRL integration needs the trl extra")
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(*command: str) -> str:
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=HANGS_AFTER
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "found in sys.modules" not in done.stderr  # a module run by -m and imported too
@@ -39,13 +40,14 @@ def test_the_reward_of_the_example_rises() -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_checks_measures_and_draws(tmp_path: Path) -> None:
-    small = "--layers 1 --vocabulary 5000 --batch 2 --completion 16 --rounds 1"
+    # float32, because CPUs without products of bfloat16 take minutes for them.
+    small = "--layers 1 --vocabulary 5000 --batch 2 --completion 16 --rounds 1 --dtype float32"
     saved, picture = tmp_path / "out.json", tmp_path / "out.png"
     shown = run("-m", "bench.trainer", *small.split(), "--json", str(saved), "--plot", str(picture))
     report = json.loads(saved.read_text())
     assert [entry["tokens"] for entry in report["memory"]] == [32]
     assert {len(taken) for taken in report["samples_ms"].values()} == {1}
-    assert all(errors["gradient"] < 0.05 for errors in report["errors"].values())
+    assert all(errors["gradient"] < 1e-4 for errors in report["errors"].values())
     assert picture.read_bytes().startswith(b"\x89PNG")
     again = run("-m", "bench.trainer", "--from-json", str(saved))
     assert "CFPOTrainer" in again and again in shown

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import HANGS_AFTER
 
 pytest.importorskip("trl", reason="the TRL integration needs the trl extra")
 
@@ -132,7 +133,7 @@ def test_two_processes_agree_with_trl(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(TESTS / "trl_two_processes.py"), str(tmp_path)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANGS_AFTER)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "two processes agree" in done.stdout
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from emulation import CXX, H100, EmulatedBackend
 from simulated import FAULTS, Planted
 
 from cfpo_kernels.backends import KERNELS
-from cfpo_kernels.verification import battery, cases, compare
+from cfpo_kernels.verification import battery, cases, child, choice, compare, records
 from cfpo_kernels.verification.battery import Fault, Target
+from cfpo_kernels.verification.records import Verdict, VerifyRecord
 from cfpo_kernels.verification.targets import DTYPES
 
 CPU = torch.device("cpu")
@@ -49,16 +51,19 @@ def test_the_emulated_cuda_kernels_pass(
     emulated_cuda.set_device(4, *H100[1:], True)
     kernels = EmulatedBackend(emulated_cuda, row_kernel)
     assert run(Target("cuda", kernels, CPU, 4, largest=largest), dtype) > 30
+    wrong = Target("cuda", Planted(kernels, "one wrong element"), CPU, 4, largest=largest)
+    with pytest.raises(Fault, match=r"in row|other bits"):
+        run(wrong, dtype)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_planted_fault_is_found(dtype: torch.dtype, fault: str) -> None:
-    wrong = Target("cpu", Planted(KERNELS["cpu"], fault), CPU, 1, largest=2048)
+def test_a_planted_fault_is_found(dtype: torch.dtype, fault: str, tmp_path: Path) -> None:
+    wrong = Target("cuda", Planted(KERNELS["cpu"], fault), CPU, 1, largest=2048)
     chosen = [case for case in cases.short() if case.group in ("odd", "short", "multiply")]
     chosen = [replace(case, n_cols=min(case.n_cols, 2000)) for case in chosen]
-    with pytest.raises(Fault) as found:
-        run(wrong, dtype, chosen)
+    verdict = child.check(wrong, dtype, chosen, child.Results(str(tmp_path / "results")))
+    assert verdict.verdict == "wrong"
     expected = {
         "zeros off target": "off-target gradient",
         "dropped tail": "off-target gradient",
@@ -68,8 +73,14 @@ def test_a_planted_fault_is_found(dtype: torch.dtype, fault: str) -> None:
         "writes past the end": "wrote outside dlogits",
         "factors forgotten": "times its factor",
     }[fault]
-    assert any(words in str(found.value) for words in expected.split("|")), str(found.value)
-    assert "V = " in str(found.value), "the case is named"
+    assert any(words in verdict.reason for words in expected.split("|")), verdict.reason
+    assert "V = " in verdict.reason, "the case is named"
+    # And "auto" goes elsewhere.
+    right = Verdict("triton", verdict.dtype, "right")
+    identity = records.identity_of(CPU)
+    for known, chosen_kernels in (([verdict, right], "triton"), ([verdict], "reference")):
+        record = VerifyRecord(identity, verdicts=known)
+        assert choice.fastest(record, dtype, 1000) == chosen_kernels
 
 
 def test_one_wrong_element_in_a_long_row_is_found() -> None:
@@ -109,7 +120,9 @@ def test_exact_results_rounded_are_right_and_a_nan_is_not(dtype: torch.dtype) ->
 def test_the_short_battery_has_every_kind_of_call() -> None:
     chosen = cases.short()
     assert 70 <= len(chosen) <= 100 and len(set(chosen)) == len(chosen)
-    assert {case.call for case in chosen} == {"train", "score", "backward", "multiply"}
+    assert {case.call for case in chosen} == {
+        "train", "score", "on-policy", "backward", "multiply",
+    }  # fmt: skip
     assert min(case.n_cols for case in chosen) == 1
     assert max(case.n_cols for case in chosen) == 262144
     assert {case.layout for case in chosen} == {"whole", "sliced", "late"}

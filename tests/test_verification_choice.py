@@ -46,7 +46,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 
 def timing(kernels: str, n_cols: int, ms: float, dtype: str = "bfloat16") -> Timing:
-    return Timing(kernels, dtype, 8, n_cols, ms, ms / 2, 1.0)
+    return Timing(kernels, dtype, 8, n_cols, ms, 1.0)
 
 
 def known(*verdicts: Verdict, timings: tuple[Timing, ...] = ()) -> VerifyRecord:

@@ -47,7 +47,7 @@ def test_what_crashes_is_named_and_the_rest_is_still_checked() -> None:
     assert known["poisoned"][0] == "crashed" and "illegal memory access" in known["poisoned"][1]
     assert known["memory"] == ("not run", "not enough memory")
     assert known["does not compile"][0] == "not run"
-    assert "does not compile or launch here: RuntimeError" in known["does not compile"][1]
+    assert "cannot run here: does not compile for this device" in known["does not compile"][1]
     assert known["right"] == ("right", "")
     assert found.identity is not None and found.identity.device == NAME
     # What the child printed, a forged verdict among it, is nobody's.
@@ -240,4 +240,4 @@ def test_the_cpu_verifies_itself_in_a_minute(tmp_path: Path, monkeypatch: Any) -
     """The whole short battery, as a user runs it."""
     monkeypatch.setenv("CFPO_KERNELS_CACHE", str(tmp_path))
     record = cfpo_kernels.verify(backend="cpu", device="cpu", timeout=900)
-    assert record.exit_status() == 0 and len(record.timings) == 15
+    assert record.exit_status() == 0 and len(record.timings) == 12

@@ -31,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make_record(*verdicts: str, identity: Identity = IDENTITY) -> VerifyRecord:
     names = ("cuda", "cuda-portable", "triton")
     found = [Verdict(n, "bfloat16", v) for n, v in zip(names, verdicts, strict=False)]
-    timings = [Timing(v.kernels, v.dtype, 8, 32000, 2.0, 1.0, 1.5) for v in found]
+    timings = [Timing(v.kernels, v.dtype, 8, 32000, 2.0, 1.5) for v in found]
     return VerifyRecord(identity, False, found, timings, "2026-01-01T00:00:00+00:00", 1.0)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import HANGS_AFTER
 
 pytest.importorskip("verl", reason="verl is not installed: requirements/trainers-no-deps.txt")
 
@@ -344,7 +345,7 @@ assert functional.entropy_from_logits_with_chunking is ours.entropy_from_logits
 print("patched")
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=HANGS_AFTER
     )
     said = done.stdout.split()[-3:]
     ours, theirs = "cfpo_kernels.integrations.verl", "verl.utils.torch_functional"

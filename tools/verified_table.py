@@ -33,7 +33,7 @@ ROWS = (
     (
         "triton",
         "NVIDIA sm_80 and newer, AMD gfx942",
-        "tested on every commit, interpreted; compiled for sm_80, sm_90, sm_100 and gfx942",
+        "tested on every commit, interpreted; compiled for sm_75, sm_80, sm_90, sm_100 and gfx942",
     ),
 )
 

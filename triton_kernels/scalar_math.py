@@ -28,8 +28,18 @@ def log2e_over(t):
 
 
 @triton.jit
+def power_of_two(n):
+    """2^n of a whole number in float32, put together from bits: exact, unlike a GPU's exp2.
+
+    0 below -126, as exp2 has it, inf from 128 on, NaN for NaN.
+    """
+    exponent = tl.maximum(tl.minimum(n, 128.0), -127.0).to(tl.int32) + 127
+    return tl.where(n == n, (exponent << 23).to(tl.float32, bitcast=True), n)
+
+
+@triton.jit
 def _exp_parts(x):
-    """n and e with e^x = 2^n (1 + e), |e| <= 0.42."""
+    """2^(n - 1) and e with e^x = 2^n (1 + e), |e| <= 0.42."""
     n = tl.floor(x * LOG2E + 0.5)
     f = tl.fma(n, -_LN2_LOW, tl.fma(n, -_LN2_HIGH, x))  # |f| <= ln(2) / 2
     p = 1.0 / 5040
@@ -38,14 +48,14 @@ def _exp_parts(x):
     p = tl.fma(p, f, 1.0 / 24)
     p = tl.fma(p, f, 1.0 / 6)
     p = tl.fma(p, f, 0.5)
-    return n, tl.fma(p * f, f, f)
+    # 2^n itself would overflow a little early.
+    return power_of_two(n - 1), tl.fma(p * f, f, f)
 
 
 @triton.jit
 def exp(x):
     """e^x, to a relative error of 2e-7; 0 and inf far out, NaN for NaN."""
-    n, e = _exp_parts(x)
-    half = tl.exp2(n - 1)
+    half, e = _exp_parts(x)
     result = 2 * tl.fma(half, e, half)
     result = tl.where(x > 88.72284, float("inf"), result)
     return tl.where(x < -87.0, 0.0, result)
@@ -54,8 +64,7 @@ def exp(x):
 @triton.jit
 def expm1(x):
     """e^x - 1, to a relative error of 2e-7; -1 and inf far out, NaN for NaN."""
-    n, e = _exp_parts(x)
-    half = tl.exp2(n - 1)  # 2^n itself would overflow a little early
+    half, e = _exp_parts(x)
     result = 2 * tl.fma(half, e, half - 0.5)
     result = tl.where(x > 88.72284, float("inf"), result)
     return tl.where(x < -30.0, -1.0, result)

@@ -21,7 +21,7 @@ it are not touched. Columns and places are int32.
 import triton
 import triton.language as tl
 
-from .scalar_math import LN2, LOG2E, log1p_near, log2
+from .scalar_math import LN2, LOG2E, log1p_near, log2, power_of_two
 
 # References beyond are floats too far apart to be near anything: such a row is NaN.
 LARGEST_REF = tl.constexpr(2147483648.0)
@@ -56,7 +56,9 @@ def _load_edge(x_ptr, start, first, end, BLOCK: tl.constexpr, SHIFTED: tl.conste
 def _load_ahead(x_ptr, start, wanted, BLOCK: tl.constexpr, EVICTION: tl.constexpr):
     """A whole block, or nothing. One condition for all lanes leaves the access wide."""
     places = start + tl.arange(0, BLOCK)
-    return tl.load(x_ptr + places, mask=wanted, other=0, eviction_policy=EVICTION)
+    # A block of conditions: Triton 3.9's interpreter makes integers of a single one.
+    mask = tl.full([BLOCK], wanted.to(tl.int32), tl.int32) != 0
+    return tl.load(x_ptr + places, mask=mask, other=0, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -88,7 +90,7 @@ def _reference(top, scale):
 @triton.jit
 def _total(sums, weighted, lift, WEIGHTED: tl.constexpr):
     """The lanes' sums, times 2^-lift, in fixed point; the first is _UNFIT where a lane is."""
-    down = tl.exp2(-lift)
+    down = power_of_two(-lift)
     fits = sums * down < _LANE_LIMIT
     fixed = tl.where(fits, tl.floor(sums * (down * _FIXED) + 0.5), 0.0)
     total = tl.sum(fixed.to(tl.int64))
@@ -103,7 +105,7 @@ def _total(sums, weighted, lift, WEIGHTED: tl.constexpr):
 @triton.jit
 def _partial(total, total_weighted, lift):
     """(sum, weighted sum) in float64; NaN where a lane did not fit."""
-    up = tl.exp2(lift).to(tl.float64)
+    up = power_of_two(lift).to(tl.float64)
     return (
         tl.where(total < _UNFIT, total.to(tl.float64) * (up * (1 / _FIXED)), float("nan")),
         total_weighted.to(tl.float64) * (up * (1 / _FIXED_WEIGHTED)),
@@ -158,10 +160,14 @@ def guess_reference(
 
 @triton.jit
 def merge_sums(ref, total, weighted, part_ref, part_total, part_weighted):
-    """Two partial sums of a row, float64, at the larger of their references."""
+    """Two partial sums of a row, float64, at the larger of their references.
+
+    Exact powers of two, since a row that several programs share is merged once more than one that
+    has a single program, and has to give the same bits.
+    """
     top = tl.maximum(ref, part_ref)
-    down = tl.exp2(ref - top).to(tl.float64)  # powers of two
-    part_down = tl.exp2(part_ref - top).to(tl.float64)
+    down = power_of_two(ref - top).to(tl.float64)
+    part_down = power_of_two(part_ref - top).to(tl.float64)
     weighted = ((ref - top) * total + weighted) * down
     part_weighted = ((part_ref - top) * part_total + part_weighted) * part_down
     return top, total * down + part_total * part_down, weighted + part_weighted

@@ -68,7 +68,7 @@ def resolve(
         BackendUnavailableError: it was asked for by name and cannot run, or not on this device.
     """
     if name == "auto":
-        # A number, where torch.compile traces a vocabulary of any size: only a GPU's choice has one.
+        # Where torch.compile traces a vocabulary of any size: only a GPU's choice depends on it.
         n_cols = 0 if device.type == "cpu" else int(n_cols)
         return _automatic(device, dtype, n_cols, inplace, torch.compiler.is_compiling())
     if name == "cpu" and device.type != "cpu":

@@ -50,12 +50,11 @@ def why_not_built() -> str:
     return "" if native.cuda_built else f"built without CUDA: {native.cuda_reason}"
 
 
-def why_no_gpu() -> str:
-    """Why the module's CUDA runtime finds no GPU, or "".
+def why_no_gpu(query: dict[str, Any]) -> str:
+    """Why the module's CUDA runtime finds no GPU, or "", from what ``cuda_query`` gives.
 
     torch has a runtime of its own, which may run on an older driver.
     """
-    query = native.cuda_query()
     if query["status"] == 0:
         return ""
     return f"no usable GPU ({query['status_name']}: {query['status_text']})"
@@ -72,7 +71,7 @@ def why_not(device: torch.device) -> str:
         return f"it takes CUDA tensors, the logits are on {device}"
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _usable:
-        if reason := why_no_gpu():
+        if reason := why_no_gpu(native.cuda_query()):
             return reason  # and ask again at the next call
         capability = torch.cuda.get_device_capability(index)
         runs = runs_on(native.cuda_archs, capability)
@@ -91,9 +90,10 @@ def status() -> BackendStatus:
     if reason := why_not_built():
         return BackendStatus(False, reason)
     built = f"compiled for {native.cuda_archs}"
-    if reason := why_no_gpu():
+    query = native.cuda_query()
+    if reason := why_no_gpu(query):
         return BackendStatus(False, f"{built}, but {reason}")
-    devices = native.cuda_query()["devices"]
+    devices = query["devices"]
     names = ", ".join(device["name"] for device in devices) or "no device"
     runs = any(
         runs_on(native.cuda_archs, (device["capability_major"], device["capability_minor"]))

@@ -47,11 +47,12 @@ class Target:
     largest: int = 2**31
 
     def many_rows(self, n_cols: int, dtype: torch.dtype) -> int:
-        """Rows for which no kernel holds some of the device back, clusters of up to eight blocks
-        included, which have a slice of at most 64 KiB each."""
+        """So many that no row is split, and that clusters of up to eight blocks, which have a slice
+        of at most 64 KiB each, keep the device busy."""
         slices = max(1, math.ceil(n_cols * dtype.itemsize / 2**16))
         together = min(8, 2 ** math.ceil(math.log2(slices)))
-        return max(len(KINDS), math.ceil(self.multiprocessors / together) + 3)
+        enough = max(self.multiprocessors // 2, math.ceil(self.multiprocessors / together)) + 3
+        return max(len(KINDS), enough)
 
     def rows_of(self, case: Case, dtype: torch.dtype) -> int:
         many = self.many_rows(case.n_cols, dtype)
@@ -122,7 +123,7 @@ class Problem:
     @classmethod
     def of(cls, case: Case, dtype: torch.dtype, target: Target) -> Problem:
         inputs = make_inputs(case, dtype, target.device, target.rows_of(case, dtype))
-        if case.call == "multiply":
+        if case.call in ("multiply", "on-policy"):
             return cls(case, inputs, [])
         each = max(1, BATCH // case.n_cols)
         rows = _judged_rows(inputs).split(each)
@@ -181,7 +182,7 @@ def _call(kernels: Backend, case: Case, inputs: Inputs) -> Outputs:
     before = _snapshot(inputs)
     read_only = None if case.inplace or case.call == "multiply" else rows.logits.clone()
     dlogits: Tensor | None = None
-    if case.call in ("train", "backward", "multiply"):
+    if case.call in ("train", "on-policy", "backward", "multiply"):
         if case.inplace:
             dlogits = rows.logits
         else:
@@ -207,6 +208,17 @@ def _call(kernels: Backend, case: Case, inputs: Inputs) -> Outputs:
             lse=array("lse", torch.float64),
             entropy=array("entropy") if case.entropy else None,
         )
+        if case.call == "on-policy":
+            kernels.policy_loss(
+                rows,
+                inputs.terms._replace(
+                    inputs=inputs.terms.inputs._replace(old_logps=arrays["logps"].view.clone())
+                ),
+                loss=array("loss"),
+                logps=array("trained logps"),
+                entropy=None,
+                dlogits=dlogits,
+            )
         if case.call == "backward":
             assert dlogits is not None
             kernels.token_logps_backward(
@@ -241,6 +253,9 @@ def _faults(case: Case, problem: Problem, inputs: Inputs, outputs: Outputs) -> I
         yield "wrote to an input"
     if case.call == "multiply":
         yield from _multiply_faults(problem.inputs, outputs)
+        return
+    if case.call == "on-policy":
+        yield from _on_policy_faults(inputs, outputs)
         return
     if case.layout != "whole" and case.inplace:
         yield from _neighbour_faults(inputs.rows.logits)
@@ -285,6 +300,15 @@ def _multiply_faults(inputs: Inputs, outputs: Outputs) -> Iterator[str]:
         yield f"row {row} times its factor is not what it should be"
     if not bool(finite.any()):
         yield "nothing was multiplied"
+
+
+def _on_policy_faults(inputs: Inputs, outputs: Outputs) -> Iterator[str]:
+    """Scored by these kernels and trained by them, r is exactly 1 and the loss is -A."""
+    values = {name: guarded.view for name, guarded in outputs.arrays.items()}
+    yield from same_bits("scored and trained log-probs", values["logps"], values["trained logps"])
+    want = torch.where(inputs.active, -inputs.terms.inputs.advantages, 0.0)
+    if not torch.equal(values["loss"], want):
+        yield "the loss of what was just scored is not -A"
 
 
 def _check_the_check(case: Case, problem: Problem, outputs: Outputs) -> None:
@@ -340,35 +364,16 @@ def _rows_alone(target: Target, dtype: torch.dtype) -> Iterator[str]:
     yield from same_bits("the gradient of fewer rows", own_dlogits, dlogits[:few])
 
 
-def _ratio_one(target: Target, dtype: torch.dtype) -> Iterator[str]:
-    """Scored by these kernels and trained by them, r is exactly 1 and the loss is -A."""
-    for n_cols in (1000, 50257, 100352):
-        for many in (False, True):
-            if n_cols > target.largest:
-                continue
-            case = Case("properties", n_cols, many=many)
-            inputs = make_inputs(case, dtype, target.device, target.rows_of(case, dtype))
-            scored = _call(target.kernels, replace(case, call="score"), inputs)
-            logps = scored.arrays["logps"].view
-            given = inputs.terms.inputs
-            terms = inputs.terms._replace(inputs=given._replace(old_logps=logps.clone()))
-            loss, trained, _ = _train(target, case, replace(inputs, terms=terms))
-            yield from same_bits(f"scored and trained log-probs, V = {n_cols},", logps, trained)
-            want = torch.where(inputs.active, -given.advantages, 0.0)
-            if not torch.equal(loss, want):
-                yield f"on-policy the loss is not -A, V = {n_cols}"
-
-
 def _not_finite(target: Target, dtype: torch.dtype) -> Iterator[str]:
     """A NaN, an infinity or a row of banned tokens is NaN in its own row and in no other."""
     for n_cols in (1000, 50257):
         if n_cols > target.largest:
             continue
         case = Case("properties", n_cols)
-        inputs = make_inputs(case, dtype, target.device, len(KINDS))
-        inputs.rows.weights.fill_(1.0)
+        inputs = make_inputs(case, dtype, target.device, target.rows_of(case, dtype))
         logits = inputs.rows.logits
-        logits[2] = 0.0
+        logits[~inputs.active] = 0.0
+        inputs.rows.weights.fill_(1.0)
         bad = {1: math.nan, 3: math.inf, 6: -math.inf}
         for row, value in bad.items():
             if value == -math.inf:
@@ -376,7 +381,7 @@ def _not_finite(target: Target, dtype: torch.dtype) -> Iterator[str]:
             else:
                 logits[row, n_cols - 1] = value
         loss, logps, dlogits = _train(target, case, inputs)
-        wrong = torch.zeros(len(KINDS), dtype=torch.bool, device=target.device)
+        wrong = torch.zeros_like(inputs.kinds, dtype=torch.bool)
         wrong[list(bad)] = True
         for name, found in (
             ("loss", loss.isnan()),
@@ -392,6 +397,5 @@ def _not_finite(target: Target, dtype: torch.dtype) -> Iterator[str]:
 _PROPERTIES: dict[str, Callable[[Target, torch.dtype], Iterator[str]]] = {
     "the same bits each time": _repeat,
     "a row alone has the bits that it has among others": _rows_alone,
-    "r = 1 for what these kernels scored": _ratio_one,
     "rows that are not finite": _not_finite,
 }

@@ -37,8 +37,8 @@ class Case:
     many: bool = True  # rows for all of the device; else so few that they may be split
     layout: str = "whole"  # "sliced": x[:, :-1] of (2, T, V); "late": not where a vector begins
     inplace: bool = False
-    # "train": loss and gradient; "loss": without a gradient; "score": log-probs; "backward": the
-    # gradient of log-probs; "multiply".
+    # "train": loss and gradient; "loss": without a gradient; "score": log-probs; "on-policy": the
+    # loss of what was just scored; "backward": the gradient of log-probs; "multiply".
     call: str = "train"
     entropy: bool = False
     everything: bool = False  # KL, entropy bonus, weights, a temperature a row, a gradient scale
@@ -98,10 +98,12 @@ def short() -> list[Case]:
         for v in (1, 2, 3, 7, 33, 257, 999)
         for inplace in (False, True)
     ]
-    cases += [Case("a sigmoid", v, objective=SAPO()) for v in (257, 2048)]
+    cases += [Case("a sigmoid", 2048, objective=SAPO())]
     cases += [Case("misaligned", v, layout="late") for v in (8, 1000, 2040)]
     cases += [Case("score", v, call="score", entropy=True) for v in (32001, 50257, 50265)]
     cases += [Case("score", v, call="score") for v in (100352, 128256, 151936)]
+    cases += [Case("on-policy", 50257, call="on-policy", entropy=True)]
+    cases += [Case("on-policy", 100352, call="on-policy")]
     cases += [
         Case("backward", v, call="backward", inplace=inplace)
         for v in (100352, 128256, 151936)
@@ -136,6 +138,7 @@ def long() -> list[Case]:
                         cases += [replace(case, entropy=True)]
         bounds = Case("bounds", v, everything=True, objective=DPPO(1.3, drift=0.1))
         cases += [bounds, replace(bounds, kl_ratio_weighted=True)]
+        cases += [Case("on-policy", v, call="on-policy", many=many) for many in (False, True)]
         cases.append(Case("multiply", v, call="multiply", layout="late"))
     return list(dict.fromkeys(cases))
 

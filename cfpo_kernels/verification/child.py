@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..backends import triton_failure
 from . import battery, cases, records, timing
 from .records import CRASHED, NOT_RUN, RIGHT, WRONG, Verdict
 
@@ -52,7 +53,7 @@ def why_failed(error: BaseException) -> tuple[str, str]:
         return NOT_RUN, "the device is busy: another process holds it"
     if "insufficientdriver" in lower or "driver version is insufficient" in lower:
         return NOT_RUN, "the driver is too old for these kernels"
-    return NOT_RUN, f"does not compile or launch here: {type(error).__name__}: {text[:300]}"
+    return NOT_RUN, f"cannot run here: {triton_failure.why_failed(error)}"
 
 
 class Results:
@@ -115,7 +116,8 @@ def run(request: dict[str, Any], results: Results) -> None:
         if fast and request["timings"] and left > TIMING_SECONDS:
             results.write("timing_begins", dtype=dtype_name)
             try:
-                for found in timing.measure(fast, dtype):
+                sizes = timing.FULL_SIZES if request["full"] else timing.SIZES
+                for found in timing.measure(fast, dtype, sizes):
                     results.write("timing", **asdict(found))
             except Exception as error:  # right is right, fast or not
                 results.write("no_timing", dtype=dtype_name, reason=why_failed(error)[1])

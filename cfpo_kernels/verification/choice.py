@@ -109,7 +109,7 @@ def fastest(record: VerifyRecord | None, dtype: torch.dtype, n_cols: int) -> str
     times = [t for t in record.timings if t.dtype == name and t.kernels in right]
     if times:
         size = nearest([t.n_cols for t in times], n_cols)
-        return min((t for t in times if t.n_cols == size), key=lambda t: t.train_ms).kernels
+        return min((t for t in times if t.n_cols == size), key=lambda t: t.ms).kernels
     return min(right, key=_preference)
 
 

@@ -77,7 +77,7 @@ def python_program() -> str | None:
 
 def environment() -> dict[str, str]:
     """The child finds the packages that this process finds, and asks for no verification."""
-    paths = [path for path in sys.path if path]
+    paths = [path or os.getcwd() for path in sys.path]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),

@@ -82,8 +82,7 @@ class Timing:
     dtype: str
     n_rows: int
     n_cols: int
-    train_ms: float  # loss and gradient, in place
-    score_ms: float  # log-probs
+    ms: float  # loss and gradient, in place
     copy_ms: float  # of the same logits
 
 

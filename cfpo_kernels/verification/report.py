@@ -78,7 +78,7 @@ def verdict_rows(record: VerifyRecord) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for found in record.verdicts:
         times = [
-            f"{t.n_cols}: {t.train_ms / t.copy_ms:.2f}"
+            f"{t.n_cols}: {t.ms / t.copy_ms:.2f}"
             for t in record.timings
             if (t.kernels, t.dtype) == (found.kernels, found.dtype) and t.copy_ms > 0
         ]

@@ -126,7 +126,6 @@ bool row_is_right(const std::vector<double>& z, int target, double advantage, do
 
 bool run(const Case& c) {
   emulation::limits() = c.device;
-  setenv("CFPO_KERNELS_CUDA_KERNEL", c.device.clusters ? "cluster" : "portable", 1);
   std::mt19937 random(c.n_cols * 31 + c.in_offset);
   std::normal_distribution<float> normal(0, 2);
   Matrix logits(c, c.in_offset), apart(c, c.out_offset);
@@ -171,7 +170,9 @@ bool run(const Case& c) {
   std::vector<char> workspace(static_cast<std::size_t>(
       SplitWorkspace::bytes(c.n_rows, count_segments(c.n_cols, DType::kBFloat16))));
   if (!c.entropy) params.entropy = nullptr;
-  run_stage<T>(PolicyStage{params}, params.dlogits, {0, 0, workspace.data()});
+  run_stage<T>(
+      PolicyStage{params}, params.dlogits,
+      {0, 0, workspace.data(), c.device.clusters ? RowKernel::kCluster : RowKernel::kPortable});
 
   bool right = logits.guards_hold() && apart.guards_hold();
   if (!right) std::fprintf(stderr, "memory beside the rows was written\n");

@@ -1,6 +1,7 @@
 """Triton's interpreter, mended to compute what the compiled kernel computes.
 
-`mend()` has to run before a kernel is first interpreted. What it changes (Triton 3.7.1):
+`mend()` has to run before a kernel is first interpreted. Looked at: Triton 3.7.1 and 3.9.0.
+What it changes:
 
 - Casts to bfloat16 round to nearest even (the interpreter truncates float32 and reinterprets the
   other types); all casts from and to bfloat16 go through float32.
@@ -19,24 +20,30 @@
 - Overflow in int32 arithmetic raises.
 - `and`, `or`, `not`, `min`, `max` are elementwise on tensors (`a and b` gave b); `if` of several
   elements raises (it was True), and so does `a < b < c`.
+- The interpreted language is put in place once a launch, not at every call of a function, and a
+  check for overflow is one operation: less than half the time.
 - What a kernel raises is raised as it is, not as the text of an InterpreterError.
 
 What it cannot show: ex2.approx and the division of float32 err by up to 2 ulp, here by half a one
-or so; ptxas contracts a * b + c to an fma; a sum has another order; a float out of an integer's
-range converts to something else; programs run one after the other.
+or so (`exp2_off_by` plants an error); ptxas contracts a * b + c to an fma; a sum has another order;
+a float out of an integer's range converts to something else; programs run one after the other.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from . import interpreter_ops
 from .interpreter_ops import Handle, mend_operations, replace
 
 INTERPRETING = bool(triton.knobs.runtime.interpret)
@@ -140,8 +147,38 @@ def _call(name: str, *args: ast.expr) -> ast.Call:
     return ast.Call(func=ast.Name(id=name, ctx=ast.Load()), args=list(args), keywords=[])
 
 
+_in_place = set[frozenset[str]]()
+
+
+@functools.cache
+def _languages(function: Any) -> frozenset[str]:
+    """The modules that its calls of the language go through."""
+    found = function.__globals__.values()
+    return frozenset(module.__name__ for module in (tl, tl.core) if any(x is module for x in found))
+
+
+def _patch_once(original: Any) -> Any:
+    """Triton puts the interpreted language in place again at every call of a device function, which
+    took a third of the time; here once a launch."""
+
+    def patch_lang(function: Any) -> Any:
+        if (languages := _languages(function)) in _in_place:
+            return interpreter._LangPatchScope()
+        _in_place.add(languages)
+        return original(function)
+
+    return patch_lang
+
+
+def _numpys_type(original: Any) -> Any:
+    """Triton makes a table of all types at every call."""
+    known = functools.cache(original)
+    return lambda dtype: known(dtype) if type(dtype) is tl.dtype else original(dtype)
+
+
 def _run(original: Any) -> Any:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _in_place.clear()  # the last launch restored the language
         try:
             with np.errstate(all="ignore"):
                 return original(self, *args, **kwargs)
@@ -152,6 +189,13 @@ def _run(original: Any) -> Any:
             raise cause from None
 
     return run
+
+
+@contextmanager
+def exp2_off_by(error: float) -> Iterator[None]:
+    """Every exp2 is too small by that share, also of whole numbers: ex2.approx may err by 2^-22."""
+    with patch.object(interpreter_ops, "exp2_error", error):
+        yield
 
 
 _mended = False
@@ -166,6 +210,8 @@ def mend() -> None:
         raise RuntimeError("set TRITON_INTERPRET=1 before Triton is imported")
     mend_operations()
     replace(interpreter, "_implicit_cvt", _arguments)
+    replace(interpreter, "_patch_lang", _patch_once)
+    replace(interpreter, "_get_np_dtype", _numpys_type)
     for function in (loop_range, bool_op, not_op, truth, extreme):
         # The rewritten kernels see the globals of Triton's module.
         setattr(interpreter, function.__name__, function)

@@ -30,6 +30,7 @@ class Code:
     scalar_registers: int  # AMD only
     stack: int  # bytes of local memory of a thread
     spills: int
+    spill_depth: int  # most loops around one; 0 on AMD, whose metadata only count them
     barriers: int
     instructions: int
     binary_size: int
@@ -143,10 +144,11 @@ def read_cubin(cubin: bytes) -> Code:
         instructions.append(_Instruction(int(address, 16), instruction, target, ends))
     assert instructions, "cuobjdump gave no instructions"
     depths = _depths(instructions)
-    accesses, spills, barriers = [], 0, 0
+    accesses, spills, barriers = [], list[int](), 0
     for i in instructions:
         opcode, *modifiers = re.sub(r"^@!?U?P\w+\s+", "", i.text).split()[0].split(".")
-        spills += opcode in ("LDL", "STL")
+        if opcode in ("LDL", "STL"):
+            spills.append(depths[i.position])
         barriers += opcode == "BAR"
         if kind := _SASS_GLOBAL.get(opcode):
             widths = [_SASS_WIDTH[m] for m in modifiers if m in _SASS_WIDTH]
@@ -156,7 +158,8 @@ def read_cubin(cubin: bytes) -> Code:
         registers=int(usage[1]),
         scalar_registers=0,
         stack=int(usage[2]) + int(usage[3]),
-        spills=spills,
+        spills=len(spills),
+        spill_depth=max(spills, default=0),
         barriers=barriers,
         instructions=len(instructions),
         binary_size=len(cubin),
@@ -209,6 +212,7 @@ def read_amdgcn(text: str) -> Code:
         scalar_registers=metadata("sgpr_count"),
         stack=metadata("private_segment_fixed_size"),
         spills=metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        spill_depth=0,
         barriers=sum(i.text.startswith("s_barrier") for i in instructions),
         instructions=len(instructions),
         binary_size=len(text),

@@ -20,6 +20,7 @@ from .objectives import IcePop as IcePop
 from .objectives import PowerIS as PowerIS
 from .objectives import PPOClip as PPOClip
 from .objectives import Reinforce as Reinforce
+from .objectives import register_triton_objective as register_triton_objective
 from .rollout import rollout_weights
 from .stats import CFPOStats
 from .two_pass import TokenTerms
@@ -46,6 +47,7 @@ __all__ = [
     "policy_loss",
     "policy_loss_from_logps",
     "preference",
+    "register_triton_objective",
     "rollout_weights",
     "sequences",
     "token_logps",

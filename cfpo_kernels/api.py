@@ -86,6 +86,7 @@ def policy_loss(
     chosen = validation.check_objective(objective)
     validation.check_flag("return_stats", return_stats)
     chosen_runner = _runner(backend, logits, inplace)
+    validation.check_formula(chosen, chosen_runner.runs_triton and ratio_level == "token")
     rows = validation.check_rows(
         logits,
         token_ids,

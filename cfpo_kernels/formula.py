@@ -14,6 +14,7 @@ from .objectives.base import SCORE, SURROGATE, Shape
 from .two_pass import Beyond
 
 ONE_TOKEN = Beyond()
+SHAPES = ("window", "quadratic", "sigmoid")
 
 
 def policy_term(

@@ -45,6 +45,7 @@ def policy_loss_from_logps(
     Returns, raises, memory: see :func:`cfpo_loss_from_logps`.
     """
     chosen = validation.check_objective(objective)
+    validation.check_formula(chosen, False)
     validation.check_flag("return_stats", return_stats)
     rows = validation.check_logps(logps, entropy=entropy, mask=mask)
     with torch.no_grad():

@@ -26,6 +26,10 @@ class Runner(Protocol):
     # Autograd goes through it as often as wanted, forwards too.
     differentiates_twice: ClassVar[bool]
 
+    @property
+    def runs_triton(self) -> bool:
+        """Whether it takes objectives that are written in Triton."""
+
     def score(
         self, rows: Rows, inplace: bool, with_entropy: bool, with_lse: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,6 +50,10 @@ class KernelRunner:
     differentiates_twice: ClassVar[bool] = False
 
     kernels: str  # a name that backends.kernels takes
+
+    @property
+    def runs_triton(self) -> bool:
+        return self.kernels == "triton"
 
     def score(
         self, rows: Rows, inplace: bool, with_entropy: bool, with_lse: bool = False
@@ -93,6 +101,10 @@ class ReferenceRunner:
     takes_float64: ClassVar[bool] = True
     overwrites: ClassVar[bool] = False
     differentiates_twice: ClassVar[bool] = True
+
+    @property
+    def runs_triton(self) -> bool:
+        return False
 
     def score(
         self, rows: Rows, inplace: bool, with_entropy: bool, with_lse: bool = False

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .formula import ONE_TOKEN, is_dropped, kl_term
+from .formula import ONE_TOKEN, SHAPES, is_dropped, kl_term
 from .inputs import LossSettings, Region, TokenInputs
 from .two_pass import Beyond
 
@@ -74,7 +74,7 @@ def collect_stats(
         ratio_max = torch.where(active, excess + 1, -torch.inf).max()
     unknown = torch.full((), torch.nan, device=logps.device)
     driven = active & (inputs.advantages != 0)
-    if beyond.function is None:
+    if beyond.function is None and settings.shape.kind in SHAPES:
         dropped = (driven & is_dropped(settings.shape, log_ratio, inputs)).sum() / driven.sum()
     else:
         dropped = unknown

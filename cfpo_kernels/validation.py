@@ -18,6 +18,7 @@ from torch import Tensor
 from .inputs import LossSettings, Region, TokenInputs
 from .objectives import Objective
 from .objectives.base import Shape
+from .objectives.triton import TritonObjective
 from .two_pass import Beyond, SequenceRatio, TokenTerms, TorchObjective
 from .weights import REDUCTIONS, packed_sequence_index, padded_sequence_index, row_weights
 
@@ -428,6 +429,15 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def check_formula(objective: object, runs_triton: bool) -> None:
+    """Refuses an objective that has no formula where it is to run."""
+    if isinstance(objective, TritonObjective) and not runs_triton:
+        raise ValueError(
+            f"objective {objective.name!r} is written in Triton: it needs backend='triton' and "
+            "ratio_level='token'; a callable in torch runs everywhere"
+        )
 
 
 AnyObjective = Objective | Callable[[TokenTerms], Tensor]

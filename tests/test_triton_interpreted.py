@@ -584,3 +584,41 @@ def test_a_race_is_found(monkeypatch: pytest.MonkeyPatch, processors: Any) -> No
 def test_the_battery_of_a_first_use_passes(dtype: torch.dtype) -> None:
     target = battery.Target("triton", TRITON, torch.device("cpu"), 2, largest=4096)
     assert battery.run(target, dtype, cases.short(), lambda case, phase: None) > 30
+
+
+# Objectives of users
+
+
+@triton.jit
+def truncated(logp, log_ratio, advantage, low, high, most, p1, p2, p3, p4, p5, p6, p7):
+    """-sg(min(r, most)) A logp between the bounds."""
+    weight = tl.minimum(tl.exp(log_ratio), most)
+    weight = tl.where((log_ratio < low) | (log_ratio > high), 0.0, weight)
+    return -weight * advantage * logp, -weight * advantage
+
+
+def test_an_objective_of_a_user() -> None:
+    chosen = cfpo_kernels.register_triton_objective("truncated", truncated, (1.1,), drift=0.1)
+    case = make_case(33, 300)
+    case.options["log_ratio_bounds"] = (-0.35, 0.27)
+    case.objective = cfpo_kernels.IcePop(drift=0.1)
+
+    def in_torch(terms: cfpo_kernels.TokenTerms) -> torch.Tensor:
+        r = terms.log_ratio.detach().exp().clamp(max=1.1)
+        outside = (terms.log_ratio < -0.35) | (terms.log_ratio > 0.27)
+        loss = -torch.where(outside, 0.0, r) * terms.advantages * terms.logps
+        return loss + 0.05 * terms.log_ratio**2
+
+    got = run(Case(**(vars(case) | {"objective": chosen})), backend="triton")
+    del case.options["log_ratio_bounds"]
+    want = run(Case(**(vars(case) | {"objective": in_torch})), backend="reference")
+    assert got.dlogits.abs().sum() > 0
+    torch.testing.assert_close(got.dlogits, want.dlogits, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
+    for how in ({"backend": "cpu"}, {"backend": "triton", "ratio_level": "sequence"}):
+        with pytest.raises(ValueError, match="'truncated' is written in Triton"):
+            run(Case(**(vars(case) | {"objective": chosen})), **how)
+    with pytest.raises(ValueError, match="stands for another function"):
+        cfpo_kernels.register_triton_objective("truncated", objective.window)
+    with pytest.raises(ValueError, match=r"fn must take logp, .*, got d"):
+        cfpo_kernels.register_triton_objective("k1", objective.k1)

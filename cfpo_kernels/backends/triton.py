@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..inputs import LossSettings
 from ..objectives.base import Shape
+from ..objectives.triton import function_of
 from .base import KernelRows, KernelTerms
 from .layout import RowLayout, row_blocks, row_layout
 from .status import BackendStatus
@@ -263,7 +264,7 @@ def _objective(settings: LossSettings) -> dict[str, Any]:
         **own,
         "kl_coef": settings.kl_coef,
         "entropy_coef": settings.entropy_coef,
-        "OBJECTIVE": objective.OBJECTIVES[shape.kind],
+        "OBJECTIVE": objective.OBJECTIVES.get(shape.kind) or function_of(shape.kind),
         "KL": estimator,
         "KL_RATIO_WEIGHTED": settings.kl_coef != 0 and settings.kl_ratio_weighted,
     }

@@ -13,6 +13,7 @@ from .ppo_clip import PPOClip as PPOClip
 from .reinforce import Reinforce as Reinforce
 from .sapo import SAPO as SAPO
 from .topr import TOPR as TOPR
+from .triton import register_triton_objective as register_triton_objective
 
 # By name: every objective that is imported above.
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -8,7 +8,7 @@ ARGS ?=
 WHEEL_PLAT ?= auto
 
 VENV_PYTHON := $(VENV)/bin/python
-PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -17,7 +17,7 @@ NATIVE_OPTIONS := $(CFPO_KERNELS_CUDA)|$(CFPO_KERNELS_CUDA_ARCHS)|$(CFPO_KERNELS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test test-triton lint format bench bench-micro gpu-check wheel clean distclean FORCE
+.PHONY: help demo examples test test-all test-triton lint format bench bench-micro gpu-check wheel clean distclean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,9 +29,13 @@ demo: $(STAMPS)/native $(STAMPS)/demo ## Train a small policy with the CFPO loss
 examples: $(STAMPS)/native $(STAMPS)/trainers ## Run the examples with transformers, trainers and FSDP2
 	set -e; for example in $(EXAMPLES); do echo "== $$example"; $(VENV_PYTHON) $$example $(ARGS); done
 
-test: $(STAMPS)/native $(STAMPS)/test $(STAMPS)/trainers ## Run the tests (ARGS="tests/test_loss.py -k ..." some of them)
+test: $(STAMPS)/native $(STAMPS)/test $(STAMPS)/trainers ## Run the tests but the nightly ones (ARGS="tests/test_loss.py -k ..." some of them)
 	$(VENV_PYTHON) -m pytest -n auto $(ARGS)
 	$(if $(ARGS),,$(MAKE) test-triton)
+
+test-all: $(STAMPS)/native $(STAMPS)/test $(STAMPS)/trainers ## Run every test, also those marked nightly
+	$(VENV_PYTHON) -m pytest -n auto --nightly $(ARGS)
+	$(MAKE) test-triton ARGS='--nightly $(ARGS)'
 
 # Triton interprets or compiles, never both in a process. Here the suites of the CPU backend run on
 # interpreted Triton kernels; the compiled ones are looked at in the ordinary tests.
@@ -111,7 +115,7 @@ $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/build $(STAMPS)/native-options
 	  echo "error: no C++ compiler was found; install one (Debian and Ubuntu: g++) or set CXX" >&2; exit 1
 	@$(VENV_PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
 	  { echo "error: Python.h was not found (Debian and Ubuntu: install python3-dev)" >&2; exit 1; }
-	$(PIP_INSTALL) --no-build-isolation --no-deps --editable .
+	$(PIP_INSTALL) --verbose --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # Rewritten only when a build option differs from the last call's.

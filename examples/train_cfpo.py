@@ -50,7 +50,7 @@ class Config:
     n_layers: int = 2
     n_heads: int = 4
 
-    warm_steps: int = 46
+    warm_steps: int = 38
     warm_batch: int = 32
     warm_lr: float = 5e-3
 

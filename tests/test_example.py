@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from limits import HANGS_AFTER
 
 for module in ("mistral_common", "matplotlib", "rich"):
@@ -22,6 +24,22 @@ def run_demo(*args: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"COLUMNS": "120"}
     command = [sys.executable, str(SCRIPT), *args]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANGS_AFTER)
+
+
+def test_the_head_is_a_linear_layer() -> None:
+    spec = importlib.util.spec_from_file_location("_model", SCRIPT.with_name("_model.py"))
+    assert spec is not None and spec.loader is not None
+    model = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(model)
+    g = torch.Generator().manual_seed(0)
+    n_tokens = 2 * model.Head.BLOCK + 100  # three blocks, the last of them short
+    hidden, weight = (torch.randn(n, 8, generator=g, requires_grad=True) for n in (5, n_tokens))
+    logits = model.Head.apply(hidden, weight)
+    want = torch.nn.functional.linear(hidden, weight).bfloat16()
+    torch.testing.assert_close(logits, want)
+    dlogits = torch.randn(logits.shape, generator=g).bfloat16()
+    got, wanted = (torch.autograd.grad(x, (hidden, weight), dlogits) for x in (logits, want))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.slow

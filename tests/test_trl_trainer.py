@@ -382,28 +382,3 @@ def test_memory_beyond_the_logits(tmp_path: Path, beta: float, inplace: bool) ->
     assert (gradient[0].data_ptr() == logits.data_ptr()) is inplace
     wanted = 0 if inplace else size
     assert wanted - MIB < extra < wanted + 2 * MIB
-
-
-WITHOUT_TRL = """
-import sys
-sys.modules["trl"] = None  # as if it were not installed
-import torch, cfpo_kernels, cfpo_kernels.integrations
-logits = torch.randn(2, 7, requires_grad=True)
-cfpo_kernels.cfpo_loss(logits, torch.tensor([1, 2]), torch.ones(2)).backward()
-try:
-    import cfpo_kernels.integrations.trl
-except ImportError as error:
-    print(error)
-"""
-
-
-def test_the_package_works_without_trl() -> None:
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TRL], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "pip install 'trl>=1.16'" in done.stdout
-
-
-def test_the_package_does_not_import_trl() -> None:
-    code = "import sys, cfpo_kernels, cfpo_kernels.integrations; print('trl' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "False", done.stderr

@@ -268,7 +268,8 @@ def bapo(
         active = validation._active(mask, tokens)
         x = torch.where(active, log_ratio.detach().reshape(-1).double(), 0.0)
         ratio = x.clamp(-20, 20).exp()
-        weight = torch.where(active, validation._advantages(advantages, tokens).double(), 0.0)
+        given, _ = validation._advantages(advantages, tokens)
+        weight = torch.where(active, given.double(), 0.0)
         gain, loss = weight.clamp(min=0), (-weight).clamp(min=0)
         sums = torch.stack(
             [(ratio.clamp(max=bound) * gain).sum() for bound in highs]

@@ -110,24 +110,7 @@ def sequences(
             f"{name} must be {padded}, or packed {packed} with cu_seqlens, "
             f"got shape {tuple(source.shape)}"
         )
-    index, n = validation._sequence_index(tokens, "seq-mean-token-sum", cu_seqlens)
+    index, n = validation._sequence_index(tokens, True, name, cu_seqlens)
     assert index is not None
     shape = tokens.shape[:-1] if cu_seqlens is None else torch.Size([n])
     return Sequences(index.contiguous(), tokens.shape[-1], shape, active)
-
-
-def suffix_sums(values: Tensor, index: Tensor, longest: int) -> Tensor:
-    """(N,): the sum of each token's number and of those after it in its sequence.
-
-    Doubles the reach of a sum log2(longest) times, instead of a cumulative sum over everything: the
-    order of additions depends on a token's distance to its sequence's end only, so that a sequence
-    has the same bits padded, packed and alone, and a NaN stays where it is. Neither holds for
-    atomic additions.
-    """
-    reach = 1
-    while reach < min(longest, values.shape[0]):
-        same = index[reach:] == index[:-reach]
-        more = torch.where(same, values[reach:], 0.0)
-        values = torch.cat([values[:-reach] + more, values[-reach:]])
-        reach *= 2
-    return values

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, validation
+from .weights import suffix_sums
 
 LEVELS = ("token", "sequence", "geometric")
 MODES = tuple(f"{level}_{action}" for level in LEVELS for action in ("truncate", "mask"))
@@ -81,9 +82,9 @@ def rollout_weights(
         log_ratio = torch.where(active & ~engine.isnan(), log_ratio, 0.0)
         if level != "token":
             starts = batch.starts()
-            log_ratio = checks.suffix_sums(log_ratio, batch.index, batch.longest)[starts]
+            log_ratio = suffix_sums(log_ratio, batch.index, batch.longest)[starts]
         if level == "geometric":
-            counts = checks.suffix_sums(active.double(), batch.index, batch.longest)[starts]
+            counts = suffix_sums(active.double(), batch.index, batch.longest)[starts]
             log_ratio = log_ratio / counts.clamp(min=1)
         log_ratio = log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
         ratio = log_ratio.exp()

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import api, checks, validation
+from . import api, checks, validation, weights
 from .checks import Sequences
 
 SCALES = ("std", "none")
@@ -26,14 +26,9 @@ def _given(name: str, values: object, mask: object, cu_seqlens: object) -> tuple
 
 
 def _totals(values: Tensor, batch: Sequences) -> Tensor:
-    sums = checks.suffix_sums(values.double(), batch.index, batch.longest)
-    n = batch.shape.numel()
-    ids = torch.arange(n, dtype=torch.int64, device=values.device)
-    first = torch.searchsorted(batch.index, ids)
-    empty = torch.searchsorted(batch.index, ids, right=True) == first
-    # A sequence without tokens gets the number behind the last one, a zero.
-    first = torch.where(empty, values.shape[0], first)
-    return torch.cat([sums, sums.new_zeros(1)])[first].reshape(batch.shape)
+    n_sequences = batch.shape.numel()
+    totals = weights.sequence_totals(values.double(), batch.index, n_sequences, batch.longest)
+    return totals.reshape(batch.shape)
 
 
 def sequence_sum(
@@ -102,7 +97,7 @@ def suffix_sum(
         [[5.0, 0.0, 4.0]]
     """
     given, batch = _given("values", values, mask, cu_seqlens)
-    sums = checks.suffix_sums(given.double(), batch.index, batch.longest)
+    sums = weights.suffix_sums(given.double(), batch.index, batch.longest)
     return torch.where(batch.active, sums, 0.0).reshape(values.shape)
 
 
@@ -246,9 +241,9 @@ def group_advantages(
         counts = torch.searchsorted(index, index, right=True) - starts
         # Without the first of them equal rewards are exactly 0, and so is their mean.
         given = given - given[starts]
-        given = given - checks.suffix_sums(given, index, longest)[starts] / counts
+        given = given - weights.suffix_sums(given, index, longest)[starts] / counts
         if scale == "std":
-            variance = checks.suffix_sums(given**2, index, longest)[starts] / (counts - 1)
+            variance = weights.suffix_sums(given**2, index, longest)[starts] / (counts - 1)
             least = checks.scalar(floor, given.device)
             given = torch.where(given == 0, 0.0, given / torch.maximum(variance.sqrt(), least))
         return torch.empty_like(given).scatter_(0, order, given).to(dtype).reshape(rewards.shape)

@@ -16,7 +16,7 @@ from plain_torch import planted, run_examples, works_everywhere
 from torch import Tensor
 
 import cfpo_kernels
-from cfpo_kernels import checks, sequences
+from cfpo_kernels import sequences, weights
 from cfpo_kernels.sequences import (
     group_advantages,
     prefix_min,
@@ -406,11 +406,11 @@ def _planted_advantages(right: str, wrong: str) -> Callable[[], None]:
 
 
 def _planted_sums(wrong: str) -> Callable[[], None]:
-    mistaken = planted(checks.suffix_sums, "index[reach:] == index[:-reach]", wrong)
+    mistaken = planted(weights.suffix_sums, "index[reach:] == index[:-reach]", wrong)
 
     def check() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checks, "suffix_sums", mistaken)
+            patch.setattr(weights, "suffix_sums", mistaken)
             check_against_loops("suffix_sum", suffix_sum)
 
     return check

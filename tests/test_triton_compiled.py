@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -21,13 +20,15 @@ import torch
 from triton_tools.offline import Launch, fake, offline
 
 import cfpo_kernels.backends.triton as backend
+from cfpo_kernels import CFPO, PPOClip
 from cfpo_kernels.backends.base import KernelRows, KernelTerms
+from cfpo_kernels.inputs import LossSettings, TokenInputs
 from cfpo_kernels.triton_kernels import config, kernels
 from cfpo_kernels.verification import battery, cases, timing
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OBJECTIVES = {"cfpo": [0.2, math.inf], "ppo_clip": [0.2, 0.28, 3.0]}
+OBJECTIVES = {"cfpo": CFPO(), "ppo_clip": PPOClip(0.2, 0.28, 3.0)}
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") != "0", reason="TRITON_INTERPRET is set"
@@ -71,16 +72,14 @@ def launch_policy(
     n = logits.shape[:-1].numel()
     given = per_row(n) if everything else None
     terms = KernelTerms(
-        per_row(n),
-        per_row(n),
-        given,
-        given,
+        TokenInputs(per_row(n), per_row(n), given, given, given, given),
+        LossSettings(
+            OBJECTIVES[objective].shape(),
+            kl_coef=0.1 if everything else 0.0,
+            kl_ratio_weighted=everything,
+            entropy_coef=0.01 if everything else 0.0,
+        ),
         fake((), torch.float32) if everything else None,
-        objective,
-        OBJECTIVES[objective],
-        "k3",
-        0.1 if everything else 0.0,
-        0.01 if everything else 0.0,
     )
     backend.TRITON.policy_loss(
         rows(logits, n if everything else 1),

@@ -12,6 +12,7 @@ from .status import BackendStatus, BackendUnavailableError
 __all__ = [
     "KERNELS",
     "NAMES",
+    "REFERENCE",
     "BackendStatus",
     "BackendUnavailableError",
     "available_backends",
@@ -19,7 +20,8 @@ __all__ = [
     "resolve",
 ]
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+REFERENCE = choice.REFERENCE
+NAMES = ("cuda", "triton", "cpu", REFERENCE)
 
 # By the names that `resolve` gives; some hold a backend to one of its kernels.
 KERNELS: dict[str, Backend] = {
@@ -38,7 +40,7 @@ _STATUS = {
     "cuda": cuda.status,
     "triton": triton.status,
     "cpu": cpu.status,
-    "reference": _reference_status,
+    REFERENCE: _reference_status,
 }
 
 
@@ -66,6 +68,8 @@ def resolve(
         BackendUnavailableError: it was asked for by name and cannot run, or not on this device.
     """
     if name == "auto":
+        # Where torch.compile traces a vocabulary of any size: only a GPU's choice depends on it.
+        n_cols = 0 if device.type == "cpu" else int(n_cols)
         return _automatic(device, dtype, n_cols, inplace, torch.compiler.is_compiling())
     if name == "cpu" and device.type != "cpu":
         raise BackendUnavailableError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..from_logps import policy_loss_from_logps
 from ..objectives import CFPO
+from ..two_pass import TokenTerms
 from ._logps import entropy_of_rows, logps_of_labels, replace_everywhere
 
 try:
@@ -40,9 +41,9 @@ class PolicyLoss(openrlhf_loss.PolicyLoss):
     Aggregation, normalisers and the correction for the rollout's log-probs are OpenRLHF's own code.
 
     Args:
-        clip_eps_low, clip_eps_high: CFPO's epsilon; they must be equal.
+        clip_eps_low, clip_eps_high: CFPO's epsilon for A < 0 and for A > 0.
         dual_clip: must be None.
-        policy_loss_type: "ppo", whose ratio of each token CFPO takes, or "cfpo".
+        policy_loss_type: "ppo" or "cfpo": CFPO of each token's ratio; "gspo": of its sequence's.
         others: as OpenRLHF's.
 
     Raises:
@@ -58,26 +59,24 @@ class PolicyLoss(openrlhf_loss.PolicyLoss):
         policy_loss_type: str = "ppo",
         **others: Any,
     ) -> None:
-        if clip_eps_low != clip_eps_high:
-            raise ValueError(
-                f"clip_eps_low={clip_eps_low} and clip_eps_high={clip_eps_high} differ, but CFPO "
-                "has one epsilon: set --actor.eps_clip, or both of --actor.eps_clip_low_high alike"
-            )
         if dual_clip is not None:
             raise ValueError(
                 f"dual_clip={dual_clip} has no meaning for CFPO, which clips nothing: leave "
                 "--actor.dual_clip unset"
             )
-        if policy_loss_type not in ("ppo", "cfpo"):
-            why = " takes ratios of whole sequences, CFPO those of tokens:"
+        if policy_loss_type not in ("ppo", "cfpo", "gspo"):
             raise ValueError(
-                f"policy_loss_type={policy_loss_type!r}{why if policy_loss_type == 'gspo' else ''} "
-                "set --actor.policy_loss_type to 'ppo' to train with CFPO"
+                f"policy_loss_type={policy_loss_type!r} is unknown: set --actor.policy_loss_type "
+                "to 'ppo' to train with CFPO, or to 'gspo' for ratios of whole sequences"
             )
+        kind = "gspo" if policy_loss_type == "gspo" else "ppo"
         super().__init__(
-            clip_eps_low, clip_eps_high, None, token_level_loss, policy_loss_type="ppo", **others
+            clip_eps_low, clip_eps_high, None, token_level_loss, policy_loss_type=kind, **others
         )
-        self.objective = CFPO(clip_eps_low, log_ratio_clip=LOG_RATIO_CLIP)
+        self.by_sequence = kind == "gspo"
+        # OpenRLHF clamps the log-ratios of tokens only.
+        clip = None if self.by_sequence else LOG_RATIO_CLIP
+        self.objective = CFPO(clip_eps_low, clip, epsilon_high=clip_eps_high)
 
     def forward(
         self,
@@ -111,17 +110,37 @@ class PolicyLoss(openrlhf_loss.PolicyLoss):
         others = {"action_mask": action_mask, "rollout_log_probs": rollout_log_probs, **normalizers}
         with torch.no_grad():
             _, _, ppo_kl, *rest = super().forward(log_probs, old_log_probs, advantages, **others)
-        loss, stats = policy_loss_from_logps(
-            log_probs,
-            advantages,
-            old_log_probs,
-            objective=self.objective,
-            mask=action_mask,
-            token_weights=self._token_weights(old_log_probs, others),
-            reduction="sum",
-            return_stats=True,
-        )
+        token_weights = self._token_weights(old_log_probs, others)
+        anchor = old_log_probs
+        if self.by_sequence and rollout_log_probs is not None and self.is_correction_level != "off":
+            anchor = rollout_log_probs  # as in OpenRLHF
+        given = (log_probs, advantages, anchor)
+        how: dict[str, Any] = {
+            "mask": action_mask,
+            "token_weights": token_weights,
+            "reduction": "sum",
+        }
+        objective: Any = self._of_sequences if self.by_sequence else self.objective
+        loss, stats = policy_loss_from_logps(*given, objective=objective, return_stats=True, **how)
+        if self.by_sequence:
+            with torch.no_grad():
+                _, stats = policy_loss_from_logps(
+                    *given,
+                    objective=self.objective,
+                    ratio_level="sequence",
+                    return_stats=True,
+                    **how,
+                )
         return loss, stats.outside_fraction, ppo_kl, *rest
+
+    def _of_sequences(self, terms: TokenTerms) -> Tensor:
+        """The loss of each token by its sequence's ratio, differentiated through the mean.
+
+        ``ratio_level="sequence"`` would take GSPO-token for advantages that come by token.
+        """
+        counts = terms.mask.sum(-1, keepdim=True).clamp(min=1)
+        mean = (terms.log_ratio * terms.mask).sum(-1, keepdim=True) / counts
+        return self.objective(terms._replace(log_ratio=mean.expand_as(terms.log_ratio)))
 
     def _token_weights(self, old_log_probs: Tensor, others: dict[str, Any]) -> Tensor:
         """The factor (B, T) by which each token's loss enters OpenRLHF's.
@@ -132,6 +151,8 @@ class PolicyLoss(openrlhf_loss.PolicyLoss):
         with torch.enable_grad():
             logps = old_log_probs.detach().float().requires_grad_()
             minus_one = torch.full_like(logps, -1.0)
+            if self.by_sequence:  # whose ratio may be to these
+                others = others | {"rollout_log_probs": logps.detach()}
             loss, *_ = super().forward(logps, logps.detach(), minus_one, **others)
             return torch.autograd.grad(loss, logps)[0]
 

@@ -42,16 +42,13 @@ def _objective(config: Any) -> CFPO:
             "config must be verl's actor configuration, got None: CFPO takes its epsilon from "
             "actor.clip_ratio"
         )
-    epsilon = config.clip_ratio
     # verl fills in its default for the two sides where only clip_ratio was set.
-    harmless = (None, epsilon, ActorConfig.clip_ratio_low)
-    for side in ("clip_ratio_low", "clip_ratio_high"):
-        if (value := config.get(side)) not in harmless:
-            raise ValueError(
-                f"{side}={value} has no meaning for CFPO, whose one epsilon is clip_ratio="
-                f"{epsilon}: set actor.clip_ratio, and actor.{side} to null or to the same"
-            )
-    return CFPO(epsilon, log_ratio_clip=LOG_RATIO_CLIP)
+    unset = (None, ActorConfig.clip_ratio_low)
+    low, high = (
+        config.clip_ratio if config.get(side) in unset else config.get(side)
+        for side in ("clip_ratio_low", "clip_ratio_high")
+    )
+    return CFPO(low, log_ratio_clip=LOG_RATIO_CLIP, epsilon_high=high)
 
 
 @register_policy_loss("cfpo")
@@ -70,7 +67,8 @@ def compute_policy_loss_cfpo(
         old_log_prob, log_prob, advantages: (B, T) float, log-probs in nats.
         response_mask: (B, T); 0 = not part of the loss, whatever the other arguments hold there.
         loss_agg_mode: whatever verl's ``agg_loss`` takes, such as "token-mean".
-        config: verl's ActorConfig; ``clip_ratio`` is CFPO's epsilon.
+        config: verl's ActorConfig; ``clip_ratio`` is CFPO's epsilon, ``clip_ratio_low`` and
+            ``clip_ratio_high`` that for A < 0 and for A > 0, where they are not verl's default.
         rollout_is_weights: (B, T) or None, weights of the rollout correction.
 
     Returns:
@@ -78,8 +76,7 @@ def compute_policy_loss_cfpo(
         place of verl's clip fraction: CFPO clips nothing.
 
     Raises:
-        ValueError: no config, clip_ratio_low or clip_ratio_high that contradict clip_ratio, or an
-            unknown loss_agg_mode.
+        ValueError: no config, or an unknown loss_agg_mode.
     """
     loss, stats = policy_loss_from_logps(
         log_prob,

@@ -211,7 +211,9 @@ def _call(kernels: Backend, case: Case, inputs: Inputs) -> Outputs:
         if case.call == "on-policy":
             kernels.policy_loss(
                 rows,
-                inputs.terms._replace(old_logps=arrays["logps"].view.clone()),
+                inputs.terms._replace(
+                    inputs=inputs.terms.inputs._replace(old_logps=arrays["logps"].view.clone())
+                ),
                 loss=array("loss"),
                 logps=array("trained logps"),
                 entropy=None,
@@ -304,7 +306,7 @@ def _on_policy_faults(inputs: Inputs, outputs: Outputs) -> Iterator[str]:
     """Scored by these kernels and trained by them, r is exactly 1 and the loss is -A."""
     values = {name: guarded.view for name, guarded in outputs.arrays.items()}
     yield from same_bits("scored and trained log-probs", values["logps"], values["trained logps"])
-    want = torch.where(inputs.active, -inputs.terms.advantages, 0.0)
+    want = torch.where(inputs.active, -inputs.terms.inputs.advantages, 0.0)
     if not torch.equal(values["loss"], want):
         yield "the loss of what was just scored is not -A"
 
@@ -355,10 +357,7 @@ def _rows_alone(target: Target, dtype: torch.dtype) -> Iterator[str]:
         inputs.rows.weights[:few],
         inputs.rows.temperature,
     )
-    terms = inputs.terms._replace(
-        advantages=inputs.terms.advantages[:few],
-        old_logps=None if inputs.terms.old_logps is None else inputs.terms.old_logps[:few],
-    )
+    terms = inputs.terms._replace(inputs=inputs.terms.inputs.each(lambda x: x[:few]))
     alone = replace(inputs, rows=rows, terms=terms, kinds=inputs.kinds[:few])
     _, own_logps, own_dlogits = _train(target, replace(case, many=False), alone)
     yield from same_bits("logps of fewer rows", own_logps, logps[:few])

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .. import reference
 from ..backends.base import KernelRows, KernelTerms
-from ..objectives import CFPO, Objective, PPOClip
+from ..formula import loss_of_logps
+from ..inputs import LossSettings, TokenInputs
+from ..objectives import CFPO, DPPO, SAPO, Objective, PPOClip
 from .compare import Exact
 
 # How the rows of one case differ from each other, by turns. The first five are what few rows have.
@@ -41,6 +43,7 @@ class Case:
     entropy: bool = False
     everything: bool = False  # KL, entropy bonus, weights, a temperature a row, a gradient scale
     kl_estimator: str = "k3"
+    kl_ratio_weighted: bool = False
     objective: Objective = field(default_factory=CFPO)
 
     def problem(self) -> Case:
@@ -77,10 +80,11 @@ def short() -> list[Case]:
             Case("odd", v, inplace=True),
             Case("odd", v, layout="sliced", inplace=True),
         ]
-    clip = PPOClip(0.2, 0.28, dual_clip=3.0)
+    # The three shapes, without more variants of Triton's kernels than two.
+    others = ((32000, PPOClip(0.2, 0.28, dual_clip=3.0)), (50280, SAPO()))
     cases += [
-        Case("everything", v, layout=layout, inplace=inplace, everything=True, objective=clip)
-        for v in (32000, 50280)
+        Case("everything", v, layout=layout, inplace=inplace, everything=True, objective=other)
+        for v, other in others
         for layout in ("whole", "sliced")
         for inplace in (False, True)
     ]
@@ -112,10 +116,11 @@ def short() -> list[Case]:
 def long() -> list[Case]:
     """Everything, for a release or a report."""
     cases = short()
-    objectives: tuple[Objective, ...] = (CFPO(0.1), PPOClip(0.2, 0.28, dual_clip=3.0))
+    clip = PPOClip(0.2, 0.28, dual_clip=3.0)
+    objectives: tuple[Objective, ...] = (CFPO(0.1), clip, SAPO(drift=0.1))
     for v in (7, 1000, 4099, 32000, 50257, 128256, 262144):
         for objective in objectives:
-            for kl_estimator in ("k1", "k2", "k3"):
+            for kl_estimator in ("k1", "k2", "k3", "k1+", "k3+"):
                 options = {"objective": objective, "kl_estimator": kl_estimator}
                 cases += [
                     Case("everything", v, everything=True, inplace=inplace, many=many, **options)  # type: ignore[arg-type]
@@ -131,6 +136,8 @@ def long() -> list[Case]:
                     cases += [case]
                     if call != "train":
                         cases += [replace(case, entropy=True)]
+        bounds = Case("bounds", v, everything=True, objective=DPPO(1.3, drift=0.1))
+        cases += [bounds, replace(bounds, kl_ratio_weighted=True)]
         cases += [Case("on-policy", v, call="on-policy", many=many) for many in (False, True)]
         cases.append(Case("multiply", v, call="multiply", layout="late"))
     return list(dict.fromkeys(cases))
@@ -209,28 +216,35 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, n_rows: in
     advantages = torch.where(
         kinds == KINDS.index("no advantage"), 0.0, uniform(0.5, 1.5) * _signs(n_rows, device)
     )
-    logps, _ = reference.token_logps(
-        logits.double(), token_ids, active, temperature.double(), False
+    logps, *_ = reference.token_logps(
+        logits.double(), token_ids, active, temperature.double(), False, False
     )
     log_ratios = _numbers(LOG_RATIOS, device)[torch.arange(n_rows, device=device) % len(LOG_RATIOS)]
-    # Where the advantage is 0 nothing may come of it, whatever r is.
-    log_ratios = torch.where(kinds == KINDS.index("no advantage"), 1e4, log_ratios)
+    # Where the advantage is 0 nothing may come of it, whatever r is; unless something else has r.
+    idle = 3.0 if case.kl_ratio_weighted or case.objective.shape().drift else 1e4
+    log_ratios = torch.where(kinds == KINDS.index("no advantage"), idle, log_ratios)
     old_logps = (logps - log_ratios).float()
-    estimator = case.kl_estimator
-    terms = KernelTerms(
-        advantages=advantages,
-        old_logps=old_logps,
-        token_weights=uniform(0.5, 1.5) if case.everything else None,
-        ref_logps=(logps + uniform(-0.3, 0.3)).float() if case.everything else None,
-        grad_scale=torch.full((), 64.0, dtype=torch.float32, device=device)
-        if case.everything
-        else None,
-        objective=case.objective.name,
-        objective_parameters=list(case.objective.parameters()),
-        kl_estimator=estimator,
-        kl_coef=0.1 if case.everything else 0.0,
-        entropy_coef=0.05 if case.everything else 0.0,
-    )
+    inputs = TokenInputs(advantages, old_logps)
+    settings = LossSettings(case.objective.shape(), case.kl_estimator)
+    grad_scale = None
+    if case.everything:
+        bounds: tuple[Tensor | None, Tensor | None] = (None, None)
+        if case.objective.bounded is not None:
+            # Clear of every one of LOG_RATIOS.
+            low, high = uniform(-0.22, -0.2), uniform(0.2, 0.22)
+            bounds = case.objective.bounds_of(low, high, advantages)
+        inputs = TokenInputs(
+            advantages,
+            old_logps,
+            uniform(0.5, 1.5),
+            (logps + uniform(-0.3, 0.3)).float(),
+            *bounds,
+        )
+        settings = settings._replace(
+            kl_ratio_weighted=case.kl_ratio_weighted, kl_coef=0.1, entropy_coef=0.05
+        )
+        grad_scale = torch.full((), 64.0, dtype=torch.float32, device=device)
+    terms = KernelTerms(inputs, settings, grad_scale)
     rows = KernelRows(logits, token_ids, weights, temperature)
     dentropy = uniform(-0.5, 0.5) if case.entropy else None
     factors = torch.where(kinds % 2 == 0, 1.0, uniform(0.5, 2.0))
@@ -253,35 +267,18 @@ def exact_results(case: Case, inputs: Inputs, rows: Tensor) -> Exact:
     temperature = given.temperature.double()
     temperature = temperature[rows] if temperature.numel() > 1 else temperature.expand(rows.shape)
 
-    def of(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[rows].double()
-
-    advantages = terms.advantages[rows].double()
+    chosen = terms.inputs.each(lambda x: x[rows].double())
     with torch.enable_grad():
+        logps, entropy, _ = reference.token_logps(
+            logits, token_ids, weights != 0, temperature, True, False
+        )
         if case.call == "backward":
-            logps, entropy = reference.token_logps(
-                logits, token_ids, weights != 0, temperature, True
-            )
             arrived = inputs.dlogps[rows].double() * logps
             if inputs.dentropy is not None:
                 arrived = arrived + inputs.dentropy[rows].double() * entropy
             loss, scale = arrived, 1.0
         else:
-            loss, logps, entropy = reference.policy_loss_rows(
-                logits,
-                token_ids,
-                weights,
-                temperature,
-                advantages,
-                of(terms.old_logps),
-                of(terms.token_weights),
-                of(terms.ref_logps),
-                case.objective,
-                terms.kl_estimator,
-                terms.kl_coef,
-                terms.entropy_coef,
-                True,
-            )
+            loss = loss_of_logps(logps, entropy, weights, chosen, terms.settings)
             scale = 1.0 if terms.grad_scale is None else float(terms.grad_scale)
         (dlogits,) = torch.autograd.grad(loss.sum(), logits)
     log_p = torch.log_softmax(logits.detach() / temperature[:, None], -1)
@@ -292,7 +289,7 @@ def exact_results(case: Case, inputs: Inputs, rows: Tensor) -> Exact:
         logps.detach(),
         entropy.detach(),
         dlogits * scale,
-        scale * _floor(case, inputs, advantages, log_p, entropy.detach(), temperature),
+        scale * _floor(case, inputs, chosen.advantages, log_p, entropy.detach(), temperature),
     )
 
 
@@ -311,8 +308,10 @@ def _floor(
         slope = torch.zeros_like(advantages)
         bonus = 0.0 if inputs.dentropy is None else 0.5
     else:
-        width = min(case.objective.trust_region())
-        slope = advantages.abs() / width + inputs.terms.kl_coef + inputs.terms.entropy_coef
-        bonus = inputs.terms.entropy_coef
+        low, high = case.objective.trust_region() or (-math.inf, math.inf)
+        width = min(-math.expm1(low), math.expm1(high) if high < 1 else 1.0)
+        settings = inputs.terms.settings
+        slope = advantages.abs() / width + settings.kl_coef + settings.entropy_coef
+        bonus = settings.entropy_coef
     surprise = torch.where(p > 0, log_p, 0.0).abs() + entropy[:, None]
     return p * (0.1 * slope[:, None] + bonus * surprise) / temperature[:, None]

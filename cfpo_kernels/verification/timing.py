@@ -9,7 +9,6 @@ from functools import partial
 from statistics import median
 
 import torch
-from torch import Tensor
 
 from ..backends.base import Backend, KernelRows
 from .battery import Target
@@ -85,18 +84,13 @@ def _repeated(inputs: Inputs, n_rows: int) -> Inputs:
     keep = inputs.active.nonzero().squeeze(1)
     index = keep[torch.arange(n_rows, device=keep.device) % keep.numel()]
 
-    def rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[index].contiguous()
-
     given, terms = inputs.rows, inputs.terms
     picked = KernelRows(
         given.logits[index], given.token_ids[index], given.weights[index], given.temperature
     )
-    advantages = rows(terms.advantages)
-    assert advantages is not None
     return Inputs(
         picked,
-        terms._replace(advantages=advantages, old_logps=rows(terms.old_logps)),
+        terms._replace(inputs=terms.inputs.each(lambda x: x[index].contiguous())),
         inputs.kinds[index],
         inputs.dlogps[index],
         None,

@@ -11,10 +11,7 @@ struct CudaKernels {
                                    const std::string& row_kernel) {
     return {device, stream, pointer<void>(workspace), cuda::row_kernel(row_kernel)};
   }
-  template <class... Arguments>
-  static void policy_loss(const Arguments&... arguments) {
-    cuda::policy_loss(arguments...);
-  }
+  static constexpr auto policy_loss = cuda::policy_loss;
   static constexpr auto token_logps = cuda::token_logps;
   static constexpr auto token_logps_backward = cuda::token_logps_backward;
   static constexpr auto multiply_rows = cuda::multiply_rows;

@@ -23,8 +23,7 @@ struct Execution {
 // Memory that policy_loss and token_logps want for such logits on that device.
 std::int64_t workspace_bytes(const Rows& logits, int device);
 
-template <class Policy>
-void policy_loss(const PolicyLossParams& params, const Policy& policy, const Execution& execution);
+void policy_loss(const PolicyLossParams& params, const Execution& execution);
 void token_logps(const TokenLogpsParams& params, const Execution& execution);
 void token_logps_backward(const TokenLogpsBackwardParams& params, const Execution& execution);
 

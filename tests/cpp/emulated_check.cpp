@@ -158,9 +158,12 @@ bool run(const Case& c) {
   PolicyLossParams params{};
   params.problem = {logits.rows, ids.data(), &temperature, 0, weights.data()};
   params.dlogits = gradient.rows;
-  params.advantages = advantages.data();
-  params.old_logps = old.data();
-  params.regularizers = {KlEstimator::kK3, 0.0, c.entropy ? 0.1 : 0.0};
+  params.columns.advantages = advantages.data();
+  params.columns.old_logps = old.data();
+  params.policy.shape = Shape::kQuadratic;
+  params.policy.high_positive = params.policy.high_negative = 0.2;
+  params.policy.cap = INFINITY;
+  params.regularizers = {KlEstimator::kK3, false, 0.0, c.entropy ? 0.1 : 0.0};
   params.loss = loss.data();
   params.logps = logps.data();
   params.entropy = entropy.data();
@@ -168,7 +171,7 @@ bool run(const Case& c) {
       SplitWorkspace::bytes(c.n_rows, count_segments(c.n_cols, DType::kBFloat16))));
   if (!c.entropy) params.entropy = nullptr;
   run_stage<T>(
-      PolicyStage<Cfpo<double>>{params, {0.2, INFINITY}}, params.dlogits,
+      PolicyStage{params}, params.dlogits,
       {0, 0, workspace.data(), c.device.clusters ? RowKernel::kCluster : RowKernel::kPortable});
 
   bool right = logits.guards_hold() && apart.guards_hold();

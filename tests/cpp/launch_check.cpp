@@ -58,8 +58,7 @@ void loss(const std::string& shape) {
   params.problem.logits.n_rows = std::atoll(shape.c_str());
   params.problem.logits.n_cols = std::atoll(shape.c_str() + shape.find(',') + 1);
   params.dlogits = params.problem.logits;
-  run_stage<bfloat16>(PolicyStage<Cfpo<double>>{params, {0.2, INFINITY}}, params.dlogits,
-                      {device, 5, memory, wanted});
+  run_stage<bfloat16>(PolicyStage{params}, params.dlogits, {device, 5, memory, wanted});
 }
 
 void query() {

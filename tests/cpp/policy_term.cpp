@@ -13,15 +13,14 @@ extern "C" void policy_term(int shape, const double* numbers, const double* toke
   t.weight = 1;
   t.low = policy.low(t.advantage);
   t.high = policy.high(t.advantage);
-  const cfpo::TokenLoss loss =
-      cfpo::token_loss(policy, {cfpo::KlEstimator::kK3, false, 0, 0}, t);
+  const cfpo::TokenLoss loss = cfpo::token_loss(policy, {cfpo::KlEstimator::kK3, false, 0, 0}, t);
   term[0] = loss.loss;
   term[1] = loss.dlogp;
 }
 
 extern "C" void kl_term(int estimator, int weighted, double d, double log_ratio, double* term) {
-  const cfpo::Term kl = cfpo::kl_term(
-      {static_cast<cfpo::KlEstimator>(estimator), weighted != 0, 1, 0}, d, log_ratio);
+  const cfpo::Term kl =
+      cfpo::kl_term({static_cast<cfpo::KlEstimator>(estimator), weighted != 0, 1, 0}, d, log_ratio);
   term[0] = kl.loss;
   term[1] = kl.dlogp;
 }

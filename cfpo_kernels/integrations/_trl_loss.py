@@ -12,7 +12,7 @@ from .. import formula
 from ..api import policy_loss
 from ..inputs import LossSettings, TokenInputs
 from ..objectives import Objective
-from ..objectives.base import Shape
+from ..shapes import Shape
 from ..stats import CFPOStats, collect_stats
 from ..two_pass import TokenTerms
 from ._trl_batch import MEANS_OF_SEQUENCES, SPANNING, Tokens, accumulation_steps, denominator

@@ -351,6 +351,7 @@ class CFPOLoss(nn.Module):
 _CHOICES = {
     "reduction": REDUCTIONS,
     "kl_estimator": validation.KL_ESTIMATORS,
+    "ratio_level": validation.RATIO_LEVELS,
     "backend": BACKENDS,
 }
 _CFPO_KEYWORDS = frozenset(cfpo_loss.__kwdefaults__ or ())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .inputs import LossSettings, TokenInputs
-from .objectives.base import SCORE, SURROGATE, Shape
+from .shapes import SCORE, SURROGATE, Shape
 from .two_pass import Beyond
 
 ONE_TOKEN = Beyond()

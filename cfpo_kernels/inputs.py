@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .objectives.base import Shape
+from .shapes import Shape
 
 # Low and high, as log_ratio_bounds takes them, and as statistics use them.
 LogRatioBounds = tuple[float | Tensor, float | Tensor]

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import backends
 from .backends.base import KernelRows, KernelTerms
 from .inputs import LossSettings, TokenInputs
-from .objectives.base import Shape
+from .shapes import Shape
 
 # torch.library reads these annotations, and before torch 2.7 it does not know `Tensor | None`.
 # ruff: noqa: UP045

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .inputs import LossSettings, Region, TokenInputs
 from .objectives import Objective
-from .objectives.base import Shape
 from .objectives.triton import TritonObjective
+from .shapes import Shape
 from .two_pass import Beyond, SequenceRatio, TokenTerms, TorchObjective
 from .weights import REDUCTIONS, packed_sequence_index, padded_sequence_index, row_weights
 

@@ -12,7 +12,7 @@ import torch
 from cfpo_kernels import formula
 from cfpo_kernels.backends import cpu
 from cfpo_kernels.inputs import LossSettings, TokenInputs
-from cfpo_kernels.objectives.base import Shape
+from cfpo_kernels.shapes import Shape
 
 SHAPES = json.loads((Path(__file__).parent / "golden" / "shapes.json").read_text())
 

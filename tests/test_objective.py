@@ -32,7 +32,7 @@ from cfpo_kernels import CFPO, PPOClip, formula
 from cfpo_kernels.backends import cpu
 from cfpo_kernels.inputs import TokenInputs
 from cfpo_kernels.objectives import OBJECTIVES, Objective
-from cfpo_kernels.objectives.base import NUMBERS
+from cfpo_kernels.shapes import NUMBERS
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "objectives.json").read_text())
 

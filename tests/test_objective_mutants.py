@@ -19,7 +19,7 @@ from emulation import CXX, ROOT, compile_cpp
 from golden_shapes import SHAPES, kl_of, row_shape, shape_of, torch_term
 
 from cfpo_kernels import formula
-from cfpo_kernels.objectives.base import Shape
+from cfpo_kernels.shapes import Shape
 
 KINDS = ("window", "quadratic", "sigmoid")
 ESTIMATORS = ("k1", "k2", "k3", "k1+", "k3+")

@@ -29,7 +29,7 @@ from cfpo_kernels.backends import triton as backend
 from cfpo_kernels.backends.triton import TRITON
 from cfpo_kernels.inputs import LossSettings
 from cfpo_kernels.objectives import OBJECTIVES
-from cfpo_kernels.objectives.base import Shape
+from cfpo_kernels.shapes import Shape
 from cfpo_kernels.triton_kernels import config, kernels, objective, scalar_math, softmax
 from cfpo_kernels.verification import battery, cases
 

@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,6 +183,19 @@ def test_ratios_of_sequences(
         use_bias_correction_kl=not plain_kl,
     )
     check_parity(trainer, trl_setup.make_inputs(trainer, tools=True), logits_tokens)
+
+
+def test_sequences_that_are_split_are_refused(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = SimpleNamespace(cp_size=2)
+    inputs = trl_setup.make_inputs(trainer)
+    monkeypatch.setattr(trainer.accelerator.state, "parallelism_config", split, raising=False)
+    assert trainer.accelerator.parallelism_config is split
+    compute_cfpo_loss(trainer, trainer.model, inputs)
+    configure(monkeypatch, trainer, importance_sampling_level="sequence")
+    with pytest.raises(ValueError, match="set importance_sampling_level='token'"):
+        compute_cfpo_loss(trainer, trainer.model, inputs)
 
 
 @pytest.mark.parametrize("name", ["rollout", "quantile", "bonus", "epsilon_high", "delta"])

@@ -13,7 +13,7 @@ from oracle import logps64
 from torch import Tensor
 
 import cfpo_kernels
-from cfpo_kernels import CISPO, TokenTerms
+from cfpo_kernels import CISPO, TokenTerms, sequences
 from cfpo_kernels.objectives import OBJECTIVES, Objective
 
 B, T, V = 4, 6, 60
@@ -168,21 +168,54 @@ def test_in_place_and_padded_or_packed_are_bitwise_the_same() -> None:
     assert torch.equal(batch.run(**options)[1][1:], padded[1][1:])
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in SHAPES["sequence"] if row["objective"] == "gspo"], ids=str
-)
-def test_golden_gspo(row: dict) -> None:
-    parameters = row["parameters"] or {"epsilon_low": 3e-4, "epsilon_high": 4e-4}
+def one_sided(terms: TokenTerms) -> Tensor:
+    """GMPO, arXiv 2507.20673, with clips of 0.1 in log r."""
+    sign = terms.advantages.sign()
+    x = sign * torch.minimum(sign * terms.log_ratio, (sign * terms.log_ratio).clamp(-0.1, 0.1))
+    mean = sequences.sequence_mean(x, terms.mask)[:, None]
+    return -mean.exp() * terms.advantages
+
+
+def vespo(terms: TokenTerms) -> Tensor:
+    """TRL's, with its defaults 2, 3, 3, 2."""
+    up = terms.advantages >= 0
+    k, rate = torch.where(up, 2.0, 3.0), torch.where(up, 3.0, 2.0)
+    x = sequences.sequence_sum(terms.log_ratio.detach(), terms.mask)[:, None]
+    phi = (rate + k * x - rate * x.exp()).exp()
+    return -phi * terms.advantages * terms.logps
+
+
+def minpro(terms: TokenTerms) -> Tensor:
+    """arXiv 2601.22718: r_t times the least ratio before it."""
+    x = terms.log_ratio.detach()
+    least = sequences.prefix_min(x, terms.mask, exclusive=True, empty=0.0)
+    weight = (x + least).exp().clamp(1 - 0.2, 1 + 0.28)
+    return -weight * terms.advantages * terms.logps
+
+
+WRITTEN: dict[str, Any] = {
+    "gspo": ("ratio_level", "seq-mean-token-mean"),
+    "luspo": ("ratio_level", "seq-mean-token-sum"),
+    "gmpo": (one_sided, "seq-mean-token-mean"),
+    "vespo": (vespo, "token-mean"),
+    "minpro": (minpro, "token-mean"),
+}
+
+
+@pytest.mark.parametrize("row", SHAPES["sequence"], ids=lambda row: str(row["objective"]))
+def test_golden_sequences(row: dict) -> None:
+    objective, reduction = WRITTEN[row["objective"]]
+    options: dict[str, Any] = {"objective": objective, "reduction": reduction}
+    if objective == "ratio_level":
+        parameters = row["parameters"] or {"epsilon_low": 3e-4, "epsilon_high": 4e-4}
+        options["objective"] = OBJECTIVES["ppo_clip"](**parameters)
+        options["ratio_level"] = "sequence"
     logps = torch.tensor(row["logps"], dtype=torch.float64, requires_grad=True)
-    loss = cfpo_kernels.policy_loss_from_logps(
-        logps,
-        torch.tensor(row["advantages"], dtype=torch.float64),
-        torch.tensor(row["old_logps"], dtype=torch.float64),
-        objective=OBJECTIVES["ppo_clip"](**parameters),
-        mask=torch.tensor(row["mask"]),
-        ratio_level="sequence",
-        reduction="seq-mean-token-mean",
-    )
+    advantages = torch.tensor(row["advantages"], dtype=torch.float64)
+    old = torch.tensor(row["old_logps"], dtype=torch.float64)
+    mask = torch.tensor(row["mask"])
+    loss = cfpo_kernels.policy_loss_from_logps(logps, advantages, old, mask=mask, **options)
+    assert isinstance(loss, Tensor)
     loss.backward()
     assert loss.item() == pytest.approx(row["loss"], rel=1e-12)
     torch.testing.assert_close(logps.grad, torch.tensor(row["dlogps"], dtype=torch.float64))

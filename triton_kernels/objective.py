@@ -13,7 +13,7 @@ from .scalar_math import exp, expm1
 
 # Each shape: (logp, log_ratio, advantage, low, high, p0 ... p7) -> (loss, what stands for its
 # derivative by logp). low and high are this token's, by the sign of A; p0 ... p7 are the numbers of
-# cfpo_kernels.objectives.base.Shape from below_positive on, in their order.
+# cfpo_kernels.shapes.Shape from below_positive on, in their order.
 
 
 @triton.jit

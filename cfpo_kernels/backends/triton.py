@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..inputs import LossSettings
-from ..objectives.base import Shape
 from ..objectives.triton import function_of
+from ..shapes import Shape
 from .base import KernelRows, KernelTerms
 from .layout import RowLayout, row_blocks, row_layout
 from .status import BackendStatus

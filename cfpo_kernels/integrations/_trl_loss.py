@@ -12,7 +12,7 @@ from .. import formula
 from ..api import policy_loss
 from ..inputs import LossSettings, TokenInputs
 from ..objectives import Objective
-from ..objectives.base import Shape
+from ..shapes import Shape
 from ..stats import CFPOStats, collect_stats
 from ..two_pass import TokenTerms
 from ._trl_batch import MEANS_OF_SEQUENCES, SPANNING, Tokens, accumulation_steps, denominator
@@ -56,6 +56,13 @@ class TokenLoss:
         self.bonus = bonus_coefficient(trainer)
         self.bonus_tokens = tokens.mask.sum().clamp(min=1) * accumulation_steps(trainer)
         self.level = trainer.importance_sampling_level
+        parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+        if needs_all_tokens(trainer) and getattr(parallelism, "cp_size", 1) > 1:
+            raise ValueError(
+                "context parallelism splits sequences over processes, which this loss needs whole: "
+                "set importance_sampling_level='token', loss_type to another than 'vespo', "
+                "top_entropy_quantile=1.0 and off_policy_mask_threshold=None, or cp_size=1"
+            )
         self.weights_differ = trainer.loss_type in MEANS_OF_SEQUENCES
         self.denominator = denominator(trainer, inputs, tokens.mask)
 

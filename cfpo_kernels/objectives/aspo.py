@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import UNSAFE, Objective, Shape, require_clip_range
+from ..shapes import Shape
+from .base import UNSAFE, Objective, require_clip_range
 
 
 @dataclass(frozen=True)

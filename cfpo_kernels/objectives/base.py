@@ -1,61 +1,18 @@
-"""What an objective is: numbers for one of the three shapes that the kernels know.
-
-The shapes' formulas stand in formula.py, csrc/core/objective.h and triton_kernels/objective.py, and
-in docs/design.md with their derivations. A named objective has none.
-"""
+"""What a named objective is, and the checks of parameters that several share."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..two_pass import TokenTerms
-
-# What a window reports as loss; see csrc/core/objective.h.
-SURROGATE, WEIGHTED, SCORE = 0.0, 1.0, 2.0
-
-
-class Shape(NamedTuple):
-    """A shape's name and its numbers, in pairs for A > 0 and for A <= 0.
-
-    Attributes:
-        kind: "window", "quadratic", "sigmoid", or the name of a registered Triton objective.
-        low_*, high_*: window: bounds on log r. quadratic: ``high`` is the distance of the optimum
-            of r from 1.
-        drift: of ``drift / 2 * (log r)^2``.
-        below_*, above_*: window: what is left of a token's gradient below and above the bounds: 0
-            none of it, 1 that of the bound.
-        power_*: window: the power of r that weighs a token. sigmoid: tau.
-        cap: log r, or |log r| for quadratic, grows no further.
-        value: window: SURROGATE, WEIGHTED or SCORE.
-    """
-
-    kind: str
-    low_positive: float = -math.inf
-    low_negative: float = -math.inf
-    high_positive: float = math.inf
-    high_negative: float = math.inf
-    drift: float = 0.0
-    below_positive: float = 0.0
-    below_negative: float = 0.0
-    above_positive: float = 0.0
-    above_negative: float = 0.0
-    power_positive: float = 1.0
-    power_negative: float = 1.0
-    cap: float = math.inf
-    value: float = SURROGATE
-
-    @property
-    def numbers(self) -> list[float]:
-        return [float(number) for number in self[1:]]
-
-
-NUMBERS = Shape._fields[1:]
+from ..formula import policy_loss
+from ..inputs import TokenInputs
+from ..shapes import Shape
+from ..two_pass import TokenTerms
 
 # Which of a token's two bounds log_ratio_bounds replaces.
 BOTH = "both"
@@ -92,9 +49,6 @@ class Objective:
         """
         if self.needs_bounds:
             raise ValueError(f"{type(self).__name__} cannot be called: it needs log_ratio_bounds")
-        from ..formula import policy_loss  # which imports this module
-        from ..inputs import TokenInputs
-
         inputs = TokenInputs(terms.advantages)
         return policy_loss(terms.logps, terms.log_ratio, inputs, self.shape()._replace(drift=0.0))
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import UNSAFE, Objective, Shape, require_positive
+from ..shapes import Shape
+from .base import UNSAFE, Objective, require_positive
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import BOTH, SCORE, Objective, Shape, require_ratio_bounds
+from ..shapes import SCORE, Shape
+from .base import BOTH, Objective, require_ratio_bounds
 
 
 @dataclass(frozen=True)

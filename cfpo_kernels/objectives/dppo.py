@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import SCORE, UNSAFE, Objective, Shape, require_positive
+from ..shapes import SCORE, Shape
+from .base import UNSAFE, Objective, require_positive
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Shape, require_positive
+from ..shapes import Shape
+from .base import require_positive
 from .reinforce import Reinforce
 
 

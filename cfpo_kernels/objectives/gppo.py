@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import UNSAFE, Objective, Shape, log_or_inf, require_clip_range, require_number
+from ..shapes import Shape
+from .base import UNSAFE, Objective, log_or_inf, require_clip_range, require_number
 
 
 @dataclass(frozen=True)

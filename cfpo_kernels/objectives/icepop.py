@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import BOTH, WEIGHTED, Objective, Shape, require_ratio_bounds
+from ..shapes import WEIGHTED, Shape
+from .base import BOTH, Objective, require_ratio_bounds
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Objective, Shape, require_number
+from ..shapes import Shape
+from .base import Objective, require_number
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Objective, Shape, require_positive
+from ..shapes import Shape
+from .base import Objective, require_positive
 
 # Beyond it the gate's slope is 0 in any precision, and e^x would meet it as inf * 0.
 LARGEST_LOG_RATIO = 80.0

@@ -3,7 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import SCORE, Objective, Shape
+from ..shapes import SCORE, Shape
+from .base import Objective
 
 
 @dataclass(frozen=True)

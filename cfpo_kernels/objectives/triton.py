@@ -3,7 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base import BOTH, Objective, Shape, require_number
+from ..shapes import Shape
+from .base import BOTH, Objective, require_number
 
 # What a function is called with beside its parameters, and how many of those there are room for.
 TOKEN = ("logp", "log_ratio", "advantage", "low", "high")

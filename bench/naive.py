@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bench.problem import Problem, selected_logps
 from cfpo_kernels import CFPO, PPOClip
-from cfpo_kernels.reference import policy_term
+from cfpo_kernels.formula import policy_term
 
 EPSILON = 0.2
 OBJECTIVES: dict[str, CFPO | PPOClip] = {
@@ -25,7 +25,7 @@ def objective_term(
     The formula is the package's own specification: it is a handful of operations on N numbers, and
     what the baselines are slow at is the V-sized work before it.
     """
-    return policy_term(OBJECTIVES[objective], logps - old_logps, advantages)
+    return policy_term(OBJECTIVES[objective].shape(), logps, logps - old_logps, advantages)
 
 
 def loss_float32(logits: Tensor, problem: Problem) -> Tensor:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import sys
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 
 import cfpo_kernels
@@ -172,18 +174,20 @@ def print_table(title: str, rows: list[tuple[str, ...]]) -> None:
 
 @contextmanager
 def progress_bar(total: int):
-    """Yields tell(description), which moves the bar by one; silent without rich or a terminal."""
+    """Yields tell(description), which moves the bar by one; lines without rich or a terminal."""
     try:
         from rich.console import Console
         from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        console = Console(stderr=True)
     except ImportError:
-        yield lambda description: None
+        console = None
+    if console is None or not console.is_terminal:
+        numbers = count(1)
+        yield lambda text: print(f"{next(numbers)}/{total}  {text}", file=sys.stderr, flush=True)
         return
-    console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total)
 
         def tell(description: str) -> None:

@@ -47,7 +47,7 @@ NOTES = [
 @dataclass(frozen=True)
 class Shape:
     device: str = "cpu"
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     layers: int = 24
     vocabulary: int = 151936
     batch: int = 4
@@ -57,6 +57,18 @@ class Shape:
     @property
     def tokens(self) -> int:
         return self.batch * self.completion
+
+
+def resolve_dtype(shape: Shape) -> Shape:
+    """`auto` is bfloat16, but float32 on a CPU without instructions for products of bfloat16.
+
+    torch takes up to 40 times as long for them there, forward and backward, which would hide
+    everything else.
+    """
+    if shape.dtype != "auto":
+        return shape
+    slow = shape.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return replace(shape, dtype="float32" if slow else "bfloat16")
 
 
 def make_trainer(shape: Shape, folder: str) -> Any:
@@ -174,7 +186,8 @@ def measure_times(shape: Shape, rounds: int) -> dict[str, Any]:
         calls = implementations(trainer, None)
         stopwatch = cuda_seconds if shape.device == "cuda" else cpu_seconds
         samples: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(rounds):
+        for i in range(rounds):
+            print(f"round {i + 1} of {rounds}", flush=True)
             for name, loss_of in calls.items():
                 samples[name].append(1e3 * stopwatch(partial(step, trainer, loss_of, inputs)))
     return {"errors": errors, "samples_ms": samples}
@@ -291,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
         report = json.loads(options.from_json.read_text())
     else:
         torch.set_num_threads(options.threads)
-        shape = Shape(**{name: getattr(options, name) for name in asdict(Shape())})
+        shape = resolve_dtype(Shape(**{name: getattr(options, name) for name in asdict(Shape())}))
         memory = measure_memories(shape, sorted({shape.completion, *options.lengths}))
         machine = describe_machine()
         report = {

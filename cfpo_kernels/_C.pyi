@@ -21,16 +21,29 @@ class CudaQuery(TypedDict):
 # Only where cuda_built: the four kernels below, with `device`, `stream` and `workspace` in place
 # of `threads` and `level`, and workspace_bytes(logits, device).
 cuda: ModuleType
+build_id: str
 cuda_built: bool
 cuda_archs: str
 cuda_reason: str
 
 def cuda_query() -> CudaQuery: ...
 def cpu_levels() -> list[str]: ...
-def objective_term(
-    name: str, parameters: list[float], log_ratio: float, advantage: float
+def token_columns() -> list[str]: ...
+def policy_numbers() -> list[str]: ...
+def policy_term(
+    *,
+    shape: str,
+    numbers: list[float],
+    logp: float,
+    log_ratio: float,
+    advantage: float,
+    low: float | None,
+    high: float | None,
+    token_weight: float,
 ) -> tuple[float, float]: ...
-def kl_term(name: str, logp: float, ref_logp: float) -> tuple[float, float]: ...
+def kl_term(
+    *, estimator: str, distance: float, log_ratio: float, ratio_weighted: bool
+) -> tuple[float, float]: ...
 def policy_loss(
     *,
     logits: Rows,
@@ -39,13 +52,11 @@ def policy_loss(
     temperature: int,
     temperature_stride: int,
     weights: int,
-    advantages: int,
-    old_logps: int,
-    token_weights: int,
-    ref_logps: int,
-    objective: str,
-    objective_parameters: list[float],
+    columns: list[int],
+    shape: str,
+    numbers: list[float],
     kl_estimator: str,
+    kl_ratio_weighted: bool,
     kl_coef: float,
     entropy_coef: float,
     grad_scale: int,

@@ -2,12 +2,30 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import bounds, preference, sequences
 from .api import CFPOLoss, cfpo_loss, policy_loss, token_logps
 from .autograd import CFPOFunction
 from .backends import BackendStatus, BackendUnavailableError, available_backends
 from .from_logps import cfpo_loss_from_logps, policy_loss_from_logps
-from .objectives import CFPO, PPOClip
+from .objectives import ASPO as ASPO
+from .objectives import CFPO as CFPO
+from .objectives import CISPO as CISPO
+from .objectives import DPPO as DPPO
+from .objectives import DRO as DRO
+from .objectives import GPPO as GPPO
+from .objectives import OBJECTIVES
+from .objectives import SAPO as SAPO
+from .objectives import TOPR as TOPR
+from .objectives import IcePop as IcePop
+from .objectives import PowerIS as PowerIS
+from .objectives import PPOClip as PPOClip
+from .objectives import Reinforce as Reinforce
+from .objectives import register_triton_objective as register_triton_objective
+from .rollout import rollout_weights
 from .stats import CFPOStats
+from .two_pass import TokenTerms
+from .verification.records import VerifyRecord
+from .verification.run import verify
 
 try:
     __version__ = version("cfpo-kernels")
@@ -15,17 +33,24 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "CFPO",
     "BackendStatus",
     "BackendUnavailableError",
     "CFPOFunction",
     "CFPOLoss",
     "CFPOStats",
-    "PPOClip",
+    "TokenTerms",
+    "VerifyRecord",
     "available_backends",
+    "bounds",
     "cfpo_loss",
     "cfpo_loss_from_logps",
     "policy_loss",
     "policy_loss_from_logps",
+    "preference",
+    "register_triton_objective",
+    "rollout_weights",
+    "sequences",
     "token_logps",
+    *(objective.__name__ for objective in OBJECTIVES.values()),
+    "verify",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .inputs import LossSettings
 
 
 def _refuse_create_graph() -> None:
@@ -22,10 +23,11 @@ def _refuse_create_graph() -> None:
 class CFPOFunction(torch.autograd.Function):
     """A policy loss whose forward also computes the gradient, which backward hands over.
 
-    ``apply(logits, inplace, *arguments of ops.policy_loss but with_gradient)`` returns (loss (N,),
-    logps (N,), entropy (N,) or (0,)); only the loss is differentiable, and only with respect to
-    the logits. With `inplace` the logits hold their gradient afterwards. Backward can run once:
-    a second call raises, but not in code that torch.compile made, which does not see the check.
+    ``apply(logits, inplace, token_ids, weights, temperature, grad_scale, with_entropy, backend,
+    settings, *token inputs)`` returns (loss (N,), logps (N,), entropy (N,) or (0,)); only the loss
+    is differentiable, and only with respect to the logits. With `inplace` the logits hold their
+    gradient afterwards. Backward can run once: a second call raises, but not in code that
+    torch.compile made, which does not see the check.
     """
 
     @staticmethod
@@ -36,11 +38,14 @@ class CFPOFunction(torch.autograd.Function):
         token_ids: Tensor,
         weights: Tensor,
         temperature: Tensor,
+        grad_scale: Tensor | None,
         with_entropy: bool,
         backend: str,
-        *terms: Any,
+        settings: LossSettings,
+        *inputs: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = (logits, token_ids, weights, temperature)
+        terms = (list(inputs), *ops.flat(settings), grad_scale)
         if inplace:
             loss, logps, entropy = ops.policy_loss_(*rows, with_entropy, backend, *terms)
             dlogits = logits
@@ -48,7 +53,6 @@ class CFPOFunction(torch.autograd.Function):
             loss, logps, entropy, dlogits = ops.policy_loss(
                 *rows, with_entropy, True, backend, *terms
             )
-        grad_scale = terms[4]
         ctx.save_for_backward(dlogits, weights, grad_scale)
         ctx.backend = backend
         ctx.spent = False
@@ -81,8 +85,9 @@ class CFPOFunction(torch.autograd.Function):
 class TokenLogpsFunction(torch.autograd.Function):
     """log p of each row's token, and the row's entropy, differentiable with respect to the logits.
 
-    ``apply(logits, inplace, *arguments of ops.token_logps)`` returns (logps, entropy (N,) or (0,)).
-    Saves the logits; with `inplace`, backward overwrites them with their gradient.
+    ``apply(logits, inplace, *arguments of ops.token_logps)`` returns (logps, entropy (N,) or (0,),
+    lse); lse is not differentiable. Saves the logits; with `inplace`, backward overwrites them
+    with their gradient.
     """
 
     @staticmethod
@@ -95,18 +100,19 @@ class TokenLogpsFunction(torch.autograd.Function):
         temperature: Tensor,
         with_entropy: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows = (logits, token_ids, weights, temperature)
         logps, lse, entropy = ops.token_logps(*rows, with_entropy, backend)
         ctx.save_for_backward(*rows, lse, entropy)
         ctx.inplace = inplace
         ctx.backend = backend
+        ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        return logps, entropy
+        return logps, entropy, lse
 
     @staticmethod
     def backward(
-        ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None
+        ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any
     ) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
         _refuse_create_graph()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import reference, validation
-from .objectives import CFPO, Objective
+from . import formula, validation
+from .inputs import LogRatioBounds
+from .objectives import CFPO
 from .stats import CFPOStats, collect_stats
+from .validation import AnyObjective
 
 
 def policy_loss_from_logps(
@@ -15,7 +19,7 @@ def policy_loss_from_logps(
     advantages: Tensor,
     old_logps: Tensor | None = None,
     *,
-    objective: Objective,
+    objective: AnyObjective,
     entropy: Tensor | None = None,
     mask: Tensor | None = None,
     reduction: str = "token-mean",
@@ -23,53 +27,54 @@ def policy_loss_from_logps(
     cu_seqlens: Tensor | None = None,
     token_weights: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    log_ratio_bounds: LogRatioBounds | None = None,
+    ratio_level: str = "token",
+    sequence_group: Any = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_ratio_weighted: bool = False,
     entropy_coef: float = 0.0,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, CFPOStats]:
     """:func:`cfpo_loss_from_logps` with any objective.
 
     Args:
-        objective: ``CFPO(epsilon=0.2, log_ratio_clip=None)`` or
-            ``PPOClip(epsilon_low=0.2, epsilon_high=0.2, dual_clip=None)``.
+        objective: see :func:`policy_loss`.
         others: see :func:`cfpo_loss_from_logps`.
 
     Returns, raises, memory: see :func:`cfpo_loss_from_logps`.
     """
     chosen = validation.check_objective(objective)
+    validation.check_formula(chosen, False)
     validation.check_flag("return_stats", return_stats)
     rows = validation.check_logps(logps, entropy=entropy, mask=mask)
     with torch.no_grad():
         terms = validation.check_loss_terms(
             rows,
-            advantages,
-            old_logps,
+            chosen,
+            advantages=advantages,
+            old_logps=old_logps,
             reduction=reduction,
             normalizer=normalizer,
             cu_seqlens=cu_seqlens,
             token_weights=token_weights,
             ref_logps=ref_logps,
+            log_ratio_bounds=log_ratio_bounds,
+            ratio_level=ratio_level,
+            sequence_group=sequence_group,
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
+            kl_ratio_weighted=kl_ratio_weighted,
             entropy_coef=entropy_coef,
         )
-    if entropy_coef != 0 and rows.entropy is None:
+    if terms.settings.needs_entropy and rows.entropy is None:
         raise ValueError(
             f"entropy must be given where entropy_coef is not 0, got entropy_coef={entropy_coef}"
         )
-    loss = reference.loss_of_logps(
-        rows.logps,
-        rows.entropy,
-        terms.weights,
-        terms.advantages,
-        terms.old_logps,
-        terms.token_weights,
-        terms.ref_logps,
-        chosen,
-        kl_estimator,
-        float(kl_coef),
-        float(entropy_coef),
+    if terms.beyond.needs_entropy and rows.entropy is None:
+        raise ValueError("entropy must be given for an objective with needs_entropy")
+    loss = formula.loss_of_logps(
+        rows.logps, rows.entropy, terms.weights, terms.inputs, terms.settings, terms.beyond
     )
     loss = loss.reshape(rows.shape) if reduction == "none" else loss.sum()
     if not return_stats:
@@ -80,11 +85,11 @@ def policy_loss_from_logps(
             torch.where(rows.active, rows.logps, 0.0),
             torch.where(rows.active, unknown if rows.entropy is None else rows.entropy, 0.0),
             rows.active,
-            terms.old_logps,
-            terms.ref_logps,
-            chosen,
-            kl_estimator,
+            terms.inputs,
+            terms.settings,
+            terms.region,
             rows.shape,
+            terms.beyond,
         )
     return loss, stats
 
@@ -97,13 +102,18 @@ def cfpo_loss_from_logps(
     entropy: Tensor | None = None,
     mask: Tensor | None = None,
     epsilon: float = 0.2,
+    epsilon_high: float | None = None,
     reduction: str = "token-mean",
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     token_weights: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    log_ratio_bounds: LogRatioBounds | None = None,
+    ratio_level: str = "token",
+    sequence_group: Any = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_ratio_weighted: bool = False,
     entropy_coef: float = 0.0,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, CFPOStats]:
@@ -140,7 +150,7 @@ def cfpo_loss_from_logps(
         logps,
         advantages,
         old_logps,
-        objective=CFPO(epsilon),
+        objective=CFPO(epsilon, epsilon_high=epsilon_high),
         entropy=entropy,
         mask=mask,
         reduction=reduction,
@@ -148,8 +158,12 @@ def cfpo_loss_from_logps(
         cu_seqlens=cu_seqlens,
         token_weights=token_weights,
         ref_logps=ref_logps,
+        log_ratio_bounds=log_ratio_bounds,
+        ratio_level=ratio_level,
+        sequence_group=sequence_group,
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
+        kl_ratio_weighted=kl_ratio_weighted,
         entropy_coef=entropy_coef,
         return_stats=return_stats,
     )

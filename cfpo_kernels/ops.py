@@ -1,24 +1,34 @@
 """The kernels as torch operators, so that torch.compile and opcheck can see through a call.
 
 Operators allocate their outputs and call the backend; they are not differentiable themselves
-(autograd.py is). Signatures are flat because operator schemas are: the arguments from `advantages`
-on are the fields of ``backends.base.KernelTerms``, in that order. An empty tensor stands for an
-output that was not asked for. A name that ends in _ overwrites its first argument.
+(autograd.py is). Signatures are flat because operator schemas are: `inputs` are the fields of
+TokenInputs, what follows is ``flat(settings)``. An empty tensor stands for an output that was not
+asked for. A name that ends in _ overwrites its first argument.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .backends.base import KernelRows, KernelTerms
+from .inputs import LossSettings, TokenInputs
+from .objectives.base import Shape
 
 # torch.library reads these annotations, and before torch 2.7 it does not know `Tensor | None`.
 # ruff: noqa: UP045
+
+
+def flat(settings: LossSettings) -> tuple[str, list[float], str, bool, float, float]:
+    return settings.shape.kind, settings.shape.numbers, *settings[1:]
+
+
+def unflat(kind: str, numbers: Sequence[float], *others: Any) -> LossSettings:
+    return LossSettings(Shape(kind, *numbers), *others)
 
 
 def _outputs(weights: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,34 +69,22 @@ def policy_loss(
     with_entropy: bool,
     with_gradient: bool,
     backend: str,
-    advantages: Tensor,
-    old_logps: Optional[Tensor],
-    token_weights: Optional[Tensor],
-    ref_logps: Optional[Tensor],
-    grad_scale: Optional[Tensor],
-    objective: str,
-    objective_parameters: Sequence[float],
+    inputs: Sequence[Optional[Tensor]],
+    shape: str,
+    numbers: Sequence[float],
     kl_estimator: str,
+    kl_ratio_weighted: bool,
     kl_coef: float,
     entropy_coef: float,
+    grad_scale: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss (N,), logps (N,), entropy (N,) or (0,), dlogits (..., V) or (0,))."""
     dlogits = _gradient(logits, with_gradient)
+    settings = unflat(shape, numbers, kl_estimator, kl_ratio_weighted, kl_coef, entropy_coef)
     loss, logps, entropy = _policy_loss_into(
         dlogits,
         KernelRows(logits, token_ids, weights, temperature),
-        KernelTerms(
-            advantages,
-            old_logps,
-            token_weights,
-            ref_logps,
-            grad_scale,
-            objective,
-            list(objective_parameters),
-            kl_estimator,
-            kl_coef,
-            entropy_coef,
-        ),
+        KernelTerms(TokenInputs(*inputs), settings, grad_scale),  # type: ignore[arg-type]
         with_entropy,
         backend,
     )
@@ -106,33 +104,21 @@ def policy_loss_(
     temperature: Tensor,
     with_entropy: bool,
     backend: str,
-    advantages: Tensor,
-    old_logps: Optional[Tensor],
-    token_weights: Optional[Tensor],
-    ref_logps: Optional[Tensor],
-    grad_scale: Optional[Tensor],
-    objective: str,
-    objective_parameters: Sequence[float],
+    inputs: Sequence[Optional[Tensor]],
+    shape: str,
+    numbers: Sequence[float],
     kl_estimator: str,
+    kl_ratio_weighted: bool,
     kl_coef: float,
     entropy_coef: float,
+    grad_scale: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Overwrites the logits with their gradient; returns (loss, logps, entropy)."""
+    settings = unflat(shape, numbers, kl_estimator, kl_ratio_weighted, kl_coef, entropy_coef)
     return _policy_loss_into(
         logits,
         KernelRows(logits, token_ids, weights, temperature),
-        KernelTerms(
-            advantages,
-            old_logps,
-            token_weights,
-            ref_logps,
-            grad_scale,
-            objective,
-            list(objective_parameters),
-            kl_estimator,
-            kl_coef,
-            entropy_coef,
-        ),
+        KernelTerms(TokenInputs(*inputs), settings, grad_scale),  # type: ignore[arg-type]
         with_entropy,
         backend,
     )

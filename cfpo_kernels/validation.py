@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .objectives import CFPO, Objective, PPOClip
+from .inputs import LossSettings, Region, TokenInputs
+from .objectives import Objective
+from .objectives.base import Shape
+from .objectives.triton import TritonObjective
+from .two_pass import Beyond, SequenceRatio, TokenTerms, TorchObjective
 from .weights import REDUCTIONS, packed_sequence_index, padded_sequence_index, row_weights
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KL_ESTIMATORS = ("k1", "k2", "k3")
+RATIO_LEVELS = ("token", "sequence")
+KL_ESTIMATORS = ("k1", "k2", "k3", "k1+", "k3+")
 # Well inside float32, so that neither 1/T nor logits/T is lost to overflow or underflow.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -71,10 +77,10 @@ class LossTerms:
     """What the loss needs beside the rows; tensors are (N,), in ``Tokens.dtype``, and detached."""
 
     weights: Tensor
-    advantages: Tensor
-    old_logps: Tensor | None
-    token_weights: Tensor | None
-    ref_logps: Tensor | None
+    inputs: TokenInputs
+    settings: LossSettings
+    region: Region | None  # bounds on log r, which statistics hold it against
+    beyond: Beyond
     grad_scale: Tensor | None  # 0-d float32
 
 
@@ -101,12 +107,12 @@ def _check_tensor(
     return value
 
 
-def _check_logits(logits: object, backend: str) -> Tensor:
+def _check_logits(logits: object, takes_float64: bool) -> Tensor:
     accepted = "a float32, bfloat16 or float16 tensor of shape (..., V)"
     if not isinstance(logits, Tensor):
         raise _type_error("logits", logits, accepted)
     if logits.dtype == torch.float64:
-        if backend != "reference":
+        if not takes_float64:
             raise TypeError(f"logits must be {accepted}; float64 needs backend='reference'")
     elif logits.dtype not in KERNEL_DTYPES:
         raise _type_error("logits", logits, accepted)
@@ -157,15 +163,67 @@ def _constant(name: str, value: object | None, tokens: Tokens) -> Tensor | None:
     return None if value is None else _per_token(name, value, tokens).detach()
 
 
-def _advantages(value: object, tokens: Tokens) -> Tensor:
+def _advantages(
+    value: object, tokens: Tokens, sequence_index: Tensor | None = None, n_sequences: int = 0
+) -> tuple[Tensor, bool]:
+    """(N,), and whether they came by token."""
     accepted, shape = "a floating-point tensor", tokens.shape
     tensor = _check_tensor("advantages", value, tokens.source, accepted, tokens.name)
+    packed = len(shape) == 1 and sequence_index is not None
+    by_token = tensor.shape == shape
     if len(shape) == 2 and tensor.shape in (shape[:1], (shape[0], 1)):
         tensor = tensor.reshape(-1, 1).expand(shape)
-    elif tensor.shape != shape:
+        by_token = False
+    elif packed and not by_token and tensor.shape == (n_sequences,):
+        tensor = tensor[sequence_index]
+    elif not by_token:
         also = f", or one a sequence, ({shape[0]},) or ({shape[0]}, 1)" if len(shape) == 2 else ""
+        also = f", or one a sequence, ({n_sequences},)" if packed else also
         raise _shape_error("advantages", tensor, tokens, also)
-    return _per_token("advantages", tensor, tokens).detach()
+    return _per_token("advantages", tensor, tokens).detach(), by_token
+
+
+def _bound(name: str, value: object, tokens: Tokens) -> Tensor:
+    if not isinstance(value, Tensor):
+        accepted = "a number or a floating-point tensor"
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise _type_error(name, value, accepted)
+        if math.isnan(value):
+            raise ValueError(f"{name} must be {accepted}, got nan")
+        device = tokens.source.device
+        return torch.full((tokens.shape.numel(),), value, dtype=tokens.dtype, device=device)
+    if value.dim() == 0 and len(tokens.shape) > 0:
+        scalar = _scalar_tensor(name, value, tokens.source)
+        return scalar.to(tokens.dtype).expand(tokens.shape.numel()).contiguous()
+    return _per_token(name, value, tokens).detach()
+
+
+Bounds = tuple[Tensor | None, Tensor | None]
+
+
+def _bounds(
+    value: object, objective: AnyObjective, advantages: Tensor, tokens: Tokens
+) -> tuple[Region | None, Bounds]:
+    """What statistics hold log r against, and `log_ratio_bounds` as numbers of the shape."""
+    if not isinstance(objective, Objective):
+        if value is not None:
+            raise ValueError("log_ratio_bounds must be None for a callable, which has its own")
+        return None, (None, None)
+    name = type(objective).__name__
+    if value is None:
+        if objective.needs_bounds:
+            raise ValueError(
+                f"log_ratio_bounds must be given for {name}, which has none of its own; "
+                "cfpo_kernels.bounds makes them from a divergence"
+            )
+        return objective.trust_region(), (None, None)
+    if objective.bounded is None:
+        raise ValueError(f"log_ratio_bounds must be None for {name}, which has no bounds")
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise _type_error("log_ratio_bounds", value, "a pair (low, high)")
+    low = _bound("log_ratio_bounds[0]", value[0], tokens)
+    high = _bound("log_ratio_bounds[1]", value[1], tokens)
+    return (low, high), objective.bounds_of(low, high, advantages)
 
 
 def _active(mask: object, tokens: Tokens) -> Tensor:
@@ -270,16 +328,13 @@ def check_rows(
     mask: object,
     temperature: object,
     inplace: bool,
-    backend: str,
+    takes_float64: bool,
 ) -> Rows:
     """The checks that all entry points share."""
-    checked = _check_logits(logits, backend)
+    checked = _check_logits(logits, takes_float64)
     ids = _check_token_ids(token_ids, checked)
     active = _active(mask, Tokens("logits", checked))
     rows = Rows("logits", checked, ids, _temperature(temperature, checked, active), active)
-    # The kernels check the ids themselves, when they run: compiled code gets there unchecked.
-    if backend == "reference" and values_can_be_checked(ids):
-        check_token_range(ids, active, checked.shape[-1], rows.shape)
     if check_flag("inplace", inplace) and _rows_overlap(checked):
         raise ValueError(
             "inplace=True needs rows that do not overlap in memory, got logits of shape "
@@ -306,7 +361,7 @@ def check_logps(logps: object, *, entropy: object | None, mask: object) -> Logps
 
 
 def _sequence_index(
-    tokens: Tokens, reduction: str, cu_seqlens: object | None
+    tokens: Tokens, wanted: bool, needs: str, cu_seqlens: object | None
 ) -> tuple[Tensor | None, int]:
     source, shape, name = tokens.source, tokens.shape, tokens.name
     got = f"got {name} of shape {tuple(source.shape)}"
@@ -328,11 +383,11 @@ def _sequence_index(
                     f"got {bounds.tolist() if bounds.numel() <= 8 else ends}"
                 )
         return packed_sequence_index(bounds, n_tokens)
-    if not reduction.startswith("seq-"):
+    if not wanted:
         return None, 0
     if len(shape) < 2:
         raise ValueError(
-            f"reduction {reduction!r} needs sequences: {name} {padded}, or cu_seqlens for packed "
+            f"{needs} needs sequences: {name} {padded}, or cu_seqlens for packed "
             f"{packed} {name}, {got}"
         )
     return padded_sequence_index(shape, source.device)
@@ -376,46 +431,99 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_objective(objective: object) -> Objective:
-    if not isinstance(objective, (CFPO, PPOClip)):
-        raise _type_error("objective", objective, "CFPO(...) or PPOClip(...)")
+def check_formula(objective: object, runs_triton: bool) -> None:
+    """Refuses an objective that has no formula where it is to run."""
+    if isinstance(objective, TritonObjective) and not runs_triton:
+        raise ValueError(
+            f"objective {objective.name!r} is written in Triton: it needs backend='triton' and "
+            "ratio_level='token'; a callable in torch runs everywhere"
+        )
+
+
+AnyObjective = Objective | Callable[[TokenTerms], Tensor]
+
+
+def check_objective(objective: object) -> AnyObjective:
+    if isinstance(objective, Objective):
+        return objective
+    accepted = "CFPO(...), PPOClip(...) or another objective, or a callable"
+    if isinstance(objective, type) and issubclass(objective, Objective):
+        raise TypeError(f"objective must be {accepted}, got the class {objective.__name__} itself")
+    if not callable(objective):
+        raise _type_error("objective", objective, accepted)
     return objective
 
 
 def check_loss_terms(
     rows: Rows | Logps,
+    objective: AnyObjective,
+    *,
     advantages: object,
     old_logps: object | None,
-    *,
     reduction: object,
     normalizer: object | None,
     cu_seqlens: object | None,
     token_weights: object | None,
     ref_logps: object | None,
+    log_ratio_bounds: object | None,
     kl_coef: object,
     kl_estimator: object,
+    kl_ratio_weighted: object,
     entropy_coef: object,
+    ratio_level: object,
+    sequence_group: object | None,
     grad_scale: object | None = None,
 ) -> LossTerms:
     """The checks of the policy losses; computes the weights of the rows."""
     chosen = check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
-    _finite_number("entropy_coef", entropy_coef)
-    if _finite_number("kl_coef", kl_coef) != 0 and ref_logps is None:
+    settings = LossSettings(
+        objective.shape() if isinstance(objective, Objective) else Shape("torch"),
+        check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS),
+        check_flag("kl_ratio_weighted", kl_ratio_weighted),
+        _finite_number("kl_coef", kl_coef),
+        _finite_number("entropy_coef", entropy_coef),
+    )
+    if kl_coef != 0 and ref_logps is None:
         raise ValueError(f"ref_logps must be given where kl_coef is not 0, got kl_coef={kl_coef}")
-    advantage_rows = _advantages(advantages, rows)
-    old = _constant("old_logps", old_logps, rows)
-    policy_weights = _constant("token_weights", token_weights, rows)
-    ref = _constant("ref_logps", ref_logps, rows)
-    sequence_index, n_sequences = _sequence_index(rows, chosen, cu_seqlens)
+    level = check_choice("ratio_level", ratio_level, RATIO_LEVELS)
+    needs = "ratio_level='sequence'" if level == "sequence" else f"reduction {chosen!r}"
+    wants_sequences = level == "sequence" or chosen.startswith("seq-")
+    sequence_index, n_sequences = _sequence_index(rows, wants_sequences, needs, cu_seqlens)
+    advantage_rows, by_token = _advantages(advantages, rows, sequence_index, n_sequences)
+    region, merged = _bounds(log_ratio_bounds, objective, advantage_rows, rows)
+    inputs = TokenInputs(
+        advantage_rows,
+        *(
+            _constant(name, value, rows)
+            for name, value in (
+                ("old_logps", old_logps),
+                ("token_weights", token_weights),
+                ("ref_logps", ref_logps),
+            )
+        ),
+        *merged,  # type: ignore[call-arg]
+    )
     weights = row_weights(
         rows.active,
         chosen,
+        group=sequence_group,
         sequence_index=sequence_index,
         n_sequences=n_sequences,
         normalizer=_normalizer(normalizer, rows.source),
         dtype=rows.dtype,
     )
+    function = ratio = None
+    if not isinstance(objective, Objective):
+        function = TorchObjective(objective, rows.shape, cu_seqlens)  # type: ignore[arg-type]
+    if level == "sequence":
+        assert sequence_index is not None
+        longest = rows.shape[-1]
+        ratio = SequenceRatio(sequence_index, n_sequences, longest, by_token, sequence_group)
     return LossTerms(
-        weights, advantage_rows, old, policy_weights, ref, _grad_scale(grad_scale, rows.source)
+        weights,
+        inputs,
+        settings,
+        region,
+        Beyond(function, ratio),
+        _grad_scale(grad_scale, rows.source),
     )

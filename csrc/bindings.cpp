@@ -14,23 +14,29 @@
 namespace cfpo::bindings {
 namespace {
 
-// The objective on its own, for the golden table that all languages share.
-std::tuple<double, double> objective_term(const std::string& name,
-                                          const std::vector<double>& parameters, double log_ratio,
-                                          double advantage) {
-  Token<double> token{};
+// The objective on its own, for the golden table that all languages share. Bounds that are not
+// given are the objective's.
+std::tuple<double, double> policy_term(const std::string& shape, const std::vector<double>& numbers,
+                                       double logp, double log_ratio, double advantage,
+                                       std::optional<double> low, std::optional<double> high,
+                                       double token_weight) {
+  const Policy policy = make_policy(shape, numbers);
+  Token token{};
+  token.logp = logp;
   token.log_ratio = log_ratio;
   token.advantage = advantage;
-  token.policy_weight = token.weight = 1.0;
-  TokenLoss<double> loss{};
-  with_policy(name, parameters, [&](const auto& policy) {
-    loss = token_loss(policy, Regularizers{KlEstimator::kK3, 0.0, 0.0}, token);
-  });
+  token.token_weight = token_weight;
+  token.weight = 1.0;
+  token.low = low.value_or(policy.low(advantage));
+  token.high = high.value_or(policy.high(advantage));
+  const TokenLoss loss = token_loss(policy, {KlEstimator::kK3, false, 0.0, 0.0}, token);
   return {loss.loss, loss.dlogp};
 }
 
-std::tuple<double, double> kl_estimate(const std::string& name, double logp, double ref_logp) {
-  const Term<double> term = kl_term(kl_estimator(name), ref_logp - logp);
+std::tuple<double, double> kl_term(const std::string& name, double distance, double log_ratio,
+                                   bool ratio_weighted) {
+  const Term term =
+      cfpo::kl_term({kl_estimator(name), ratio_weighted, 1.0, 0.0}, distance, log_ratio);
   return {term.loss, term.dlogp};
 }
 
@@ -38,10 +44,7 @@ struct CpuKernels {
   static cpu::Execution execution(int threads, const std::string& level) {
     return {threads, level};
   }
-  template <class... Arguments>
-  static void policy_loss(const Arguments&... arguments) {
-    cpu::policy_loss(arguments...);
-  }
+  static constexpr auto policy_loss = cpu::policy_loss;
   static constexpr auto token_logps = cpu::token_logps;
   static constexpr auto token_logps_backward = cpu::token_logps_backward;
   static constexpr auto multiply_rows = cpu::multiply_rows;
@@ -71,8 +74,13 @@ PYBIND11_MODULE(_C, m) {
   namespace py = pybind11;
   cfpo::cpu::ForkGuard::install();
   m.def("cpu_levels", &cfpo::cpu::supported_levels);
-  m.def("objective_term", &cfpo::bindings::objective_term);
-  m.def("kl_term", &cfpo::bindings::kl_estimate);
+  m.def("token_columns", [] { return cfpo::bindings::names(cfpo::kTokenColumns); });
+  m.def("policy_numbers", [] { return cfpo::bindings::names(cfpo::kPolicyNumbers); });
+  m.def("policy_term", &cfpo::bindings::policy_term, py::kw_only(), py::arg("shape"),
+        py::arg("numbers"), py::arg("logp"), py::arg("log_ratio"), py::arg("advantage"),
+        py::arg("low"), py::arg("high"), py::arg("token_weight"));
+  m.def("kl_term", &cfpo::bindings::kl_term, py::kw_only(), py::arg("estimator"),
+        py::arg("distance"), py::arg("log_ratio"), py::arg("ratio_weighted"));
   cfpo::bindings::bind_kernels<cfpo::bindings::CpuKernels, int, std::string>(m, py::arg("threads"),
                                                                              py::arg("level"));
 #if defined(CFPO_WITH_CUDA)
@@ -83,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_built") = false;
 #endif
+  m.attr("build_id") = CFPO_BUILD_ID;
   m.attr("cuda_archs") = CFPO_CUDA_ARCHS;
   m.attr("cuda_reason") = CFPO_CUDA_REASON;
 }

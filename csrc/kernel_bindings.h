@@ -6,10 +6,12 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/params.h"
@@ -48,51 +50,79 @@ inline Problem make_problem(const RowsTuple& logits, std::uintptr_t token_ids,
           pointer<const float>(temperature), temperature_stride, pointer<const float>(weights)};
 }
 
-inline KlEstimator kl_estimator(const std::string& name) {
-  if (name == "k1") return KlEstimator::kK1;
-  if (name == "k2") return KlEstimator::kK2;
-  if (name == "k3") return KlEstimator::kK3;
-  throw std::invalid_argument("unknown KL estimator '" + name + "'");
-}
+template <class T>
+using Names = std::initializer_list<std::pair<const char*, T>>;
 
-// Calls run(policy) with the objective of that name.
-template <class Run>
-void with_policy(const std::string& name, const std::vector<double>& parameters, Run run) {
-  if (name == "cfpo" && parameters.size() == 2) {
-    run(Cfpo<double>{parameters[0], parameters[1]});
-  } else if (name == "ppo_clip" && parameters.size() == 3) {
-    run(PpoClip<double>{parameters[0], parameters[1], parameters[2]});
-  } else {
-    throw std::invalid_argument("unknown objective '" + name + "'");
+// What a name stands for; the error lists the others.
+template <class T>
+T named(const char* what, const std::string& name, Names<T> known) {
+  std::string names;
+  for (const auto& [its, value] : known) {
+    if (name == its) return value;
+    names += names.empty() ? its : std::string(", ") + its;
   }
+  throw std::invalid_argument("unknown " + std::string(what) + " '" + name + "', not one of " +
+                              names);
 }
 
-// `Kernels` has the four functions as static members; `Where` are the arguments that say where and
-// how they run, of which Kernels::Execution is made.
+inline KlEstimator kl_estimator(const std::string& name) {
+  return named<KlEstimator>("KL estimator", name,
+                            {{"k1", KlEstimator::kK1},
+                             {"k2", KlEstimator::kK2},
+                             {"k3", KlEstimator::kK3},
+                             {"k1+", KlEstimator::kK1Plus},
+                             {"k3+", KlEstimator::kK3Plus}});
+}
+
+// Fills the members that a table names from a list in its order.
+template <class Struct, class Value, std::size_t kCount, class Given, class Convert>
+void fill(Struct& filled, const std::pair<const char*, Value Struct::*> (&table)[kCount],
+          const std::vector<Given>& given, Convert convert) {
+  if (given.size() != kCount) {
+    throw std::invalid_argument("expected " + std::to_string(kCount) + " numbers, got " +
+                                std::to_string(given.size()));
+  }
+  for (std::size_t i = 0; i < kCount; ++i) filled.*table[i].second = convert(given[i]);
+}
+
+template <class Struct, class Value, std::size_t kCount>
+std::vector<std::string> names(const std::pair<const char*, Value Struct::*> (&table)[kCount]) {
+  std::vector<std::string> found;
+  for (const auto& entry : table) found.push_back(entry.first);
+  return found;
+}
+
+inline Policy make_policy(const std::string& shape, const std::vector<double>& numbers) {
+  Policy policy;
+  policy.shape = named<Shape>(
+      "shape", shape,
+      {{"window", Shape::kWindow}, {"quadratic", Shape::kQuadratic}, {"sigmoid", Shape::kSigmoid}});
+  fill(policy, kPolicyNumbers, numbers, [](double number) { return number; });
+  return policy;
+}
+
+// `Kernels` has the four functions as static members; `Where`: the arguments that make an
+// Execution: threads and level on the CPU; device, stream and workspace on a GPU.
 template <class Kernels, class... Where>
 void policy_loss(const RowsTuple& logits, const std::optional<RowsTuple>& dlogits,
                  std::uintptr_t token_ids, std::uintptr_t temperature,
-                 std::int64_t temperature_stride, std::uintptr_t weights, std::uintptr_t advantages,
-                 std::uintptr_t old_logps, std::uintptr_t token_weights, std::uintptr_t ref_logps,
-                 const std::string& objective, const std::vector<double>& objective_parameters,
-                 const std::string& estimator, double kl_coef, double entropy_coef,
+                 std::int64_t temperature_stride, std::uintptr_t weights,
+                 const std::vector<std::uintptr_t>& columns, const std::string& shape,
+                 const std::vector<double>& numbers, const std::string& estimator,
+                 bool kl_ratio_weighted, double kl_coef, double entropy_coef,
                  std::uintptr_t grad_scale, std::uintptr_t loss, std::uintptr_t logps,
                  std::uintptr_t entropy, Where... where) {
   PolicyLossParams params;
   params.problem = make_problem(logits, token_ids, temperature, temperature_stride, weights);
   params.dlogits = make_rows(dlogits);
-  params.advantages = pointer<const float>(advantages);
-  params.old_logps = pointer<const float>(old_logps);
-  params.token_weights = pointer<const float>(token_weights);
-  params.ref_logps = pointer<const float>(ref_logps);
-  params.regularizers = {kl_estimator(estimator), kl_coef, entropy_coef};
+  fill(params.columns, kTokenColumns, columns, pointer<const float>);
+  params.policy = make_policy(shape, numbers);
+  params.regularizers = {kl_estimator(estimator), kl_ratio_weighted, kl_coef, entropy_coef};
   params.grad_scale = pointer<const float>(grad_scale);
   params.loss = pointer<float>(loss);
   params.logps = pointer<float>(logps);
   params.entropy = pointer<float>(entropy);
-  with_policy(objective, objective_parameters, [&](const auto& policy) {
-    Kernels::policy_loss(params, policy, Kernels::execution(where...));
-  });
+  Kernels::policy_loss(params, Kernels::execution(where...));
 }
 
 template <class Kernels, class... Where>
@@ -128,17 +158,16 @@ void multiply_rows(const RowsTuple& rows, std::uintptr_t factors, std::int64_t f
                          Kernels::execution(where...));
 }
 
-template <class Kernels, class... Where, class... Names>
-void bind_kernels(py::module_& m, const Names&... where) {
-  static_assert(sizeof...(Where) == sizeof...(Names));
+template <class Kernels, class... Where, class... Arguments>
+void bind_kernels(py::module_& m, const Arguments&... where) {
+  static_assert(sizeof...(Where) == sizeof...(Arguments));
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("policy_loss", &policy_loss<Kernels, Where...>, Unlocked(), py::kw_only(),
         py::arg("logits"), py::arg("dlogits"), py::arg("token_ids"), py::arg("temperature"),
-        py::arg("temperature_stride"), py::arg("weights"), py::arg("advantages"),
-        py::arg("old_logps"), py::arg("token_weights"), py::arg("ref_logps"), py::arg("objective"),
-        py::arg("objective_parameters"), py::arg("kl_estimator"), py::arg("kl_coef"),
-        py::arg("entropy_coef"), py::arg("grad_scale"), py::arg("loss"), py::arg("logps"),
-        py::arg("entropy"), where...);
+        py::arg("temperature_stride"), py::arg("weights"), py::arg("columns"), py::arg("shape"),
+        py::arg("numbers"), py::arg("kl_estimator"), py::arg("kl_ratio_weighted"),
+        py::arg("kl_coef"), py::arg("entropy_coef"), py::arg("grad_scale"), py::arg("loss"),
+        py::arg("logps"), py::arg("entropy"), where...);
   m.def("token_logps", &token_logps<Kernels, Where...>, Unlocked(), py::kw_only(),
         py::arg("logits"), py::arg("token_ids"), py::arg("temperature"),
         py::arg("temperature_stride"), py::arg("weights"), py::arg("logps"), py::arg("lse"),

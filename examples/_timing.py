@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cfpo_kernels import CFPO, PPOClip
-from cfpo_kernels.reference import policy_term
+from cfpo_kernels.formula import policy_term
 
 
 @dataclass
@@ -44,7 +44,8 @@ def naive_loss(
     """
     all_logps = torch.log_softmax(logits.float(), dim=-1)
     logps = all_logps.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    loss = policy_term(objective, logps - old_logps, advantages[:, None].expand_as(logps))
+    log_ratio = logps - old_logps
+    loss = policy_term(objective.shape(), logps, log_ratio, advantages[:, None].expand_as(logps))
     return (loss * mask).sum() / mask.sum()
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What this machine's user has verified is not the tests' business, and the other way round.
+    os.environ["CFPO_KERNELS_CACHE"] = tempfile.mkdtemp(prefix="cfpo-kernels-tests-")
     if cpu.native is None:
         raise pytest.UsageError(f"{cpu.import_failure}; `make test` builds it")
     if config.getoption("--backend") == "triton":
@@ -62,8 +65,8 @@ def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     resolve = backends.resolve
 
-    def to_triton(name: str, device: torch.device) -> str:
-        return "triton" if name in ("auto", "cpu") else resolve(name, device)
+    def to_triton(name: str, *of: Any, **how: Any) -> str:
+        return "triton" if name in ("auto", "cpu") else resolve(name, *of, **how)
 
     monkeypatch.setattr(backends, "resolve", to_triton)
     # Every launch of every test: nothing outside the arguments, no races, nothing written twice.

@@ -76,7 +76,8 @@ def load_module(folder: Path) -> Any:
 class EmulatedBackend(CudaBackend):
     """The CUDA backend, kernels and all, for CPU tensors."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, row_kernel: str | None = None) -> None:
+        super().__init__(row_kernel)
         self.module = module
 
     @property
@@ -89,7 +90,14 @@ class EmulatedBackend(CudaBackend):
         self.memory = self.workspace(logits, 0) if workspace else None
         if self.memory is not None:
             self.memory.fill_(0xFF)
-        return nullcontext({"device": 0, "stream": 0, "workspace": address(self.memory)})
+        return nullcontext(
+            {
+                "device": 0,
+                "stream": 0,
+                "workspace": address(self.memory),
+                "row_kernel": self.wanted_row_kernel(),
+            }
+        )
 
 
 H100 = (132, 227 * 1024, 228 * 1024)

@@ -44,7 +44,8 @@ class OnDevice:
     def policy_loss(self, rows: KernelRows, terms: KernelTerms, **outputs: Any) -> None:
         visit = Visit(self.device)
         moved = {name: visit(x) for name, x in outputs.items()}
-        CUDA.policy_loss(KernelRows(*map(visit, rows)), KernelTerms(*map(visit, terms)), **moved)
+        terms = terms._replace(inputs=terms.inputs.each(visit), grad_scale=visit(terms.grad_scale))
+        CUDA.policy_loss(KernelRows(*map(visit, rows)), terms, **moved)
         visit.bring_back()
 
     def token_logps(self, rows: KernelRows, **outputs: Any) -> None:

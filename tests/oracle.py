@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from naive_objectives import naive_policy
 from torch import Tensor
 
 import cfpo_kernels
-from cfpo_kernels import CFPO, PPOClip
+from cfpo_kernels import CFPO
+from cfpo_kernels.objectives import Objective
 
 LARGE_V = (50257, 50280, 128256, 151936, 262144)
 SMALL_V = (1, 2, 7, 1000, 4096, 32000)
@@ -29,7 +31,7 @@ class Case:
     advantages: Tensor
     old_logps: Tensor | None
     options: dict[str, Any] = field(default_factory=dict)
-    objective: CFPO | PPOClip = field(default_factory=CFPO)
+    objective: Objective = field(default_factory=CFPO)
 
     def mask(self) -> Tensor:
         mask = self.options.get("mask")
@@ -116,23 +118,11 @@ def with_everything(case: Case, seed: int = 1) -> Case:
     return case
 
 
-def naive_policy(objective: CFPO | PPOClip, log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    if isinstance(objective, CFPO):
-        if objective.log_ratio_clip is not None:
-            log_ratio = log_ratio.clamp(-objective.log_ratio_clip, objective.log_ratio_clip)
-        r = log_ratio.exp()
-        return -(r * advantages - advantages.abs() / (2 * objective.epsilon) * (r - 1) ** 2)
-    r = log_ratio.exp()
-    clipped = r.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high)
-    loss = torch.maximum(-r * advantages, -clipped * advantages)
-    if objective.dual_clip is not None:
-        dual = torch.minimum(loss, -objective.dual_clip * advantages)
-        loss = torch.where(advantages < 0, dual, loss)
-    return loss
-
-
 def naive_kl(estimator: str, logps: Tensor, ref: Tensor) -> Tensor:
     d = ref - logps
+    if estimator.endswith("+"):  # straight through: another's gradient
+        value, slope = naive_kl(estimator[:-1], logps, ref), naive_kl("k2", logps, ref)
+        return value.detach() + slope - slope.detach()
     return {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[estimator]
 
 
@@ -180,12 +170,19 @@ def oracle(case: Case) -> Outcome:
         advantages = advantages[:, None].expand(case.token_ids.shape)
     advantages = given(advantages.expand(case.token_ids.shape))
     old = logps.detach() if case.old_logps is None else given(case.old_logps)
-    loss = naive_policy(case.objective, logps - old, advantages)
+    bounds = options.get("log_ratio_bounds")
+    if bounds is not None:
+        low, high = (torch.as_tensor(bound).expand(mask.shape) for bound in bounds)
+        bounds = given(low), given(high)
+    loss = naive_policy(case.objective, logps, logps - old, advantages, bounds)
     if "token_weights" in options:
         loss = loss * given(options["token_weights"])
     if options.get("kl_coef"):
         estimator = options.get("kl_estimator", "k3")
-        loss = loss + options["kl_coef"] * naive_kl(estimator, logps, given(options["ref_logps"]))
+        kl = naive_kl(estimator, logps, given(options["ref_logps"]))
+        if options.get("kl_ratio_weighted"):
+            kl = kl * (logps - old).exp()
+        loss = loss + options["kl_coef"] * kl
     loss = loss - options.get("entropy_coef", 0.0) * entropy
     weighted = naive_weights(case) * torch.where(mask, loss, 0.0)
     weighted.sum().backward()
@@ -238,6 +235,15 @@ def rounding_error(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.to(dtype).double() - x).norm(dim=-1)
 
 
+def steepness(case: Case) -> Tensor:
+    """The width on which c changes by as much as the advantage, of each token; (...)."""
+    low, high = case.objective.trust_region() or (-math.inf, math.inf)
+    if isinstance(case.objective, CFPO) and "log_ratio_bounds" in case.options:
+        low, high = case.options["log_ratio_bounds"]
+    ends = (1 - torch.as_tensor(low).double().exp(), torch.as_tensor(high).double().exp() - 1)
+    return torch.minimum(*ends).expand(case.token_ids.shape).clamp(max=1.0)
+
+
 TAIL = 8
 SMALLEST = 1e-36  # kernels flush what is subnormal in float32
 
@@ -265,7 +271,7 @@ def check_gradient(got: Tensor, want: Tensor, case: Case, relative: float = 1e-5
         else (case.advantages[:, None].expand(shape))
     )
     p_off = torch.softmax(case.logits[mask].double(), -1).scatter(1, ids, 0.0)
-    width = min(case.objective.trust_region())
+    width = steepness(case)[mask]
     temperature = case.options.get("temperature", 1.0)
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature[mask].double()

@@ -11,7 +11,8 @@ from oracle import Case, check, make_case, run, with_everything
 from torch.utils.checkpoint import checkpoint
 
 import cfpo_kernels
-from cfpo_kernels import CFPOFunction, ops
+from cfpo_kernels import CFPO, CFPOFunction, ops
+from cfpo_kernels.inputs import LossSettings
 
 
 def step(case: Case, hidden: torch.Tensor, head: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -283,10 +284,8 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
     case = make_case(6, 50)
     weights, temperature = torch.full((6,), 1 / 6), torch.ones(1)
     rows = (case.logits, case.token_ids, weights, temperature)
-    terms = (
-        case.advantages, case.old_logps, None, None, None,
-        "cfpo", [0.2, 1e30], "k3", 0.0, 0.0,
-    )  # fmt: skip
+    inputs = [case.advantages, case.old_logps, None, None, None, None]
+    terms = (inputs, *ops.flat(LossSettings(CFPO(log_ratio_clip=1e30).shape())), None)
     backward = (torch.zeros(6, dtype=torch.float64), torch.zeros(6), torch.ones(6), None)
     return {
         "policy_loss": (*rows, True, True, "cpu", *terms),

@@ -99,6 +99,9 @@ def quick_run(tmp_path_factory):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    # Where no terminal is, lines say how far it is.
+    steps = [line.split()[0] for line in done.stderr.splitlines()]
+    assert len(steps) > 3 and steps == [f"{i + 1}/{len(steps)}" for i in range(len(steps))]
     return done.stdout, json.loads((folder / "out.json").read_text()), folder, chosen
 
 

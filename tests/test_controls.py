@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -69,12 +70,20 @@ def ignored_mask(rows: KernelRows, terms: KernelTerms) -> tuple[KernelRows, Kern
     return rows._replace(weights=torch.full_like(rows.weights, rows.weights.max().item())), terms
 
 
+def changed(terms: KernelTerms, **settings: Any) -> KernelTerms:
+    return terms._replace(settings=terms.settings._replace(**settings))
+
+
+def reshaped(terms: KernelTerms, **numbers: float) -> KernelTerms:
+    return changed(terms, shape=terms.settings.shape._replace(**numbers))
+
+
 def entropy_sign(rows: KernelRows, terms: KernelTerms) -> tuple[KernelRows, KernelTerms]:
-    return rows, terms._replace(entropy_coef=-terms.entropy_coef)
+    return rows, changed(terms, entropy_coef=-terms.settings.entropy_coef)
 
 
 def dropped_kl(rows: KernelRows, terms: KernelTerms) -> tuple[KernelRows, KernelTerms]:
-    return rows, terms._replace(kl_coef=0.0)
+    return rows, changed(terms, kl_coef=0.0)
 
 
 def ignored_temperature(rows: KernelRows, terms: KernelTerms) -> tuple[KernelRows, KernelTerms]:
@@ -83,13 +92,17 @@ def ignored_temperature(rows: KernelRows, terms: KernelTerms) -> tuple[KernelRow
 
 def wrong_clip_edge(rows: KernelRows, terms: KernelTerms) -> tuple[KernelRows, KernelTerms]:
     """Clips at 1 + epsilon_low where it should at 1 + epsilon_high."""
-    low, _, dual = terms.objective_parameters
-    return rows, terms._replace(objective_parameters=[low, low, dual])
+    low = -math.expm1(terms.settings.shape.low_negative)
+    return rows, reshaped(terms, high_positive=math.log1p(low))
 
 
 def wrong_epsilon(rows: KernelRows, terms: KernelTerms) -> tuple[KernelRows, KernelTerms]:
-    epsilon, clip = terms.objective_parameters
-    return rows, terms._replace(objective_parameters=[epsilon * 1.001, clip])
+    shape = terms.settings.shape
+    return rows, reshaped(
+        terms,
+        high_positive=shape.high_positive * 1.001,
+        high_negative=shape.high_negative * 1.001,
+    )
 
 
 def shifted_targets(rows: KernelRows, terms: KernelTerms) -> tuple[KernelRows, KernelTerms]:

@@ -47,7 +47,7 @@ def module(emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_the_table_for_227_kb(v: int, element: int, cluster: int, stages: int, module: Any) -> None:
-    plan = module.plan_clusters(-(-v * element // SEGMENT), 8192)
+    plan = module.plan_clusters(-(-v * element // SEGMENT), 8192, "auto")
     assert (plan["cluster"], plan.get("stages", 0)) == (cluster, stages)
     assert plan["chosen"] == (cluster > 0)
 
@@ -56,7 +56,7 @@ def test_the_table_for_227_kb(v: int, element: int, cluster: int, stages: int, m
 def test_plans_fit(shared: int, module: Any) -> None:
     module.set_device(132, shared, shared + 1024, True)
     for n_segments in range(1, 330):
-        plan = module.plan_clusters(n_segments, 8192)
+        plan = module.plan_clusters(n_segments, 8192, "auto")
         if plan["cluster"] == 0:
             assert n_segments > 8 * min(32, (shared - 32 * n_segments - 1024) // 3 // SEGMENT - 1)
             continue
@@ -75,29 +75,24 @@ def test_plans_fit(shared: int, module: Any) -> None:
         assert plan["sums"] >= plan["stages"] * plan["slot_bytes"]
 
 
-def test_when_it_is_chosen(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(n_segments: int, n_rows: int) -> bool:
-        return bool(module.plan_clusters(n_segments, n_rows)["chosen"])
+def test_when_it_is_chosen(module: Any) -> None:
+    def chosen(n_segments: int, n_rows: int, row_kernel: str = "auto") -> bool:
+        return bool(module.plan_clusters(n_segments, n_rows, row_kernel)["chosen"])
 
     assert chosen(126, 33) and not chosen(126, 32), "a slice for every SM"
     assert chosen(32, 132) and not chosen(32, 131)
     assert not chosen(24, 10**6), "short rows go several to a block"
     assert not chosen(257, 10**6), "too long"
-    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
-    assert chosen(1, 1) and chosen(126, 1)
+    assert chosen(1, 1, "cluster") and chosen(126, 1, "cluster")
     with pytest.raises(ValueError, match="too long"):
-        chosen(257, 10**6)
-    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "portable")
-    assert not chosen(126, 10**6)
-    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "fastest")
+        chosen(257, 10**6, "cluster")
+    assert not chosen(126, 10**6, "portable")
     with pytest.raises(ValueError, match="is 'fastest'; it takes auto, portable or cluster"):
-        chosen(126, 10**6)
-    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "auto")
+        chosen(126, 10**6, "fastest")
     module.set_device(*A100)
     assert not chosen(126, 10**6), "no clusters before compute capability 9.0"
-    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
     with pytest.raises(ValueError, match="has no clusters"):
-        chosen(126, 10**6)
+        chosen(126, 10**6, "cluster")
 
 
 # Slices of one to three segments: clusters of 1 to 8 blocks for rows that are quick to emulate.
@@ -134,7 +129,7 @@ def test_a_large_vocabulary(module: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(backends, "kernels", lambda _: EmulatedBackend(module))
     module.set_device(8, *HOPPER[1:])
     case = with_everything(make_case(5, 128256, torch.bfloat16, mask_every=3))
-    assert module.plan_clusters(126, 5)["chosen"]
+    assert module.plan_clusters(126, 5, "auto")["chosen"]
     got = check(case, inplace=True)
     monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "portable")
     assert_same(got, run(case))
@@ -152,7 +147,8 @@ def test_a_device_without_room(module: Any, monkeypatch: pytest.MonkeyPatch) -> 
     module.set_device(8, *HOPPER[1:])
     case = make_case(5, 100000, torch.bfloat16)
     monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "auto")
-    assert module.plan_clusters(98, 5)["chosen"] and module.plan_clusters(98, 5)["cluster"] == 4
+    plan = module.plan_clusters(98, 5, "auto")
+    assert plan["chosen"] and plan["cluster"] == 4
     check(case)
 
 

@@ -31,7 +31,8 @@ pytestmark = [
 MOST_REGISTERS = {
     "cluster_kernel": 128,
     "row_kernel": 96,
-    "split_": 64,
+    "split_sums_kernel": 64,
+    "split_finish_kernel": 80,
     "multiply_": 64,
     "probe_": 16,
 }
@@ -85,13 +86,13 @@ def test_every_kernel_is_there(usages: list[Any]) -> None:
     wanted = {
         f"row_kernel<{dtype}, {rest}>"
         for dtype in ("float32", "bfloat16", "float16")
-        for stage in ("cfpo", "ppo_clip", "logps", "logps_backward")
+        for stage in ("policy", "logps", "logps_backward")
         for rest in ((stage,) if stage == "logps_backward" else (stage, f"{stage}, entropy"))
     }
     wanted |= {
         f"cluster_kernel<{dtype}, {stage}{entropy}>"
         for dtype in ("float32", "bfloat16", "float16")
-        for stage in ("cfpo", "ppo_clip")
+        for stage in ("policy",)
         for entropy in ("", ", entropy")
     }
     archs = {usage.arch for usage in usages}
@@ -106,7 +107,7 @@ def test_no_kernel_spills(usages: list[Any]) -> None:
 
 
 def test_rows_move_by_16_bytes(usages: list[Any]) -> None:
-    chosen = [u for u in usages if re.fullmatch(r"row_kernel<\w+, cfpo>", u.kernel)]
+    chosen = [u for u in usages if re.fullmatch(r"row_kernel<\w+, policy>", u.kernel)]
     assert chosen
     for usage in chosen:
         code = resources.instructions(cpu.native.__file__, usage)
@@ -146,10 +147,10 @@ def cluster_kernels(usages: list[Any], name: str) -> list[Any]:
 
 
 def test_clusters_move_rows_by_bulk_copies(usages: list[Any]) -> None:
-    for usage in cluster_kernels(usages, r"cluster_kernel<\w+, cfpo>"):
+    for usage in cluster_kernels(usages, r"cluster_kernel<\w+, policy>"):
         code = resources.instructions(cpu.native.__file__, usage)
         assert problems_of_cluster_code(usage, code) == []
-    row = next(u for u in usages if u.kernel == "row_kernel<bfloat16, cfpo>")
+    row = next(u for u in usages if u.kernel == "row_kernel<bfloat16, policy>")
     found = problems_of_cluster_code(row, resources.instructions(cpu.native.__file__, row))
     assert len(found) >= 7, "another kernel would pass"
 

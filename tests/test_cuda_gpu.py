@@ -227,7 +227,7 @@ def test_a_failed_launch_names_kernel_device_and_cause() -> None:
     doubled = 2 * logits
     rows = (logits.data_ptr(), 0, 300, 1000, 300, 0, 1000)
     arguments = {"factors": torch.full((300,), 2.0, device="cuda").data_ptr(), "factor_stride": 1}
-    here = {"device": torch.cuda.current_device(), "workspace": 0}
+    here = {"device": torch.cuda.current_device(), "workspace": 0, "row_kernel": "auto"}
     capturing = torch.cuda.Stream()
     with pytest.raises(RuntimeError, match=r"multiply_kernel.* on device \d+ .*cudaError"):
         cuda.native.cuda.multiply_rows(

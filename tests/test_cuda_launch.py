@@ -44,10 +44,9 @@ def link(objects: list[str], launch: Path, folder: Path) -> Run:
     part = compile_part(launch, folder / "launch.o")
     subprocess.run([CXX, *objects, str(part), "-o", str(program)], check=True)
 
-    def run(*commands: str, kernel: str = "auto") -> list[str]:
-        environment = {"CFPO_KERNELS_CUDA_KERNEL": kernel}
+    def run(*commands: str) -> list[str]:
         done = subprocess.run(
-            [str(program), *commands], capture_output=True, text=True, timeout=900, env=environment
+            [str(program), *commands], capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()
@@ -228,7 +227,7 @@ def test_a_device_without_room_for_clusters(run: Run, answer: str) -> None:
     assert len(launches(got)) == 2 and not any("cluster" in line for line in launches(got))
     assert len([line for line in got if line.startswith("cudaOccupancy")]) == 1
     assert got[-1] == CLEAN
-    got = run(answer, "loss:8192,128256", kernel="cluster")
+    got = run(answer, "row_kernel:cluster", "loss:8192,128256")
     assert got[-2].startswith("! ValueError") and "no room for clusters of 4 blocks" in got[-2]
     assert not launches(got)
 

@@ -254,8 +254,11 @@ def test_objective_must_be_an_objective() -> None:
 
 
 BUGS = {
-    "no penalty": ("policy_term", lambda right: lambda o, x, a: -x.exp() * a),
-    "wrong epsilon": ("policy_term", lambda right: lambda o, x, a: right(CFPO(0.21), x, a)),
+    "no penalty": ("policy_term", lambda right: lambda s, logp, x, a, *_: -x.exp() * a),
+    "wrong epsilon": (
+        "policy_term",
+        lambda right: lambda s, *given: right(CFPO(0.21).shape(), *given),
+    ),
     "kl turned round": ("kl_term", lambda right: lambda e, x, ref: right(e, ref, x)),
 }
 
@@ -265,7 +268,7 @@ def test_the_comparison_with_float64_sees(name: str, monkeypatch: pytest.MonkeyP
     function, broken = BUGS[name]
     case = with_everything(make_case(26, 1000))
     want = oracle(case)
-    right = getattr(cfpo_kernels.reference, function)
-    monkeypatch.setattr(cfpo_kernels.reference, function, broken(right))
+    right = getattr(cfpo_kernels.formula, function)
+    monkeypatch.setattr(cfpo_kernels.formula, function, broken(right))
     with pytest.raises(AssertionError):
         check_gradient(run_in_two_steps(case).dlogits, want.dlogits, case)

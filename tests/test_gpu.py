@@ -1,4 +1,5 @@
-"""What exists for CUDA tensors in this release: the reference backend and the device query."""
+"""The road of a GPU's first use, on a real one: verified, recorded, taken by "auto"; and what any
+backend has to keep there."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from oracle import Case, check_gradient, make_case, oracle, with_everything
 
 import cfpo_kernels
 from cfpo_kernels.backends import cpu
+from cfpo_kernels.verification import records, report
+from cfpo_kernels.verification.records import VerifyRecord
 
 pytestmark = pytest.mark.gpu
 
@@ -22,12 +25,31 @@ def on_cuda(case: Case) -> dict[str, object]:
     return tensors | options
 
 
+@pytest.fixture(scope="module", autouse=True)
+def record() -> VerifyRecord:
+    found = cfpo_kernels.verify(device="cuda", timeout=300)
+    report.print_record(found)
+    return found
+
+
+def test_all_kernels_are_right_and_timed(record: VerifyRecord) -> None:
+    assert record.exit_status() == 0, record.verdicts
+    assert {v.kernels for v in record.verdicts} >= {"triton"} and record.timings
+    assert records.load(record.identity) == record.kept()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_auto_is_the_reference_and_right(dtype: torch.dtype) -> None:
+def test_auto_takes_what_was_verified(
+    dtype: torch.dtype, inplace: bool, record: VerifyRecord
+) -> None:
     case = with_everything(make_case(13, 50257, dtype, mask_every=5))
     logits = case.logits.cuda().requires_grad_()
-    cfpo_kernels.cfpo_loss(logits, **on_cuda(case)).backward()
-    check_gradient(logits.grad.cpu(), oracle(case).dlogits, case, relative=3e-4)
+    name = cfpo_kernels.backends.resolve("auto", logits.device, dtype, 50257)
+    assert record.verdict(name, str(dtype).removeprefix("torch.")) == "right"
+    leaf = logits.detach().clone().requires_grad_()
+    cfpo_kernels.cfpo_loss(leaf * 1.0, **on_cuda(case), inplace=inplace).backward()
+    check_gradient(leaf.grad.cpu(), oracle(case).dlogits, case)
 
 
 def test_no_call_waits_for_the_device() -> None:
@@ -54,13 +76,6 @@ def test_debug_mode_names_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.tensor([1, 10], device="cuda")
     with pytest.raises(IndexError, match=r"10 at \[1\]"):
         cfpo_kernels.token_logps(torch.randn(2, 10, device="cuda"), ids)
-
-
-def test_inplace_says_that_no_kernel_is_there() -> None:
-    logits = torch.randn(2, 10, device="cuda", requires_grad=True)
-    ids = torch.zeros(2, dtype=torch.int64, device="cuda")
-    with pytest.raises(ValueError, match="inplace"):
-        cfpo_kernels.cfpo_loss(logits, ids, torch.ones(2, device="cuda"), inplace=True)
 
 
 def test_the_native_module_sees_the_device() -> None:

@@ -2,54 +2,102 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from golden_shapes import (
+    SHAPES,
+    SIGNS,
+    TERMS,
+    Term,
+    boundaries,
+    kl_of,
+    native_term,
+    row_shape,
+    shape_of,
+    torch_term,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import naive_kl, naive_policy
+from naive_objectives import naive_policy
+from oracle import naive_kl
 
-from cfpo_kernels import CFPO, PPOClip, reference
+from cfpo_kernels import CFPO, PPOClip, formula
 from cfpo_kernels.backends import cpu
+from cfpo_kernels.inputs import TokenInputs
+from cfpo_kernels.objectives import OBJECTIVES, Objective
+from cfpo_kernels.objectives.base import NUMBERS
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "objectives.json").read_text())
-OBJECTIVES = {"cfpo": CFPO, "ppo_clip": PPOClip}
 
 
-def native_term(
-    objective: CFPO | PPOClip, log_ratio: float, advantage: float
-) -> tuple[float, float]:
-    return cpu.native.objective_term(objective.name, objective.parameters(), log_ratio, advantage)
+def term_of(term: Any, objective: Objective, log_ratio: float, advantage: float) -> Term:
+    return term(objective.shape(), log_ratio, advantage)  # type: ignore[no-any-return]
 
 
-def torch_term(
-    objective: CFPO | PPOClip, log_ratio: float, advantage: float
-) -> tuple[float, float]:
-    x = torch.tensor(log_ratio, dtype=torch.float64, requires_grad=True)
-    loss = reference.policy_term(objective, x, torch.tensor(advantage, dtype=torch.float64))
-    (slope,) = torch.autograd.grad(loss, x)
-    return loss.item(), slope.item()
-
-
-@pytest.mark.parametrize("term", [native_term, torch_term], ids=["native", "torch"])
+@pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
 @pytest.mark.parametrize("row", GOLDEN["policy"], ids=lambda row: row["note"])
-def test_golden_policy(row: dict, term: object) -> None:
+def test_golden_policy(row: dict, term: Any) -> None:
     objective = OBJECTIVES[row["objective"]](**row["parameters"])
-    got = term(objective, row["log_ratio"], row["advantage"])
+    got = term_of(term, objective, row["log_ratio"], row["advantage"])
     assert got == pytest.approx((row["loss"], row["dlogp"]), rel=1e-12, abs=1e-14)
 
 
 @pytest.mark.parametrize("row", GOLDEN["kl"], ids=lambda row: f"{row['estimator']} {row['d']}")
 def test_golden_kl(row: dict) -> None:
-    want = pytest.approx((row["loss"], row["dlogp"]), rel=1e-12, abs=1e-14)
-    assert cpu.native.kl_term(row["estimator"], -row["d"], 0.0) == want
-    logp = torch.tensor(-row["d"], dtype=torch.float64, requires_grad=True)
-    loss = reference.kl_term(row["estimator"], logp, torch.zeros((), dtype=torch.float64))
-    (slope,) = torch.autograd.grad(loss, logp)
-    assert (loss.item(), slope.item()) == want
+    for got in kl_of(row["estimator"], row["d"], 0.0).values():
+        assert got == pytest.approx((row["loss"], row["dlogp"]), rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
+def test_golden_shapes(term: Any) -> None:
+    wrong = []
+    for row in SHAPES["policy"]:
+        got = term(row_shape(row), row["log_ratio"], row["advantage"], logp=row["logp"])
+        if got != pytest.approx((row["loss"], row["dlogp"]), rel=1e-12, abs=1e-14):
+            wrong.append((row["note"], got, row["loss"], row["dlogp"]))
+    assert len(SHAPES["policy"]) == 568 and wrong == []
+
+
+def test_golden_estimators() -> None:
+    for row in SHAPES["kl"]:
+        for got in kl_of(row["estimator"], row["d"], row["log_ratio"]).values():
+            assert got == pytest.approx((row["loss"], row["dlogp"]), rel=1e-12, abs=1e-14), row
+
+
+@pytest.mark.parametrize("entry", SHAPES["shapes"], ids=lambda entry: str(entry["source"]))
+def test_named_objectives_are_the_shapes_of_the_table(entry: dict) -> None:
+    if entry.get("objective") not in OBJECTIVES:
+        pytest.skip("held at the shape")
+    got = OBJECTIVES[entry["objective"]](**entry["arguments"]).shape()
+    assert got.kind == entry["kind"]
+    want = shape_of(entry)
+    # What a branch that cannot be reached would do is nobody's business.
+    for sign in SIGNS:
+        for end, kept in (("low", "below"), ("high", "above")):
+            if math.isinf(getattr(want, f"{end}_{sign}")):
+                field = f"{kept}_{sign}"
+                want = want._replace(**{field: getattr(got, field)})
+    assert got.numbers == pytest.approx(want.numbers, rel=1e-14, abs=1e-15)
+
+
+def test_every_language_has_the_same_tables() -> None:
+    assert tuple(cpu.native.token_columns()) == TokenInputs._fields
+    assert tuple(cpu.native.policy_numbers()) == NUMBERS
+    token = pytest.importorskip("cfpo_kernels.triton_kernels.token")
+    kernel = importlib.import_module("cfpo_kernels.triton_kernels.kernels").policy_loss_kernel
+    assert TokenInputs._fields == token.COLUMNS
+    pointers = [name for name in kernel.arg_names if name.removesuffix("_ptr") in token.COLUMNS]
+    assert tuple(name.removesuffix("_ptr") for name in pointers) == TokenInputs._fields
+    shared = [name for name in kernel.arg_names if name in NUMBERS]
+    own = [name for name in kernel.arg_names if re.fullmatch(r"p\d+", name)]
+    assert tuple(shared) == NUMBERS[: len(shared)] and len(shared) + len(own) == len(NUMBERS)
 
 
 policies = st.one_of(
@@ -63,20 +111,15 @@ def test_partials_are_finite_differences(
     objective: CFPO | PPOClip, log_ratio: float, advantage: float
 ) -> None:
     step = 1e-5
-    kinks = [math.log1p(objective.trust_region()[1]), math.log1p(-objective.trust_region()[0])]
-    if isinstance(objective, CFPO):
-        kinks = [-(objective.log_ratio_clip or 99), objective.log_ratio_clip or 99]
-    elif objective.dual_clip is not None:
-        kinks.append(math.log(objective.dual_clip))
-    if any(abs(log_ratio - kink) <= 2 * step for kink in kinks):
+    if any(abs(log_ratio - kink) <= 2 * step for kink in boundaries(objective.shape())):
         return  # no derivative there
-    for term in (native_term, torch_term):
+    for term in TERMS.values():
         up, down = (
-            term(objective, log_ratio + step, advantage),
-            term(objective, log_ratio - step, advantage),
+            term_of(term, objective, log_ratio + step, advantage),
+            term_of(term, objective, log_ratio - step, advantage),
         )
         slope = (up[0] - down[0]) / (2 * step)
-        got = term(objective, log_ratio, advantage)[1]
+        got = term_of(term, objective, log_ratio, advantage)[1]
         assert got == pytest.approx(slope, rel=1e-4, abs=1e-6)
 
 
@@ -86,10 +129,13 @@ def test_native_equals_the_naive_formula(
 ) -> None:
     naive = naive_policy(
         objective,
+        torch.tensor(-1.0, dtype=torch.float64),
         torch.tensor(log_ratio, dtype=torch.float64),
         torch.tensor(advantage, dtype=torch.float64),
     ).item()
-    assert native_term(objective, log_ratio, advantage)[0] == pytest.approx(naive, abs=1e-11)
+    assert term_of(native_term, objective, log_ratio, advantage)[0] == pytest.approx(
+        naive, abs=1e-11
+    )
 
 
 @pytest.mark.parametrize("advantage", [2.0, -0.5])
@@ -97,10 +143,10 @@ def test_native_equals_the_naive_formula(
 def test_cfpo_gradient_vanishes_only_at_its_optimum(advantage: float, epsilon: float) -> None:
     best = math.log(1 + math.copysign(epsilon, advantage))
     objective = CFPO(epsilon)
-    assert native_term(objective, best, advantage)[1] == pytest.approx(0.0, abs=1e-12)
-    assert native_term(objective, 0.0, advantage)[1] == -advantage
+    assert term_of(native_term, objective, best, advantage)[1] == pytest.approx(0.0, abs=1e-12)
+    assert term_of(native_term, objective, 0.0, advantage)[1] == -advantage
     for x in torch.linspace(-3, 3, 241).tolist():
-        slope = native_term(objective, x, advantage)[1]
+        slope = term_of(native_term, objective, x, advantage)[1]
         # Descending the loss moves r towards the optimum from either side.
         assert abs(x - best) < 1e-9 or math.copysign(1, slope) == math.copysign(1, x - best)
 
@@ -111,26 +157,26 @@ def test_clip_branch_next_to_the_boundary(side: int) -> None:
     for advantage, edge in ((1.0, math.log(1.3)), (-1.0, math.log(0.8))):
         inside = edge - math.copysign(1e-9, advantage)
         outside = edge + math.copysign(1e-9, advantage)
-        assert native_term(objective, inside, advantage)[1] != 0
-        assert native_term(objective, outside, advantage)[1] == 0
+        assert term_of(native_term, objective, inside, advantage)[1] != 0
+        assert term_of(native_term, objective, outside, advantage)[1] == 0
         # With the other sign of A this edge is not clipped.
-        assert native_term(objective, outside, -advantage)[1] != 0
+        assert term_of(native_term, objective, outside, -advantage)[1] != 0
 
 
 def test_overflow_of_the_ratio() -> None:
     for objective in (CFPO(), PPOClip()):
-        assert native_term(objective, 1000.0, 0.0) == (0.0, 0.0)
-        assert torch_term(objective, 1000.0, 0.0) == (0.0, 0.0)
-    loss, slope = native_term(CFPO(log_ratio_clip=2.0), 1000.0, 1.0)
+        assert term_of(native_term, objective, 1000.0, 0.0) == (0.0, 0.0)
+        assert term_of(torch_term, objective, 1000.0, 0.0) == (0.0, 0.0)
+    loss, slope = term_of(native_term, CFPO(log_ratio_clip=2.0), 1000.0, 1.0)
     assert math.isfinite(loss) and slope == 0.0
-    assert native_term(PPOClip(), 1000.0, 1.0) == (-1.2, 0.0)
-    assert native_term(CFPO(), 1000.0, 1.0)[0] == math.inf  # not NaN
+    assert term_of(native_term, PPOClip(), 1000.0, 1.0) == (-1.2, 0.0)
+    assert term_of(native_term, CFPO(), 1000.0, 1.0)[0] == math.inf  # not NaN
 
 
 def test_kl_is_what_the_oracle_says() -> None:
     logp, ref = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -0.5])
     for name in ("k1", "k2", "k3"):
-        torch.testing.assert_close(reference.kl_term(name, logp, ref), naive_kl(name, logp, ref))
+        torch.testing.assert_close(formula.kl_term(name, logp, ref), naive_kl(name, logp, ref))
 
 
 @pytest.mark.parametrize(

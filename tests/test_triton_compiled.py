@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -21,12 +20,15 @@ import torch
 from triton_tools.offline import Launch, fake, offline
 
 import cfpo_kernels.backends.triton as backend
+from cfpo_kernels import CFPO, PPOClip
 from cfpo_kernels.backends.base import KernelRows, KernelTerms
+from cfpo_kernels.inputs import LossSettings, TokenInputs
 from cfpo_kernels.triton_kernels import config, kernels
+from cfpo_kernels.verification import battery, cases, timing
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OBJECTIVES = {"cfpo": [0.2, math.inf], "ppo_clip": [0.2, 0.28, 3.0]}
+OBJECTIVES = {"cfpo": CFPO(), "ppo_clip": PPOClip(0.2, 0.28, 3.0)}
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") != "0", reason="TRITON_INTERPRET is set"
@@ -70,16 +72,14 @@ def launch_policy(
     n = logits.shape[:-1].numel()
     given = per_row(n) if everything else None
     terms = KernelTerms(
-        per_row(n),
-        per_row(n),
-        given,
-        given,
+        TokenInputs(per_row(n), per_row(n), given, given, given, given),
+        LossSettings(
+            OBJECTIVES[objective].shape(),
+            kl_coef=0.1 if everything else 0.0,
+            kl_ratio_weighted=everything,
+            entropy_coef=0.01 if everything else 0.0,
+        ),
         fake((), torch.float32) if everything else None,
-        objective,
-        OBJECTIVES[objective],
-        "k3",
-        0.1 if everything else 0.0,
-        0.01 if everything else 0.0,
     )
     backend.TRITON.policy_loss(
         rows(logits, n if everything else 1),
@@ -314,3 +314,38 @@ def sample() -> None:
             launch_policy(fake((8192, v), dtype))
             launch_policy(fake((8192, v), dtype), everything=True)
             launch_logps(fake((8192, v), dtype), entropy=False)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.nightly) for d in DTYPES[::2])],
+    ids=str,
+)
+def test_a_first_use_compiles_twelve_variants_at_most(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes seconds of the time that a user waits."""
+    device = config.Device(multiprocessors=132, l2_bytes=50 * 2**20)
+    monkeypatch.setattr(backend, "_device", lambda _: device)
+    cpu = torch.device("cpu")
+    target = battery.Target("triton", backend.TRITON, cpu, 132)
+    with offline("sm_90") as launches:
+        problem = None
+        for case in cases.short():
+            if problem != case.problem():
+                problem = case.problem()
+                inputs = cases.make_inputs(problem, dtype, cpu, target.rows_of(case, dtype))
+            battery._call(backend.TRITON, case, inputs.laid_out(case.layout))
+        for n_cols in timing.SIZES:
+            case = cases.Case("timing", n_cols, inplace=True)
+            inputs = cases.make_inputs(case, dtype, cpu, 70)
+            battery._call(backend.TRITON, case, inputs)
+        for check in battery._PROPERTIES.values():
+            with contextlib.suppress(IndexError):  # nothing was computed
+                list(check(target, dtype))
+    variants = {(launch.name, id(launch.kernel)) for launch in launches}
+    assert len(variants) <= 12, sorted(name for name, _ in variants)
+    assert {name for name, _ in variants} == {
+        "policy_loss_kernel", "sum_segments_kernel", "token_logps_kernel",
+        "token_logps_backward_kernel", "multiply_rows_kernel",
+    }  # fmt: skip

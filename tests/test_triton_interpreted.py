@@ -16,16 +16,22 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from golden_shapes import SHAPES, boundaries, native_term, row_shape
 from oracle import Case, check_gradient, make_case, oracle, run, with_everything
-from test_objective import GOLDEN, OBJECTIVES
+from test_objective import GOLDEN
 from triton_tools.checker import AccessError, RaceError, checked_launches
 from triton_tools.interpreter import INTERPRETING, exp2_off_by, mend
 from triton_tools.memory import sparse
 
 import cfpo_kernels
-from cfpo_kernels import PPOClip
+from cfpo_kernels import CFPO, PPOClip
 from cfpo_kernels.backends import triton as backend
+from cfpo_kernels.backends.triton import TRITON
+from cfpo_kernels.inputs import LossSettings
+from cfpo_kernels.objectives import OBJECTIVES
+from cfpo_kernels.objectives.base import Shape
 from cfpo_kernels.triton_kernels import config, kernels, objective, scalar_math, softmax
+from cfpo_kernels.verification import battery, cases
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="TRITON_INTERPRET=1 is not set")
 
@@ -50,11 +56,42 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @triton.jit
-def policy_kernel(x_ptr, a_ptr, loss_ptr, dlogp_ptr, p0, p1, p2, OBJECTIVE: tl.constexpr):
-    i = tl.program_id(0)
-    loss, dlogp = OBJECTIVE(tl.load(x_ptr + i), tl.load(a_ptr + i), p0, p1, p2)
-    tl.store(loss_ptr + i, loss)
-    tl.store(dlogp_ptr + i, dlogp)
+def policy_kernel(
+    tokens_ptr,  # (n, 5): logp, log r, advantage, low, high
+    numbers_ptr,  # (8,)
+    terms_ptr,  # (n, 2): loss, dlogp
+    drift,
+    token_weight,
+    OBJECTIVE: tl.constexpr,
+):
+    token = tokens_ptr + tl.program_id(0) * 5
+    loss, dlogp, _ = objective.token_loss(
+        tl.load(token),
+        tl.load(token + 1),
+        0.0,
+        0.0,
+        tl.load(token + 2),
+        token_weight,
+        1.0,
+        tl.load(token + 3),
+        tl.load(token + 4),
+        drift,
+        tl.load(numbers_ptr),
+        tl.load(numbers_ptr + 1),
+        tl.load(numbers_ptr + 2),
+        tl.load(numbers_ptr + 3),
+        tl.load(numbers_ptr + 4),
+        tl.load(numbers_ptr + 5),
+        tl.load(numbers_ptr + 6),
+        tl.load(numbers_ptr + 7),
+        0.0,
+        0.0,
+        OBJECTIVE,
+        None,
+        False,
+    )
+    tl.store(terms_ptr + tl.program_id(0) * 2, loss)
+    tl.store(terms_ptr + tl.program_id(0) * 2 + 1, dlogp)
 
 
 @triton.jit
@@ -65,9 +102,9 @@ def unary_kernel(x_ptr, y_ptr, n, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def kl_kernel(d_ptr, loss_ptr, dlogp_ptr, KL: tl.constexpr):
+def kl_kernel(d_ptr, x_ptr, loss_ptr, dlogp_ptr, KL: tl.constexpr, RATIO_WEIGHTED: tl.constexpr):
     i = tl.program_id(0)
-    loss, dlogp = KL(tl.load(d_ptr + i))
+    loss, dlogp = objective.kl_term(tl.load(d_ptr + i), tl.load(x_ptr + i), KL, RATIO_WEIGHTED)
     tl.store(loss_ptr + i, loss)
     tl.store(dlogp_ptr + i, dlogp)
 
@@ -78,34 +115,75 @@ def log1p_of(x):
     return log + correction
 
 
+def terms_of(shape: Shape, tokens: list[tuple[float, ...]], token_weight: float = 1.0) -> Any:
+    """(n, 2) of loss and dlogp; tokens: (logp, log r, advantage)."""
+    rows = torch.tensor(
+        [
+            (*token, *(getattr(shape, f"{end}_{sign}") for end in ("low", "high")))
+            for token in tokens
+            for sign in ("positive" if token[2] > 0 else "negative",)
+        ],
+        dtype=torch.float32,
+    )
+    out = torch.empty(len(tokens), 2)
+    policy_kernel[(len(tokens),)](
+        rows,
+        torch.tensor(shape[backend._FIRST_OF_ITS_OWN :], dtype=torch.float32),
+        out,
+        shape.drift,
+        token_weight,
+        OBJECTIVE=objective.OBJECTIVES[shape.kind],
+    )
+    return out.double()
+
+
+def on_a_boundary(shape: Shape, log_ratio: float) -> bool:
+    return any(math.isclose(log_ratio, end, rel_tol=1e-6) for end in boundaries(shape))
+
+
+def problem_of(row: dict, shape: Shape, got: tuple[float, float]) -> str:
+    """The table is float64. Rounded to float32, a log-ratio on a boundary may land on either side
+    of it: there the derivative is that of one side or the other."""
+    x, a = row["log_ratio"], row["advantage"]
+    wanted = [(row["loss"], row["dlogp"])]
+    if on_a_boundary(shape, x):
+        wanted += [native_term(shape, x + step, a, logp=row["logp"]) for step in (-3e-7, 3e-7)]
+    for loss, dlogp in wanted:
+        near = 2e-5 if len(wanted) > 1 else 1e-6 * max(1.0, abs(x))
+        if got[0] == pytest.approx(loss, rel=near, abs=near) and got[1] == pytest.approx(
+            dlogp, rel=max(near, 2e-6), abs=2e-6
+        ):
+            return ""
+    return f"{row['note']}: got {got}, want {wanted}"
+
+
 @pytest.mark.parametrize("row", GOLDEN["policy"], ids=lambda row: row["note"])
 def test_golden_policy(row: dict) -> None:
-    chosen = OBJECTIVES[row["objective"]](**row["parameters"])
-    x = torch.tensor([row["log_ratio"]], dtype=torch.float32)
-    # The table's log-ratios are float64. Rounded to float32, those on a clip's boundary may land on
-    # either side of it: there the derivative is that of one side or the other.
-    a = torch.tensor([row["advantage"]], dtype=torch.float32)
-    loss, dlogp = torch.empty(1), torch.empty(1)
-    p = (*chosen.parameters(), 0.0, 0.0)[:3]
-    policy_kernel[(1,)](x, a, loss, dlogp, *p, OBJECTIVE=objective.OBJECTIVES[chosen.name])
-    scale = max(1.0, abs(row["loss"]))
-    slack = 5e-7 * scale * max(1.0, abs(row["log_ratio"]))
-    assert loss.item() == pytest.approx(row["loss"], rel=5e-7, abs=slack)
-    on_boundary = isinstance(chosen, PPOClip) and any(
-        math.isclose(math.exp(row["log_ratio"]), edge, rel_tol=1e-6)
-        for edge in (1 - chosen.epsilon_low, 1 + chosen.epsilon_high, chosen.dual_clip or 1e9)
-    )
-    either = {row["dlogp"], -math.exp(row["log_ratio"]) * row["advantage"], 0.0}
-    wanted = either if on_boundary else {row["dlogp"]}
-    allowed = 2e-6 * max(1.0, abs(row["dlogp"]))
-    assert min(abs(dlogp.item() - want) for want in wanted) <= allowed
+    shape = OBJECTIVES[row["objective"]](**row["parameters"]).shape()
+    row = row | {"logp": -1.0}
+    got = terms_of(shape, [(row["logp"], row["log_ratio"], row["advantage"])])[0].tolist()
+    assert problem_of(row, shape, got) == ""
 
 
-@pytest.mark.parametrize("row", GOLDEN["kl"], ids=lambda row: f"{row['estimator']} {row['d']}")
+def test_golden_shapes() -> None:
+    problems = []
+    for row in SHAPES["policy"]:
+        shape = row_shape(row)
+        got = terms_of(shape, [(row["logp"], row["log_ratio"], row["advantage"])])[0].tolist()
+        problems.append(problem_of(row, shape, got))
+    assert len(problems) == 568 and [problem for problem in problems if problem] == []
+
+
+@pytest.mark.parametrize(
+    "row", GOLDEN["kl"] + SHAPES["kl"], ids=lambda row: f"{row['estimator']} {row['d']}"
+)
 def test_golden_kl(row: dict) -> None:
     d = torch.tensor([row["d"]], dtype=torch.float32)
+    x = torch.tensor([row.get("log_ratio", 0.0)], dtype=torch.float32)
     loss, dlogp = torch.empty(1), torch.empty(1)
-    kl_kernel[(1,)](d, loss, dlogp, KL=objective.KL_ESTIMATORS[row["estimator"]])
+    weighted = row["estimator"].endswith("r")
+    estimator = objective.KL_ESTIMATORS[row["estimator"].removesuffix("r")]
+    kl_kernel[(1,)](d, x, loss, dlogp, KL=estimator, RATIO_WEIGHTED=weighted)
     assert loss.item() == pytest.approx(row["loss"], rel=1e-6, abs=1e-7)
     assert dlogp.item() == pytest.approx(row["dlogp"], rel=1e-6, abs=1e-7)
 
@@ -375,18 +453,16 @@ def test_equals_the_cpu_kernels(dtype: torch.dtype) -> None:
     case = with_everything(make_case(13, 5003, dtype, mask_every=5))
     got = run(case, backend="triton")
     rows = (case.logits, case.token_ids, case.mask().float() / case.mask().sum())
-    terms = (
+    inputs = [
         case.advantages,
         case.old_logps,
         case.options["token_weights"],
         case.options["ref_logps"],
         None,
-        "cfpo",
-        [0.2, math.inf],
-        "k3",
-        0.1,
-        0.05,
-    )
+        None,
+    ]
+    settings = LossSettings(CFPO().shape(), kl_coef=0.1, entropy_coef=0.05)
+    terms = (inputs, *ops.flat(settings), None)
     assert backends.kernels("cpu") is not backends.kernels("triton")
     _, logps, entropy, dlogits = ops.policy_loss(
         *rows, case.options["temperature"], True, True, "cpu", *terms
@@ -502,3 +578,47 @@ def test_a_race_is_found(monkeypatch: pytest.MonkeyPatch, processors: Any) -> No
     monkeypatch.setattr(kernels, "_piece", overlapping)
     with pytest.raises(RaceError):
         test_every_access(torch.bfloat16, "segment and one", False, 64, processors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_battery_of_a_first_use_passes(dtype: torch.dtype) -> None:
+    target = battery.Target("triton", TRITON, torch.device("cpu"), 2, largest=4096)
+    assert battery.run(target, dtype, cases.short(), lambda case, phase: None) > 30
+
+
+# Objectives of users
+
+
+@triton.jit
+def truncated(logp, log_ratio, advantage, low, high, most, p1, p2, p3, p4, p5, p6, p7):
+    """-sg(min(r, most)) A logp between the bounds."""
+    weight = tl.minimum(tl.exp(log_ratio), most)
+    weight = tl.where((log_ratio < low) | (log_ratio > high), 0.0, weight)
+    return -weight * advantage * logp, -weight * advantage
+
+
+def test_an_objective_of_a_user() -> None:
+    chosen = cfpo_kernels.register_triton_objective("truncated", truncated, (1.1,), drift=0.1)
+    case = make_case(33, 300)
+    case.options["log_ratio_bounds"] = (-0.35, 0.27)
+    case.objective = cfpo_kernels.IcePop(drift=0.1)
+
+    def in_torch(terms: cfpo_kernels.TokenTerms) -> torch.Tensor:
+        r = terms.log_ratio.detach().exp().clamp(max=1.1)
+        outside = (terms.log_ratio < -0.35) | (terms.log_ratio > 0.27)
+        loss = -torch.where(outside, 0.0, r) * terms.advantages * terms.logps
+        return loss + 0.05 * terms.log_ratio**2
+
+    got = run(Case(**(vars(case) | {"objective": chosen})), backend="triton")
+    del case.options["log_ratio_bounds"]
+    want = run(Case(**(vars(case) | {"objective": in_torch})), backend="reference")
+    assert got.dlogits.abs().sum() > 0
+    torch.testing.assert_close(got.dlogits, want.dlogits, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
+    for how in ({"backend": "cpu"}, {"backend": "triton", "ratio_level": "sequence"}):
+        with pytest.raises(ValueError, match="'truncated' is written in Triton"):
+            run(Case(**(vars(case) | {"objective": chosen})), **how)
+    with pytest.raises(ValueError, match="stands for another function"):
+        cfpo_kernels.register_triton_objective("truncated", objective.window)
+    with pytest.raises(ValueError, match=r"fn must take logp, .*, got d"):
+        cfpo_kernels.register_triton_objective("k1", objective.k1)

@@ -40,13 +40,14 @@ def test_the_reward_of_the_example_rises() -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_checks_measures_and_draws(tmp_path: Path) -> None:
-    small = "--layers 1 --vocabulary 5000 --batch 2 --completion 16 --rounds 1"
+    # float32, because CPUs without products of bfloat16 take minutes for them.
+    small = "--layers 1 --vocabulary 5000 --batch 2 --completion 16 --rounds 1 --dtype float32"
     saved, picture = tmp_path / "out.json", tmp_path / "out.png"
     shown = run("-m", "bench.trainer", *small.split(), "--json", str(saved), "--plot", str(picture))
     report = json.loads(saved.read_text())
     assert [entry["tokens"] for entry in report["memory"]] == [32]
     assert {len(taken) for taken in report["samples_ms"].values()} == {1}
-    assert all(errors["gradient"] < 0.05 for errors in report["errors"].values())
+    assert all(errors["gradient"] < 1e-4 for errors in report["errors"].values())
     assert picture.read_bytes().startswith(b"\x89PNG")
     again = run("-m", "bench.trainer", "--from-json", str(saved))
     assert "CFPOTrainer" in again and again in shown

@@ -24,7 +24,9 @@ from cfpo_kernels import PPOClip
 from cfpo_kernels.integrations import _trl_forward
 from cfpo_kernels.integrations.trl import compute_cfpo_loss
 
-LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")
+NORMALISATIONS = ("dapo", "grpo", "bnpo", "dr_grpo")
+OWN_OBJECTIVES = ("luspo", "cispo", "sapo", "vespo")
+LOSS_TYPES = (*NORMALISATIONS, *OWN_OBJECTIVES)
 CLIPPED = "per_token_loss = -torch.min(per_token_loss1, per_token_loss2)"
 # CFPO as its paper has it, in the variables of TRL's code.
 PENALISED = (
@@ -123,11 +125,14 @@ def check_same(got: dict[str, Any], want: dict[str, Any], relative: float = 1e-5
 def check_parity(
     trainer: Any, inputs: dict[str, Tensor], logits_tokens: int | None, relative: float = 1e-5
 ) -> None:
-    """PPOClip against TRL's loss, CFPO against TRL's loss with the formula in place of the clip."""
+    """PPOClip against TRL's loss, CFPO against TRL's loss with the formula in place of the clip; or
+    TRL's own objective, where the loss_type stands for one."""
     epsilon, delta = trainer.args.epsilon, trainer.args.delta
-    pairs = [(PPOClip(epsilon, epsilon, dual_clip=delta), TRL_CLIPPED)]
-    if delta is None:
-        pairs.append((None, TRL_CFPO))
+    pairs: list[tuple[Any, LossFunction]] = [(None, TRL_CLIPPED)]
+    if trainer.args.loss_type in NORMALISATIONS:
+        pairs = [(PPOClip(epsilon, epsilon, dual_clip=delta), TRL_CLIPPED)]
+        if delta is None:
+            pairs.append((None, TRL_CFPO))
     for objective, reference in pairs:
 
         def ours(*arguments: Any, objective: Any = objective) -> Tensor:
@@ -154,6 +159,50 @@ def test_normalisations_of_every_model(
 ) -> None:
     configure(monkeypatch, any_trainer, loss_type=loss_type, beta=beta)
     check_parity(any_trainer, trl_setup.make_inputs(any_trainer), logits_tokens)
+
+
+@chunks
+@pytest.mark.parametrize("plain_kl", [False, True])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_ratios_of_sequences(
+    trainer: Any,
+    loss_type: str,
+    beta: float,
+    plain_kl: bool,
+    logits_tokens: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    configure(
+        monkeypatch,
+        trainer,
+        loss_type=loss_type,
+        beta=beta,
+        importance_sampling_level="sequence",
+        use_bias_correction_kl=not plain_kl,
+    )
+    check_parity(trainer, trl_setup.make_inputs(trainer, tools=True), logits_tokens)
+
+
+@pytest.mark.parametrize("name", ["rollout", "quantile", "bonus", "epsilon_high", "delta"])
+@pytest.mark.parametrize("loss_type", OWN_OBJECTIVES)
+def test_settings_of_own_objectives(
+    trainer: Any, loss_type: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {
+        "rollout": {"use_vllm": True, "beta": 0.3},
+        "quantile": {"top_entropy_quantile": 0.5, "beta": 0.3, "entropy_coef": 0.1},
+        "bonus": {"entropy_coef": 0.1},
+        "epsilon_high": {"epsilon_high": 1.2},
+        "delta": {"delta": 1.5},
+    }[name]
+    configure(monkeypatch, trainer, loss_type=loss_type, **settings)
+    inputs = trl_setup.make_inputs(trainer, **({"rollout": "token"} if name == "rollout" else {}))
+    if name == "delta" and loss_type != "luspo":
+        with pytest.raises(ValueError, match="leave delta unset"):
+            check_parity(trainer, inputs, None)
+    else:
+        check_parity(trainer, inputs, None)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

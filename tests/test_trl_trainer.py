@@ -19,7 +19,7 @@ import trl_setup
 from trl import GRPOTrainer
 
 from bench.memory import can_measure_cpu, cpu_extra_bytes
-from cfpo_kernels import CFPO, PPOClip
+from cfpo_kernels import CFPO, DPPO, SAPO, PPOClip
 from cfpo_kernels.integrations import _trl_forward
 from cfpo_kernels.integrations._chunked_head import chunked_head_loss
 from cfpo_kernels.integrations._trl_batch import align
@@ -141,13 +141,15 @@ def test_two_processes_agree_with_trl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "options", "says"),
     [
-        ({"loss_type": "cispo"}, {}, "set it to one of 'dapo', 'grpo'"),
-        ({"loss_type": "sapo"}, {}, "has an objective of its own"),
-        ({"loss_type": "vespo"}, {}, "loss_type='vespo'"),
+        ({"loss_type": "cispo"}, {"objective": CFPO()}, "set loss_type to one of 'dapo', 'grpo'"),
+        ({"loss_type": "sapo"}, {"objective": CFPO()}, "has an objective of its own"),
+        ({"loss_type": "vespo"}, {"objective": PPOClip()}, "loss_type='vespo'"),
+        ({"loss_type": "luspo"}, {"objective": PPOClip()}, "leave objective unset"),
+        ({"loss_type": "sapo", "delta": 2.0}, {}, "has no meaning for loss_type='sapo'"),
         ({"loss_type": "nope"}, {}, "is unknown"),
-        ({"importance_sampling_level": "sequence"}, {}, "set importance_sampling_level='token'"),
-        ({"epsilon_high": 0.28}, {}, "leave epsilon_high unset"),
         ({"epsilon_high": 0.28}, {"objective": CFPO(0.1)}, "leave epsilon_high unset"),
+        ({"epsilon_high": 0.28}, {"objective": SAPO()}, "has no meaning for SAPO"),
+        ({}, {"objective": DPPO()}, "needs log_ratio_bounds"),
         ({"epsilon_high": 0.28}, {"objective": PPOClip()}, "contradicts objective=PPOClip"),
         ({"delta": 1.5}, {}, "leave delta unset"),
         ({"delta": 1.5}, {"objective": PPOClip()}, "set both to the same number"),

@@ -24,6 +24,7 @@ from verl.workers.config.actor import PolicyLossConfig
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.utils.losses import ppo_loss
 
+from cfpo_kernels import CISPO, DPPO, SAPO, PPOClip, bounds, policy_loss_from_logps
 from cfpo_kernels.integrations import verl as ours
 
 CLIPPED_LINE = "pg_losses = torch.where(advantages < 0, clip_pg_losses2, clip_pg_losses1)"
@@ -338,6 +339,7 @@ print(get_policy_loss_fn("cfpo").__module__, engine.logprobs_from_logits.__modul
 import_external_libs("cfpo_kernels.integrations.verl_logprobs")
 import verl.workers.rollout.naive.naive_rollout as later
 import verl.utils.torch_functional as functional
+from cfpo_kernels import CISPO, DPPO, SAPO, PPOClip, bounds, policy_loss_from_logps
 from cfpo_kernels.integrations import verl as ours
 ours.use_fused_logprobs()
 assert engine.logprobs_from_logits is later.logprobs_from_logits is ours.logprobs_from_logits
@@ -350,3 +352,58 @@ print("patched")
     said = done.stdout.split()[-3:]
     ours, theirs = "cfpo_kernels.integrations.verl", "verl.utils.torch_functional"
     assert said == [ours, theirs, "patched"], done.stderr
+
+
+# Named objectives against verl's own losses, by its names; its conventions are in docs/trainers.md.
+TV, KL = 0.15, 0.05
+CONVENTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "vanilla": lambda given: {"objective": PPOClip(0.2, 0.28, dual_clip=3.0)},
+    "cispo": lambda given: {"objective": CISPO(1 - 0.2, 1 + 0.28)},
+    "sapo": lambda given: {"objective": SAPO(1.0, 1.05), "reduction": "seq-mean-token-mean"},
+    "gspo": lambda given: {"objective": PPOClip(0.2, 0.28), "ratio_level": "sequence"},
+    "dppo_tv": lambda given: {
+        "objective": DPPO(cap=3.0),
+        "log_ratio_bounds": bounds.total_variation(given["old_log_prob"], TV),
+    },
+    "dppo_kl": lambda given: {
+        "objective": DPPO(cap=3.0),
+        "log_ratio_bounds": bounds.kl(given["old_log_prob"], KL),
+    },
+}
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["", "rollout weights"])
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_named_objectives_are_verls(name: str, weights: bool) -> None:
+    given: dict[str, Any] = batch()
+    # Off every boundary, and no ratio that verl clamps.
+    shift = torch.linspace(-0.9, 1.1, 28).reshape(4, 7)
+    given["old_log_prob"] = torch.minimum(given["log_prob"] - shift, torch.tensor(-0.01))
+    if weights:
+        given["rollout_is_weights"] = 2 * torch.rand(4, 7, generator=torch.Generator())
+    delta = {"dppo_tv": TV, "dppo_kl": KL}.get(name)
+    config = actor_config(
+        clip_ratio=0.2,
+        clip_ratio_low=delta or 0.2,
+        clip_ratio_high=delta or 0.28,
+        tau_pos=1.0,
+        tau_neg=1.05,
+    )
+    theirs = core_algos.get_policy_loss_fn(name)
+    want, want_grad, _ = run(theirs, given | {"config": config}, wide=True)
+    leaf = given["log_prob"].double().requires_grad_()
+    options = {"reduction": "token-mean"} | CONVENTIONS[name](given)
+    if name == "sapo" or theirs.__defaults__[0] == "seq-mean-token-mean":
+        options["reduction"] = "seq-mean-token-mean"
+    loss = policy_loss_from_logps(
+        leaf,
+        given["advantages"].double(),
+        given["old_log_prob"].double(),
+        mask=given["response_mask"],
+        token_weights=given.get("rollout_is_weights"),
+        **options,
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    torch.testing.assert_close(leaf.grad, want_grad, rtol=1e-6, atol=1e-9)
+    assert want_grad.abs().sum() > 0

@@ -37,14 +37,16 @@ def main(folder: Path) -> None:
     trainer.beta, trainer.entropy_coef, trainer._entropy_bonus_enabled = 0.3, 0.1, True
     metrics = trainer._metrics["train"]
 
-    for loss_type in ("dapo", "grpo", "bnpo", "dr_grpo", "luspo"):
+    for loss_type in ("dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo"):
+        own = loss_type in ("luspo", "cispo")
         trainer.args.loss_type = trainer.loss_type = loss_type
         metrics.clear()
         want = gradients(trainer, model, GRPOTrainer._compute_loss(trainer, model, inputs))
         expected = {name: metrics[name] for name in ("entropy", "kl", "policy_loss")}
         for logits_tokens in (None, 4):
             metrics.clear()
-            loss = compute_cfpo_loss(trainer, model, inputs, PPOClip(), logits_tokens=logits_tokens)
+            objective = None if own else PPOClip()
+            loss = compute_cfpo_loss(trainer, model, inputs, objective, logits_tokens=logits_tokens)
             got = gradients(trainer, model, loss)
             for name, gradient in want.items():
                 assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), (loss_type, name)

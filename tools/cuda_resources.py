@@ -34,7 +34,7 @@ class Usage(NamedTuple):
 
 
 def readable(function: str) -> str:
-    """row_kernel<bfloat16, cfpo, entropy> from the mangled name."""
+    """row_kernel<bfloat16, policy, entropy> from the mangled name."""
     match = re.match(r"_ZN4cfpo4cuda\d+([a-z_]+)I(.*?)EEv", function)
     if match is None:
         plain = re.search(r"\d([a-z_]+_kernel)Ev$", function)
@@ -42,7 +42,7 @@ def readable(function: str) -> str:
     name, arguments = match[1], match[2] + "E"
     dtype = re.match(r"NS_\d+(bfloat16|float16)", arguments)
     words = [dtype[1] if dtype else "float32"]
-    stages = {"Cfpo": "cfpo", "PpoClip": "ppo_clip", "LogpsBackward": "logps_backward"}
+    stages = {"PolicyStage": "policy", "LogpsBackward": "logps_backward"}
     words += [word for tag, word in {**stages, "LogpsStage": "logps"}.items() if tag in arguments]
     words += ["entropy"] if "Lb1E" in arguments else []
     return f"{name}<{', '.join(words)}>"

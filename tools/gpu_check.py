@@ -147,13 +147,18 @@ def sanitizer(tool):
     return [*command, sys.executable, str(ROOT / "tools" / "sanitizer_case.py")], env
 
 
+def verify(stem):
+    record = f"{stem}-verify.json"
+    return [sys.executable, "-m", "cfpo_kernels", "verify", "--full", "--json", record], {}
+
+
 def bench(stem):
     return [sys.executable, "-m", "bench", "--cases", "gpu", "--json", f"{stem}-bench.json"], {}
 
 
 def all_steps(stem):
     """What to run, by name: the command, None where it is not installed, and its environment."""
-    steps = {"build": build()}
+    steps = {"build": build(), "verify": verify(stem)}
     steps |= {path.stem: tests_of(path, stem) for path in files_with_gpu_tests()}
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         steps[f"sanitizer-{tool}"] = sanitizer(tool)

@@ -35,6 +35,7 @@ from .softmax import (
     write_gradient,
     write_zeros,
 )
+from .token import load_token
 
 # Lengths and strides differ from batch to batch: no variant of a kernel may depend on them.
 _PLAIN_NUMBERS = [
@@ -59,6 +60,8 @@ _PER_ROW = [
     "old_logps_ptr",
     "token_weights_ptr",
     "ref_logps_ptr",
+    "low_ptr",
+    "high_ptr",
     "grad_scale_ptr",
     "loss_ptr",
     "logps_ptr",
@@ -153,7 +156,9 @@ def policy_loss_kernel(
     advantages_ptr,
     old_logps_ptr,  # None: on-policy
     token_weights_ptr,  # None: 1
-    ref_logps_ptr,  # None where KL is
+    ref_logps_ptr,  # None where nothing wants it
+    low_ptr,  # None: the objective's own
+    high_ptr,  # likewise
     grad_scale_ptr,  # () float32, or None: multiplies the gradient before it is rounded
     loss_ptr,
     logps_ptr,
@@ -170,13 +175,24 @@ def policy_loss_kernel(
     dlogits_outer: tl.int64,
     dlogits_step: tl.int64,
     n_pieces: tl.int32,  # programs that share a row's stage 3; more than 1 only with partials
+    low_positive: tl.float32,
+    low_negative: tl.float32,
+    high_positive: tl.float32,
+    high_negative: tl.float32,
+    drift: tl.float32,
     p0: tl.float32,
     p1: tl.float32,
     p2: tl.float32,
+    p3: tl.float32,
+    p4: tl.float32,
+    p5: tl.float32,
+    p6: tl.float32,
+    p7: tl.float32,
     kl_coef: tl.float32,
     entropy_coef: tl.float32,
     OBJECTIVE: tl.constexpr,
     KL: tl.constexpr,
+    KL_RATIO_WEIGHTED: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
@@ -225,33 +241,44 @@ def policy_loss_kernel(
                 "evict_last" if dlogits_ptr is not None else "evict_first",
             )
             logp = exact_logp.to(tl.float32)
-            # From the unrounded log p; but logits that this kernel scored give exactly r = 1.
-            old_logp = exact_logp
-            if old_logps_ptr is not None:
-                given = tl.load(old_logps_ptr + row)
-                old_logp = tl.where(given == logp, exact_logp, given.to(tl.float64))
-            kl_distance = 0.0
-            if KL is not None:
-                kl_distance = (tl.load(ref_logps_ptr + row).to(tl.float64) - exact_logp).to(
-                    tl.float32
-                )
-            policy_weight = 1.0
-            if token_weights_ptr is not None:
-                policy_weight = tl.load(token_weights_ptr + row)
+            advantage, log_ratio, token_weight, kl_distance, low, high = load_token(
+                row,
+                exact_logp,
+                advantages_ptr,
+                old_logps_ptr,
+                token_weights_ptr,
+                ref_logps_ptr,
+                low_ptr,
+                high_ptr,
+                low_positive,
+                low_negative,
+                high_positive,
+                high_negative,
+            )
             loss, c, h = token_loss(
-                (exact_logp - old_logp).to(tl.float32),
+                logp,
+                log_ratio,
                 kl_distance,
                 entropy,
-                tl.load(advantages_ptr + row),
-                policy_weight,
+                advantage,
+                token_weight,
                 tl.load(weights_ptr + row),
+                low,
+                high,
+                drift,
                 p0,
                 p1,
                 p2,
+                p3,
+                p4,
+                p5,
+                p6,
+                p7,
                 kl_coef,
                 entropy_coef,
                 OBJECTIVE,
                 KL,
+                KL_RATIO_WEIGHTED,
             )
             if piece == 0:
                 tl.store(loss_ptr + row, loss)

@@ -38,8 +38,8 @@ def power_of_two(n):
 
 
 @triton.jit
-def expm1(x):
-    """e^x - 1, to a relative error of 2e-7; -1 and inf far out, NaN for NaN."""
+def _exp_parts(x):
+    """2^(n - 1) and e with e^x = 2^n (1 + e), |e| <= 0.42."""
     n = tl.floor(x * LOG2E + 0.5)
     f = tl.fma(n, -_LN2_LOW, tl.fma(n, -_LN2_HIGH, x))  # |f| <= ln(2) / 2
     p = 1.0 / 5040
@@ -48,8 +48,23 @@ def expm1(x):
     p = tl.fma(p, f, 1.0 / 24)
     p = tl.fma(p, f, 1.0 / 6)
     p = tl.fma(p, f, 0.5)
-    e = tl.fma(p * f, f, f)
-    half = power_of_two(n - 1)  # 2^n itself would overflow a little early
+    # 2^n itself would overflow a little early.
+    return power_of_two(n - 1), tl.fma(p * f, f, f)
+
+
+@triton.jit
+def exp(x):
+    """e^x, to a relative error of 2e-7; 0 and inf far out, NaN for NaN."""
+    half, e = _exp_parts(x)
+    result = 2 * tl.fma(half, e, half)
+    result = tl.where(x > 88.72284, float("inf"), result)
+    return tl.where(x < -87.0, 0.0, result)
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1, to a relative error of 2e-7; -1 and inf far out, NaN for NaN."""
+    half, e = _exp_parts(x)
     result = 2 * tl.fma(half, e, half - 0.5)
     result = tl.where(x > 88.72284, float("inf"), result)
     return tl.where(x < -30.0, -1.0, result)

@@ -38,15 +38,12 @@ def problem(rows: KernelRows, logits: Tensor, first: int) -> dict[str, Any]:
 
 
 def policy_terms(terms: KernelTerms, first: int) -> dict[str, Any]:
+    shape, *others = terms.settings
+    names = type(terms.settings)._fields[1:]
     return {
-        "advantages": address(terms.advantages, first),
-        "old_logps": address(terms.old_logps, first),
-        "token_weights": address(terms.token_weights, first),
-        "ref_logps": address(terms.ref_logps, first),
-        "objective": terms.objective,
-        "objective_parameters": terms.objective_parameters,
-        "kl_estimator": terms.kl_estimator,
-        "kl_coef": terms.kl_coef,
-        "entropy_coef": terms.entropy_coef,
+        "columns": [address(column, first) for column in terms.inputs],
+        "shape": shape.kind,
+        "numbers": shape.numbers,
+        **dict(zip(names, others, strict=True)),
         "grad_scale": address(terms.grad_scale),
     }

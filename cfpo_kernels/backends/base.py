@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..inputs import LossSettings, TokenInputs
+
 
 class KernelRows(NamedTuple):
     """The rows that a kernel reads; N tokens, V columns."""
@@ -17,18 +19,11 @@ class KernelRows(NamedTuple):
 
 
 class KernelTerms(NamedTuple):
-    """The rest of a policy loss; tensors are (N,) float32."""
+    """The rest of a policy loss; tensors are float32."""
 
-    advantages: Tensor
-    old_logps: Tensor | None
-    token_weights: Tensor | None
-    ref_logps: Tensor | None
+    inputs: TokenInputs
+    settings: LossSettings
     grad_scale: Tensor | None  # 0-d
-    objective: str
-    objective_parameters: list[float]
-    kl_estimator: str
-    kl_coef: float
-    entropy_coef: float
 
 
 class Backend(Protocol):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .native import NativeBackend
+from .status import BackendStatus
 
 native: Any = None
 import_failure = ""
@@ -19,6 +20,13 @@ try:
     native = importlib.import_module("cfpo_kernels._C")
 except ImportError as error:  # a source tree that was never built: the reference still works
     import_failure = f"the native module could not be imported: {error}"
+
+
+def status() -> BackendStatus:
+    """What `available_backends` says."""
+    if native is None:
+        return BackendStatus(False, import_failure)
+    return BackendStatus(True, "instruction sets: " + ", ".join(native.cpu_levels()))
 
 
 class CpuBackend(NativeBackend):

@@ -7,6 +7,7 @@ CUDA graphs.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 from .addresses import address, describe
 from .cpu import import_failure, native
 from .native import NativeBackend
+from .status import BackendStatus
 
 
 def runs_on(archs: str, capability: tuple[int, int]) -> bool:
@@ -48,12 +50,11 @@ def why_not_built() -> str:
     return "" if native.cuda_built else f"built without CUDA: {native.cuda_reason}"
 
 
-def why_no_gpu() -> str:
-    """Why the module's CUDA runtime finds no GPU, or "".
+def why_no_gpu(query: dict[str, Any]) -> str:
+    """Why the module's CUDA runtime finds no GPU, or "", from what ``cuda_query`` gives.
 
     torch has a runtime of its own, which may run on an older driver.
     """
-    query = native.cuda_query()
     if query["status"] == 0:
         return ""
     return f"no usable GPU ({query['status_name']}: {query['status_text']})"
@@ -70,7 +71,7 @@ def why_not(device: torch.device) -> str:
         return f"it takes CUDA tensors, the logits are on {device}"
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _usable:
-        if reason := why_no_gpu():
+        if reason := why_no_gpu(native.cuda_query()):
             return reason  # and ask again at the next call
         capability = torch.cuda.get_device_capability(index)
         runs = runs_on(native.cuda_archs, capability)
@@ -84,8 +85,35 @@ def why_not(device: torch.device) -> str:
     return _usable[index]
 
 
+def status() -> BackendStatus:
+    """What `available_backends` says."""
+    if reason := why_not_built():
+        return BackendStatus(False, reason)
+    built = f"compiled for {native.cuda_archs}"
+    query = native.cuda_query()
+    if reason := why_no_gpu(query):
+        return BackendStatus(False, f"{built}, but {reason}")
+    devices = query["devices"]
+    names = ", ".join(device["name"] for device in devices) or "no device"
+    runs = any(
+        runs_on(native.cuda_archs, (device["capability_major"], device["capability_minor"]))
+        for device in devices
+    )
+    if not runs:
+        return BackendStatus(False, f"{built}, which does not run here; sees {names}")
+    return BackendStatus(True, f"{built}; sees {names}")
+
+
 class CudaBackend(NativeBackend):
-    """See ``base.Backend``."""
+    """See ``base.Backend``.
+
+    Args:
+        row_kernel: "portable" or "cluster" hold calls to that kernel, where whole rows are taken
+            with their gradient; None: the variable CFPO_KERNELS_CUDA_KERNEL, or what suits.
+    """
+
+    def __init__(self, row_kernel: str | None = None) -> None:
+        self.row_kernel = row_kernel
 
     @property
     def kernels(self) -> Any:
@@ -98,7 +126,15 @@ class CudaBackend(NativeBackend):
             stream = torch.cuda.current_stream(logits.device).cuda_stream
             device = torch.cuda.current_device()
             memory = self.workspace(logits, device) if workspace else None
-            yield {"device": device, "stream": stream, "workspace": address(memory)}
+            yield {
+                "device": device,
+                "stream": stream,
+                "workspace": address(memory),
+                "row_kernel": self.wanted_row_kernel(),
+            }
+
+    def wanted_row_kernel(self) -> str:
+        return self.row_kernel or os.environ.get("CFPO_KERNELS_CUDA_KERNEL") or "auto"
 
     def workspace(self, logits: Tensor, device: int) -> Tensor | None:
         """Memory for the sums of few long rows; kept until the kernels are enqueued."""
@@ -107,3 +143,4 @@ class CudaBackend(NativeBackend):
 
 
 CUDA = CudaBackend()
+CUDA_PORTABLE = CudaBackend("portable")

@@ -5,14 +5,58 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..inputs import LossSettings
+from ..objectives.base import Shape
+from ..objectives.triton import function_of
 from .base import KernelRows, KernelTerms
 from .layout import RowLayout, row_blocks, row_layout
+from .status import BackendStatus
+
+# ROCm calls itself cuda.
+DEVICES = ("cuda", "xpu")
+# Looked for once: this is asked at every call.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to run kernels on CPU tensors, before it was imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def _has_device(kind: str) -> bool:
+    module = getattr(torch, kind, None)
+    return module is not None and bool(module.is_available())
+
+
+def status() -> BackendStatus:
+    """What `available_backends` says."""
+    if not _INSTALLED:
+        return BackendStatus(False, "triton is not installed: pip install triton")
+    if interpreted():
+        return BackendStatus(True, "interpreted, on CPU tensors (TRITON_INTERPRET)")
+    kinds = [kind for kind in DEVICES if _has_device(kind)]
+    if not kinds:
+        return BackendStatus(False, "torch sees no GPU, and TRITON_INTERPRET is not set")
+    return BackendStatus(True, f"compiles for {', '.join(kinds)}")
+
+
+def why_not(device: torch.device) -> str:
+    """Why the kernels cannot run on `device`, where Triton is available; or ""."""
+    takes = ("cpu",) if interpreted() else DEVICES
+    if device.type in takes:
+        return ""
+    return (
+        f"takes {' and '.join(takes)} tensors {'where' if interpreted() else 'unless'} "
+        f"TRITON_INTERPRET is set, the logits are on {device}"
+    )
 
 
 @functools.cache
@@ -199,6 +243,33 @@ def _row_inputs(rows: KernelRows, first: int) -> dict[str, Any]:
     }
 
 
+def _token_columns(terms: KernelTerms, first: int) -> dict[str, Tensor | None]:
+    inputs = terms.inputs
+    if not terms.settings.kl_coef:
+        inputs = inputs._replace(ref_logps=None)
+    return {f"{name}_ptr": _from(x, first) for name, x in inputs._asdict().items()}
+
+
+# Shape's numbers from here on are called p0 ... p7 in the kernel: they are the objective's own.
+_FIRST_OF_ITS_OWN = Shape._fields.index("below_positive")
+
+
+def _objective(settings: LossSettings) -> dict[str, Any]:
+    objective, shape = _module("objective"), settings.shape
+    shared = {name: getattr(shape, name) for name in Shape._fields[1:_FIRST_OF_ITS_OWN]}
+    own = {f"p{i}": number for i, number in enumerate(shape[_FIRST_OF_ITS_OWN:])}
+    estimator = objective.KL_ESTIMATORS[settings.kl_estimator] if settings.kl_coef else None
+    return {
+        **shared,
+        **own,
+        "kl_coef": settings.kl_coef,
+        "entropy_coef": settings.entropy_coef,
+        "OBJECTIVE": objective.OBJECTIVES.get(shape.kind) or function_of(shape.kind),
+        "KL": estimator,
+        "KL_RATIO_WEIGHTED": settings.kl_coef != 0 and settings.kl_ratio_weighted,
+    }
+
+
 def _partials(launch: _Launch, inputs: dict[str, Any]) -> Tensor | None:
     """Stage 1 by a program a segment, where rows are so few that whole ones would leave most of
     the GPU idle."""
@@ -239,10 +310,9 @@ class TritonBackend:
         entropy: Tensor | None,
         dlogits: Tensor | None,
     ) -> None:
-        objective = _module("objective")
         kernel = _module("kernels").policy_loss_kernel
-        with_entropy = entropy is not None or terms.entropy_coef != 0
-        p0, p1, p2 = (*terms.objective_parameters, 0.0, 0.0)[:3]
+        settings = terms.settings
+        with_entropy = entropy is not None or settings.needs_entropy
         for first, launch in _launches(rows.logits, dlogits, with_entropy=with_entropy):
             inputs = _row_inputs(rows, first)
             with _on(launch.logits.tensor.device):
@@ -256,10 +326,7 @@ class TritonBackend:
                     launch.dlogits.tensor if launch.dlogits else None,
                     partials,
                     **inputs,
-                    advantages_ptr=_from(terms.advantages, first),
-                    old_logps_ptr=_from(terms.old_logps, first),
-                    token_weights_ptr=_from(terms.token_weights, first),
-                    ref_logps_ptr=_from(terms.ref_logps, first) if terms.kl_coef else None,
+                    **_token_columns(terms, first),
                     grad_scale_ptr=terms.grad_scale,
                     loss_ptr=_from(loss, first),
                     logps_ptr=_from(logps, first),
@@ -267,13 +334,7 @@ class TritonBackend:
                     **launch.rows(),
                     **launch.gradient_rows(),
                     n_pieces=pieces,
-                    p0=p0,
-                    p1=p1,
-                    p2=p2,
-                    kl_coef=terms.kl_coef,
-                    entropy_coef=terms.entropy_coef,
-                    OBJECTIVE=objective.OBJECTIVES[terms.objective],
-                    KL=objective.KL_ESTIMATORS[terms.kl_estimator] if terms.kl_coef else None,
+                    **_objective(settings),
                     WITH_ENTROPY=with_entropy,
                     SEGMENT=launch.tile.segment,
                     **launch.constants(),

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..api import token_logps
 
 
@@ -20,7 +19,6 @@ def logps_of_labels(
 
     `inplace` lets backward overwrite the logits, where a backend has kernels for them.
     """
-    inplace = inplace and backends.resolve("auto", logits.device) != "reference"
     logps = token_logps(logits, labels, temperature=temperature, inplace=inplace)
     assert isinstance(logps, Tensor)
     return logps

@@ -14,6 +14,11 @@ from torch import Tensor
 
 from ..weights import padded_sequence_index, row_weights
 
+# Loss types that are means over sequences of their tokens' means, and those that are divided by the
+# number of tokens of all accumulated micro-batches.
+MEANS_OF_SEQUENCES = ("grpo", "sapo")
+SPANNING = ("dapo", "cispo", "vespo")
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -47,8 +52,8 @@ def align(trainer: Any, inputs: dict[str, Any], n_rows: int) -> Tokens:
     ids = inputs["completion_ids"]
     before = n_rows - 1 - ids.shape[1]
 
-    def pad(x: Tensor) -> Tensor:
-        return F.pad(x.expand(ids.shape), (before, 1))
+    def pad(x: Tensor, value: float = 0.0) -> Tensor:
+        return F.pad(x.expand(ids.shape), (before, 1), value=value)
 
     def optional(name: str) -> Tensor | None:
         return pad(inputs[name]) if inputs.get(name) is not None else None
@@ -72,7 +77,7 @@ def align(trainer: Any, inputs: dict[str, Any], n_rows: int) -> Tokens:
         old_logps=optional("old_per_token_logps"),
         ref_logps=optional("ref_per_token_logps"),
         sampling_logps=optional("sampling_per_token_logps"),
-        correction=pad(inputs["importance_sampling_ratio"]) if corrected else None,
+        correction=pad(inputs["importance_sampling_ratio"], 1.0) if corrected else None,
     )
 
 
@@ -82,15 +87,15 @@ def accumulation_steps(trainer: Any) -> int:
 
 
 def denominator(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> float | Tensor:
-    """TRL's normalisation, ``loss_type``: of sequences' means for "grpo", of tokens otherwise."""
+    """TRL's normalisation, ``loss_type``: of sequences for some, of tokens for others."""
     steps, n_sequences = accumulation_steps(trainer), mask.shape[0]
-    if trainer.loss_type in ("grpo", "luspo"):
+    if trainer.loss_type in ("luspo", *MEANS_OF_SEQUENCES):
         return float(n_sequences * steps)
     if trainer.loss_type == "dr_grpo":
         return float(n_sequences * trainer.max_completion_length * steps)
     if trainer.loss_type == "bnpo":
         return mask.sum().clamp(min=1) * steps
-    # dapo: tokens of all processes in one optimizer step; TRL counted those of a generation batch.
+    # Tokens of all processes in one optimizer step; TRL counted those of a generation batch.
     tokens = inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes
     if trainer.model.training:
         tokens = tokens * steps / trainer.args.steps_per_generation
@@ -101,7 +106,7 @@ def _weights(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
     sequences, n_sequences = padded_sequence_index(mask.shape, mask.device)
     weights = row_weights(
         mask.flatten(),
-        "seq-mean-token-mean" if trainer.loss_type == "grpo" else "sum",
+        "seq-mean-token-mean" if trainer.loss_type in MEANS_OF_SEQUENCES else "sum",
         sequence_index=sequences,
         n_sequences=n_sequences,
         normalizer=denominator(trainer, inputs, mask),

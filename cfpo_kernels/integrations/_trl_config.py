@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from ..api import BACKENDS
-from ..objectives import CFPO, Objective, PPOClip
+from ..objectives import CFPO, CISPO, SAPO, Objective, PPOClip
+from ..runners import may_overwrite
 from ..validation import check_choice, check_flag, check_objective
 
-LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")
-OWN_OBJECTIVES = ("cispo", "sapo", "vespo")
+LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
+OWN_OBJECTIVES = ("cispo", "sapo", "vespo", "luspo")
 
 
-def resolve_objective(args: Any, objective: Objective | None) -> Objective:
-    """`objective`, or CFPO with ``args.epsilon``; refuses settings that would be ignored.
+class Vespo:
+    """TRL's loss_type "vespo": its weights of whole sequences, by TRL's own function."""
+
+
+def resolve_objective(args: Any, objective: Objective | None) -> Objective | Vespo:
+    """`objective`, or what ``loss_type`` stands for: CFPO, or an objective of its own.
 
     Args:
         args: a ``trl.GRPOConfig``.
@@ -21,44 +26,61 @@ def resolve_objective(args: Any, objective: Objective | None) -> Objective:
     Raises:
         ValueError: a setting that the loss cannot honour; the message says what to set instead.
     """
-    _check_loss(args)
+    if args.loss_type in OWN_OBJECTIVES:
+        return _own_objective(args, objective)
+    if args.loss_type not in LOSS_TYPES:
+        raise ValueError(
+            f"loss_type={args.loss_type!r} is unknown: set it to one of "
+            f"{', '.join(map(repr, LOSS_TYPES + OWN_OBJECTIVES))}"
+        )
     if objective is None:
-        objective = CFPO(args.epsilon)
-    check_objective(objective)
+        objective = CFPO(args.epsilon, epsilon_high=args.epsilon_high)
+    if not isinstance(check_objective(objective), Objective):
+        raise TypeError("objective must be CFPO(...), PPOClip(...) or another, got a callable")
+    if objective.needs_bounds:
+        raise ValueError(
+            f"objective={objective} needs log_ratio_bounds, which TRL's batches have not"
+        )
     _check_epsilon_high(args, objective)
     _check_delta(args.delta, objective)
     return objective
 
 
-def _check_loss(args: Any) -> None:
-    if args.loss_type not in LOSS_TYPES:
-        own = (
-            " has an objective of its own;" if args.loss_type in OWN_OBJECTIVES else " is unknown:"
-        )
+def _own_objective(args: Any, objective: Objective | None) -> Objective | Vespo:
+    if objective is not None:
         raise ValueError(
-            f"loss_type={args.loss_type!r}{own} here loss_type only names the normalisation, so "
-            f"set it to one of {', '.join(map(repr, LOSS_TYPES))}"
+            f"loss_type={args.loss_type!r} has an objective of its own: leave objective unset, or "
+            f"set loss_type to one of {', '.join(map(repr, LOSS_TYPES))}"
         )
-    if args.importance_sampling_level != "token":
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if args.loss_type == "luspo":
+        clip = PPOClip(args.epsilon, high, dual_clip=args.delta)
+        _check_delta(args.delta, clip)
+        return clip
+    if args.delta is not None:
         raise ValueError(
-            "the ratio is one of tokens so far: set importance_sampling_level='token', got "
-            f"{args.importance_sampling_level!r}"
+            f"delta={args.delta} has no meaning for loss_type={args.loss_type!r}: leave delta unset"
         )
+    if args.loss_type == "cispo":
+        return CISPO(0.0, high)  # as TRL has it: a bound on the ratio itself
+    if args.loss_type == "sapo":
+        return SAPO(args.sapo_temperature_pos, args.sapo_temperature_neg)
+    return Vespo()
 
 
 def _check_epsilon_high(args: Any, objective: Objective) -> None:
     if args.epsilon_high in (None, args.epsilon):
         return
-    clip = f"PPOClip(epsilon_low={args.epsilon}, epsilon_high={args.epsilon_high})"
-    if not isinstance(objective, PPOClip):
+    own = getattr(objective, "epsilon_high", None)
+    if own is None and not isinstance(objective, CFPO):
         raise ValueError(
-            f"epsilon_high={args.epsilon_high} has no meaning for CFPO, whose penalty has one "
-            f"epsilon (epsilon={args.epsilon}): leave epsilon_high unset, or pass objective={clip}"
+            f"epsilon_high={args.epsilon_high} has no meaning for {type(objective).__name__}: "
+            "leave epsilon_high unset"
         )
-    if objective.epsilon_high != args.epsilon_high:
+    if own != args.epsilon_high:
         raise ValueError(
             f"epsilon_high={args.epsilon_high} contradicts objective={objective}: leave "
-            f"epsilon_high unset, or pass objective={clip}"
+            f"epsilon_high unset, or give the objective the same"
         )
 
 
@@ -92,5 +114,6 @@ def check_options(logits_tokens: object, inplace: object, backend: object) -> No
             raise ValueError(f"logits_tokens must be at least 1, got {logits_tokens}")
     if inplace is not None:
         check_flag("inplace", inplace)
-    if check_choice("backend", backend, BACKENDS) == "reference" and inplace:
-        raise ValueError("inplace=True needs a backend with kernels, got backend='reference'")
+    name = check_choice("backend", backend, BACKENDS)
+    if inplace and not may_overwrite(name):
+        raise ValueError(f"inplace=True needs a backend with kernels, got backend={name!r}")

@@ -8,11 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..api import policy_loss, token_logps
+from .. import formula
+from ..api import policy_loss
+from ..inputs import LossSettings, TokenInputs
 from ..objectives import Objective
+from ..objectives.base import Shape
 from ..stats import CFPOStats, collect_stats
-from ._trl_batch import Tokens, accumulation_steps, denominator
+from ..two_pass import TokenTerms
+from ._trl_batch import MEANS_OF_SEQUENCES, SPANNING, Tokens, accumulation_steps, denominator
+from ._trl_config import Vespo
 
 
 class Scored(NamedTuple):
@@ -40,7 +44,7 @@ class TokenLoss:
         trainer: Any,
         inputs: dict[str, Any],
         tokens: Tokens,
-        objective: Objective,
+        objective: Objective | Vespo,
         how: dict[str, Any],
     ) -> None:
         self.trainer = trainer
@@ -51,14 +55,15 @@ class TokenLoss:
         self.kl_times_ratio = self.beta != 0 and trainer.args.use_bias_correction_kl
         self.bonus = bonus_coefficient(trainer)
         self.bonus_tokens = tokens.mask.sum().clamp(min=1) * accumulation_steps(trainer)
-        self.weights_differ = trainer.loss_type == "grpo"
+        self.level = trainer.importance_sampling_level
+        self.weights_differ = trainer.loss_type in MEANS_OF_SEQUENCES
         self.denominator = denominator(trainer, inputs, tokens.mask)
 
     @property
     def one_pass(self) -> bool:
         """The kernel has one weight a token, and a second one for the policy term only."""
         differ = self.weights_differ and self.beta != 0
-        return not (needs_all_tokens(self.trainer) or self.kl_times_ratio or differ)
+        return not (needs_all_tokens(self.trainer) or differ)
 
     @cached_property
     def entropy_coef(self) -> float:
@@ -71,6 +76,7 @@ class TokenLoss:
         return self._in_one_pass(logits, tokens) if self.one_pass else self._in_two(logits, tokens)
 
     def _in_one_pass(self, logits: Tensor, tokens: Tokens) -> Scored:
+        assert isinstance(self.objective, Objective)  # needs_all_tokens
         normalizer, factors = self.denominator, tokens.correction
         if self.weights_differ:
             normalizer, factors = self.bonus_tokens, tokens.weights * self.bonus_tokens
@@ -88,6 +94,7 @@ class TokenLoss:
             token_weights=factors,
             ref_logps=tokens.ref_logps,
             kl_coef=self.beta,
+            kl_ratio_weighted=self.kl_times_ratio,
             entropy_coef=self.entropy_coef,
             return_stats=True,
             **self.how,
@@ -95,53 +102,93 @@ class TokenLoss:
         return Scored(loss, stats.logps, stats.entropy, tokens.mask)
 
     def _in_two(self, logits: Tensor, tokens: Tokens) -> Scored:
-        """Log-probs and entropies first, the loss from them in torch; backward is the second."""
-        mask = tokens.mask
-        logps, entropy = token_logps(
-            logits, tokens.token_ids, mask=mask, return_entropy=True, **self.how
+        term = TokenTerm(self, tokens)
+        loss, stats = policy_loss(
+            logits,
+            tokens.token_ids,
+            tokens.advantages,
+            tokens.old_logps,
+            objective=term,
+            mask=tokens.mask,
+            reduction="sum",
+            ref_logps=tokens.ref_logps,
+            return_stats=True,
+            **self.how,
         )
+        return Scored(loss, stats.logps, stats.entropy, term.bonus_mask)
 
-        def unmasked(x: Tensor) -> Tensor:
-            return torch.where(mask, x, torch.zeros_like(x))
+    def log_ratio(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """That of TRL's importance_sampling_level, expanded."""
+        if self.level == "token":
+            return log_ratio
+        counts = mask.sum(-1, keepdim=True).clamp(min=1)
+        return (torch.where(mask, log_ratio, 0.0).sum(-1, keepdim=True) / counts).expand_as(mask)
 
-        advantages = unmasked(tokens.advantages)
-        old = logps.detach() if tokens.old_logps is None else unmasked(tokens.old_logps)
-        loss = reference.policy_term(self.objective, logps - old, advantages)
-        kept, bonus_mask = self._masks(logps.detach(), entropy.detach(), old, tokens)
-        loss = loss * kept
-        if tokens.correction is not None:
-            loss = loss * unmasked(tokens.correction)
-        if self.beta != 0:
-            loss = loss + self.beta * self.kl(logps, old, tokens)
-        bonus_tokens = self.bonus_tokens
-        if bonus_mask is not mask:
-            bonus_tokens = bonus_mask.sum().clamp(min=1) * accumulation_steps(self.trainer)
-        bonus = torch.where(bonus_mask, entropy, torch.zeros_like(entropy)).sum() / bonus_tokens
-        loss = (unmasked(loss) * tokens.weights).sum() - self.bonus * bonus
-        return Scored(loss, logps.detach(), entropy.detach(), bonus_mask)
+    def kl(self, logps: Tensor, ref_logps: Tensor, log_ratio: Tensor) -> Tensor:
+        """TRL's estimate of each token; by its own, with the level's ratio, differentiated."""
+        kl = formula.kl_term("k3", logps, ref_logps)
+        return kl * log_ratio.exp() if self.kl_times_ratio else kl
 
-    def kl(self, logps: Tensor, old_logps: Tensor, tokens: Tokens) -> Tensor:
-        """TRL's estimate of each token; 0 where masked."""
-        assert tokens.ref_logps is not None  # align
-        ref_logps = torch.where(tokens.mask, tokens.ref_logps, logps.detach())
-        kl = reference.kl_term("k3", logps, ref_logps)
-        return kl * (logps - old_logps).exp() if self.kl_times_ratio else kl
 
-    def _masks(
-        self, logps: Tensor, entropy: Tensor, old_logps: Tensor, tokens: Tokens
-    ) -> tuple[Tensor, Tensor]:
+class TokenTerm:
+    """All of TRL's loss of a token, with its weight: an objective of two passes."""
+
+    needs_entropy = True
+
+    def __init__(self, loss: TokenLoss, tokens: Tokens) -> None:
+        self.loss, self.tokens = loss, tokens
+        self.bonus_mask = tokens.mask
+
+    def __call__(self, terms: TokenTerms) -> Tensor:
+        of, tokens, mask = self.loss, self.tokens, terms.mask
+        log_ratio = of.log_ratio(terms.log_ratio, mask)
+        kept, self.bonus_mask = self._masks(terms)
+        policy = self._policy(terms._replace(log_ratio=log_ratio)) * kept
+        if tokens.correction is not None and not isinstance(of.objective, Vespo):
+            policy = policy * torch.where(mask, tokens.correction, 0.0)
+        if of.beta != 0:
+            assert terms.ref_logps is not None  # align
+            policy = policy + of.beta * of.kl(terms.logps, terms.ref_logps, log_ratio)
+        weighted = policy * tokens.weights
+        if not of.bonus:
+            return weighted
+        assert terms.entropy is not None
+        count = of.bonus_tokens
+        if self.bonus_mask is not tokens.mask:
+            count = self.bonus_mask.sum().clamp(min=1) * accumulation_steps(of.trainer)
+        return weighted - of.bonus / count * torch.where(self.bonus_mask, terms.entropy, 0.0)
+
+    def _policy(self, terms: TokenTerms) -> Tensor:
+        if not isinstance(self.loss.objective, Vespo):
+            return self.loss.objective(terms)
+        args = self.loss.trainer.args
+        phi = self.loss.trainer.get_gamma_weights(
+            advantages=terms.advantages,
+            log_ratio_per_token=(terms.logps - terms.old_logps).detach(),
+            mask=terms.mask,
+            importance_sampling_ratio=self.tokens.correction,
+            k_pos=args.vespo_k_pos,
+            lambda_pos=args.vespo_lambda_pos,
+            k_neg=args.vespo_k_neg,
+            lambda_neg=args.vespo_lambda_neg,
+        )
+        return -phi * terms.advantages * terms.logps
+
+    def _masks(self, terms: TokenTerms) -> tuple[Tensor, Tensor]:
         """The tokens whose policy term counts, and those that the bonus acts on; TRL's own code."""
-        trainer = self.trainer
+        trainer, tokens = self.loss.trainer, self.tokens
         kept = bonus_mask = tokens.mask
         if trainer.top_entropy_quantile < 1:
+            assert terms.entropy is not None
             quantile = 1 - trainer.top_entropy_quantile
+            entropy = terms.entropy.detach()
             kept = bonus_mask = trainer.get_high_entropy_mask(entropy, tokens.mask, quantile)
         if trainer.off_policy_mask_threshold is not None:
-            sampling = old_logps if tokens.sampling_logps is None else tokens.sampling_logps
+            sampling = tokens.sampling_logps
             kept = kept & trainer.get_off_policy_mask(
-                tokens.advantages,
-                logps,
-                sampling,
+                terms.advantages,
+                terms.logps.detach(),
+                terms.old_logps if sampling is None else sampling,
                 tokens.mask,
                 trainer.off_policy_mask_threshold,
             )
@@ -150,7 +197,12 @@ class TokenLoss:
 
 def needs_all_tokens(trainer: Any) -> bool:
     """Whether a token's loss depends on the log-probs or entropies of the others."""
-    return trainer.top_entropy_quantile < 1 or trainer.off_policy_mask_threshold is not None
+    by_sequence = trainer.importance_sampling_level == "sequence" or trainer.loss_type == "vespo"
+    return (
+        by_sequence
+        or trainer.top_entropy_quantile < 1
+        or trainer.off_policy_mask_threshold is not None
+    )
 
 
 def bonus_coefficient(trainer: Any) -> float:
@@ -173,25 +225,28 @@ def loss_terms(loss_of: TokenLoss, scored: Scored, tokens: Tokens) -> LossTerms:
     """From the scores of all tokens of the micro-batch."""
     logps, entropy, mask, bonus_mask = scored.logps, scored.entropy, tokens.mask, scored.bonus_mask
     old_logps = logps if tokens.old_logps is None else tokens.old_logps
+    shape, region = Shape("torch"), None
+    if isinstance(loss_of.objective, Objective):
+        shape, region = loss_of.objective.shape(), loss_of.objective.trust_region()
     stats = collect_stats(
         logps.flatten(),
         entropy.flatten(),
         mask.flatten(),
-        old_logps.flatten(),
-        None,
-        loss_of.objective,
-        "k3",
+        TokenInputs(tokens.advantages.flatten(), old_logps.flatten()),
+        LossSettings(shape),
+        region,
         mask.shape,
     )
-    if loss_of.beta != 0:
-        kl = torch.where(mask, loss_of.kl(logps, old_logps, tokens), torch.zeros_like(logps))
-        stats = stats._replace(ref_kl=kl.sum() / mask.sum())
+    if tokens.ref_logps is not None and loss_of.beta != 0:
+        log_ratio = loss_of.log_ratio(logps - old_logps, mask)
+        kl = loss_of.kl(logps, tokens.ref_logps, log_ratio)
+        stats = stats._replace(ref_kl=torch.where(mask, kl, 0.0).sum() / mask.sum())
     trainer = loss_of.trainer
     steps = accumulation_steps(trainer)
     policy = scored.loss.detach()
     if loss_of.bonus:
         bonus = torch.where(bonus_mask, entropy, torch.zeros_like(entropy)).sum()
         policy = policy + loss_of.bonus * bonus / (bonus_mask.sum().clamp(min=1) * steps)
-    if trainer.loss_type != "dapo":  # its denominator spans the accumulated micro-batches
+    if trainer.loss_type not in SPANNING:
         policy = policy * steps
     return LossTerms(policy, stats, mask, bonus_mask)

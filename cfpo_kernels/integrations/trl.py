@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..objectives import Objective
+from ..runners import may_overwrite
 from ._trl_batch import Tokens, accumulation_steps, align
 from ._trl_config import check_options, resolve_objective
 from ._trl_forward import (
@@ -49,7 +49,8 @@ def compute_cfpo_loss(
         trainer: gives the settings (temperature, loss_type, beta, ...) and takes the metrics.
         model: what the trainer passes, perhaps wrapped for several processes.
         inputs: one micro-batch, as TRL prepares it.
-        objective: None: ``CFPO(trainer.args.epsilon)``.
+        objective: None: what ``loss_type`` stands for: TRL's own with "cispo", "sapo", "vespo" and
+            "luspo", otherwise ``CFPO(args.epsilon, epsilon_high=args.epsilon_high)``.
         logits_tokens: how many tokens' logits exist at a time, if the model's head is linear and
             its output not changed; otherwise, and with None, those of the whole micro-batch.
         inplace: the gradient overwrites the logits. None: where the backend has kernels.
@@ -64,15 +65,14 @@ def compute_cfpo_loss(
     Memory: logits_tokens x V logits, and a float32 gradient of the head's weight, if it is trained;
     with None, the logits of the completions. With inplace=False one gradient of those logits more.
     """
-    objective = resolve_objective(trainer.args, objective)
+    chosen = resolve_objective(trainer.args, objective)
     check_options(logits_tokens, inplace, backend)
 
     def prepare(n_rows: int, device: torch.device) -> tuple[Tokens, TokenLoss]:
         tokens = align(trainer, inputs, n_rows)
-        kernels = backends.resolve(backend, device) != "reference"
-        overwrite = kernels if inplace is None else inplace
+        overwrite = may_overwrite(backend) if inplace is None else inplace
         how = {"temperature": trainer.temperature, "inplace": overwrite, "backend": backend}
-        return tokens, TokenLoss(trainer, inputs, tokens, objective, how)
+        return tokens, TokenLoss(trainer, inputs, tokens, chosen, how)
 
     unwrapped = unwrap(trainer, model)
     # A compiled model has the head's code in it: another forward would be compiled at every step.
@@ -101,10 +101,11 @@ def compute_cfpo_loss(
 class CFPOTrainer(GRPOTrainer):
     """GRPOTrainer whose loss is CFPO, fused with its gradient.
 
-    Takes GRPOTrainer's arguments and these; ``loss_type`` chooses the normalisation only.
+    Takes GRPOTrainer's arguments and these. ``loss_type`` "cispo", "sapo", "vespo" and "luspo" are
+    TRL's own losses, fused; the others choose the normalisation only.
 
     Args:
-        objective: None: ``CFPO(args.epsilon)``. ``PPOClip(...)`` gives TRL's own loss, fused.
+        objective: None: see above. ``PPOClip(...)`` gives TRL's own loss, fused.
         logits_tokens, inplace, backend: see :func:`compute_cfpo_loss`.
 
     Raises:

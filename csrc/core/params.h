@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "core/dtype.h"
 #include "core/objective.h"
@@ -40,13 +41,31 @@ struct Problem {
   const float* weights;             // (N), 0: not part of the loss
 };
 
+// What a token brings to a policy loss beside its row; each (N).
+struct TokenColumns {
+  const float* advantages;
+  const float* old_logps;      // null: on-policy
+  const float* token_weights;  // null: 1
+  const float* ref_logps;      // may be null where kl_coef is 0
+  const float* low;            // null: the objective's own; likewise `high`
+  const float* high;
+};
+
+// By the names that Python has for them, in its order (cfpo_kernels/inputs.py).
+constexpr std::pair<const char*, const float* TokenColumns::*> kTokenColumns[] = {
+    {"advantages", &TokenColumns::advantages},
+    {"old_logps", &TokenColumns::old_logps},
+    {"token_weights", &TokenColumns::token_weights},
+    {"ref_logps", &TokenColumns::ref_logps},
+    {"low", &TokenColumns::low},
+    {"high", &TokenColumns::high},
+};
+
 struct PolicyLossParams {
   Problem problem;
-  Rows dlogits;                // (N, V), may be the logits; data null: no gradient
-  const float* advantages;     // (N)
-  const float* old_logps;      // (N), null: on-policy
-  const float* token_weights;  // (N), null: 1
-  const float* ref_logps;      // (N), may be null where kl_coef is 0
+  Rows dlogits;  // (N, V), may be the logits; data null: no gradient
+  TokenColumns columns;
+  Policy policy;
   Regularizers regularizers;
   const float* grad_scale;  // one for all; multiplies the gradient before it is rounded; null: 1
   float* loss;              // (N), weighted

@@ -16,12 +16,10 @@
 
 namespace cfpo {
 
-template <class Policy>
 struct PolicyStage {
   static constexpr bool kSums = true;
   static constexpr bool kGradient = true;
   PolicyLossParams p;
-  Policy policy;
 
   CFPO_HOST_DEVICE bool skip(std::int64_t row) const { return p.problem.weights[row] == 0.0f; }
   CFPO_HOST_DEVICE bool entropy() const {
@@ -35,13 +33,17 @@ struct PolicyStage {
 
   // Loaded early by a kernel that has something else to wait for.
   struct Inputs {
-    float advantage, old_logp, ref_logp, policy_weight, weight, grad_scale;
+    float advantage, old_logp, ref_logp, token_weight, low, high, weight, grad_scale;
   };
   CFPO_HOST_DEVICE Inputs inputs(std::int64_t row) const {
-    return {p.advantages[row],
-            p.old_logps != nullptr ? p.old_logps[row] : 0.0f,
-            p.ref_logps != nullptr ? p.ref_logps[row] : 0.0f,
-            p.token_weights != nullptr ? p.token_weights[row] : 1.0f,
+    const TokenColumns& columns = p.columns;
+    const float advantage = columns.advantages[row];
+    return {advantage,
+            columns.old_logps != nullptr ? columns.old_logps[row] : 0.0f,
+            columns.ref_logps != nullptr ? columns.ref_logps[row] : 0.0f,
+            columns.token_weights != nullptr ? columns.token_weights[row] : 1.0f,
+            columns.low != nullptr ? columns.low[row] : 0.0f,
+            columns.high != nullptr ? columns.high[row] : 0.0f,
             p.problem.weights[row],
             p.grad_scale != nullptr ? *p.grad_scale : 1.0f};
   }
@@ -49,21 +51,24 @@ struct PolicyStage {
   // From the unrounded log p: rounding it to float32 would cost 5e-7 |A| / eps of the gradient.
   // But scoring these very logits gives exactly `logp`, and must give exactly r = 1.
   CFPO_HOST_DEVICE double log_ratio(float old_logp, double exact_logp, float logp) const {
-    const bool on_policy = p.old_logps == nullptr || old_logp == logp;
+    const bool on_policy = p.columns.old_logps == nullptr || old_logp == logp;
     return exact_logp - (on_policy ? exact_logp : old_logp);  // NaN where logp is not finite
   }
 
   CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const Inputs& in, const RowStats& stats,
                                           bool publish) const {
     const float logp = static_cast<float>(stats.logp);
-    Token<double> token;
+    Token token;
+    token.logp = stats.logp;
     token.log_ratio = log_ratio(in.old_logp, stats.logp, logp);
-    token.kl_distance = p.ref_logps != nullptr ? in.ref_logp - stats.logp : 0.0;
+    token.kl_distance = p.columns.ref_logps != nullptr ? in.ref_logp - stats.logp : 0.0;
     token.entropy = stats.entropy;
     token.advantage = in.advantage;
-    token.policy_weight = in.policy_weight;
+    token.token_weight = in.token_weight;
     token.weight = in.weight;
-    const TokenLoss<double> loss = token_loss(policy, p.regularizers, token);
+    token.low = p.columns.low != nullptr ? in.low : p.policy.low(in.advantage);
+    token.high = p.columns.high != nullptr ? in.high : p.policy.high(in.advantage);
+    const TokenLoss loss = token_loss(p.policy, p.regularizers, token);
     if (publish) {
       p.loss[row] = static_cast<float>(loss.loss);
       p.logps[row] = logp;

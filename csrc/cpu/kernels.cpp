@@ -20,15 +20,12 @@ std::vector<std::string> supported_levels() {
   return names;
 }
 
-template <class Policy>
-void policy_loss(const PolicyLossParams& params, const Policy& policy, const Execution& execution) {
+void policy_loss(const PolicyLossParams& params, const Execution& execution) {
   const SegmentOps& ops = ops_for(execution, params.problem.logits.dtype);
-  const PolicyStage<Policy> stage{params, policy};
+  const PolicyStage stage{params};
   prefer_huge_pages(params.dlogits, params.problem.logits);
-  RowDriver<PolicyStage<Policy>>(ops, params.problem, params.dlogits, stage).run(execution.threads);
+  RowDriver<PolicyStage>(ops, params.problem, params.dlogits, stage).run(execution.threads);
 }
-template void policy_loss(const PolicyLossParams&, const Cfpo<double>&, const Execution&);
-template void policy_loss(const PolicyLossParams&, const PpoClip<double>&, const Execution&);
 
 void token_logps(const TokenLogpsParams& params, const Execution& execution) {
   const SegmentOps& ops = ops_for(execution, params.problem.logits.dtype);

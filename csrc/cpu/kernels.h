@@ -18,8 +18,7 @@ struct Execution {
 // Instruction-set levels that this machine can run, best first.
 std::vector<std::string> supported_levels();
 
-template <class Policy>
-void policy_loss(const PolicyLossParams& params, const Policy& policy, const Execution& execution);
+void policy_loss(const PolicyLossParams& params, const Execution& execution);
 void token_logps(const TokenLogpsParams& params, const Execution& execution);
 void token_logps_backward(const TokenLogpsBackwardParams& params, const Execution& execution);
 

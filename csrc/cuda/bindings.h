@@ -7,21 +7,19 @@
 namespace cfpo::bindings {
 
 struct CudaKernels {
-  static cuda::Execution execution(int device, std::uintptr_t stream, std::uintptr_t workspace) {
-    return {device, stream, pointer<void>(workspace)};
+  static cuda::Execution execution(int device, std::uintptr_t stream, std::uintptr_t workspace,
+                                   const std::string& row_kernel) {
+    return {device, stream, pointer<void>(workspace), cuda::row_kernel(row_kernel)};
   }
-  template <class... Arguments>
-  static void policy_loss(const Arguments&... arguments) {
-    cuda::policy_loss(arguments...);
-  }
+  static constexpr auto policy_loss = cuda::policy_loss;
   static constexpr auto token_logps = cuda::token_logps;
   static constexpr auto token_logps_backward = cuda::token_logps_backward;
   static constexpr auto multiply_rows = cuda::multiply_rows;
 };
 
 inline void bind_cuda_kernels(py::module_& m) {
-  bind_kernels<CudaKernels, int, std::uintptr_t, std::uintptr_t>(
-      m, py::arg("device"), py::arg("stream"), py::arg("workspace"));
+  bind_kernels<CudaKernels, int, std::uintptr_t, std::uintptr_t, std::string>(
+      m, py::arg("device"), py::arg("stream"), py::arg("workspace"), py::arg("row_kernel"));
   m.def("workspace_bytes", [](const RowsTuple& logits, int device) {
     return cuda::workspace_bytes(make_rows(logits), device);
   });

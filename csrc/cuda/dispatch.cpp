@@ -1,4 +1,4 @@
-// Storage types become template arguments. The objective is one already.
+// Storage types become template arguments.
 #include <stdexcept>
 
 #include "cuda/launch.h"
@@ -49,12 +49,9 @@ std::int64_t workspace_bytes(const Rows& logits, int device) {
   return split ? SplitWorkspace::bytes(logits.n_rows, n_segments) : 0;
 }
 
-template <class Policy>
-void policy_loss(const PolicyLossParams& params, const Policy& policy, const Execution& execution) {
-  run(PolicyStage<Policy>{params, policy}, params.dlogits, execution);
+void policy_loss(const PolicyLossParams& params, const Execution& execution) {
+  run(PolicyStage{params}, params.dlogits, execution);
 }
-template void policy_loss(const PolicyLossParams&, const Cfpo<double>&, const Execution&);
-template void policy_loss(const PolicyLossParams&, const PpoClip<double>&, const Execution&);
 
 void token_logps(const TokenLogpsParams& params, const Execution& execution) {
   run(LogpsStage{params}, Rows(), execution);

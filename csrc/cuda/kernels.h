@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "core/params.h"
+#include "cuda/plan.h"
 
 namespace cfpo::cuda {
 
@@ -16,13 +17,13 @@ struct Execution {
   int device;
   std::uintptr_t stream;  // a cudaStream_t
   void* workspace;        // of workspace_bytes(); may be null where that is 0
+  RowKernel row_kernel = RowKernel::kAuto;
 };
 
 // Memory that policy_loss and token_logps want for such logits on that device.
 std::int64_t workspace_bytes(const Rows& logits, int device);
 
-template <class Policy>
-void policy_loss(const PolicyLossParams& params, const Policy& policy, const Execution& execution);
+void policy_loss(const PolicyLossParams& params, const Execution& execution);
 void token_logps(const TokenLogpsParams& params, const Execution& execution);
 void token_logps_backward(const TokenLogpsBackwardParams& params, const Execution& execution);
 

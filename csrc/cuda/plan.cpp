@@ -1,7 +1,6 @@
 #include "cuda/plan.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -114,10 +113,8 @@ ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits) {
   return ClusterPlan();
 }
 
-RowKernel wanted_row_kernel() {
-  const char* text = std::getenv("CFPO_KERNELS_CUDA_KERNEL");
-  const std::string name = text == nullptr ? "auto" : text;
-  if (name == "auto" || name.empty()) return RowKernel::kAuto;
+RowKernel row_kernel(const std::string& name) {
+  if (name == "auto") return RowKernel::kAuto;
   if (name == "portable") return RowKernel::kPortable;
   if (name == "cluster") return RowKernel::kCluster;
   throw std::invalid_argument("CFPO_KERNELS_CUDA_KERNEL is '" + name +

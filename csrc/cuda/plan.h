@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "core/host_device.h"
 #include "core/row_math.h"
@@ -115,10 +116,10 @@ struct alignas(16) SentSum : PartialSum {};
 // The smallest cluster that keeps slices short and three rows in flight; cluster 0 if none does.
 ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits);
 
-// Which kernel sums and writes whole rows: CFPO_KERNELS_CUDA_KERNEL, which is "auto" (or unset),
-// "portable" or "cluster". std::invalid_argument for anything else.
+// Which kernel sums and writes whole rows: the one that suits the row and the device ("auto"), the
+// one that needs no clusters ("portable"), or the one of clusters ("cluster").
 enum class RowKernel { kAuto, kPortable, kCluster };
-RowKernel wanted_row_kernel();
+RowKernel row_kernel(const std::string& name);  // std::invalid_argument for anything else
 
 // Whether the cluster kernel takes these rows; std::invalid_argument if it is wanted and cannot.
 bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimits& limits,

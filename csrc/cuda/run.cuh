@@ -88,7 +88,7 @@ void run_stage(const Stage& stage, const Rows& dlogits, const Execution& executi
   const DeviceLimits limits = device_limits(execution.device);
   if constexpr (Stage::kSums && Stage::kGradient) {
     const ClusterPlan plan = plan_clusters(n_segments, limits);
-    const RowKernel wanted = wanted_row_kernel();
+    const RowKernel wanted = execution.row_kernel;
     if (dlogits.data != nullptr && use_clusters(logits.n_rows, plan, limits, wanted)) {
       if (run_cluster_kernel<T>(stage, dlogits, plan, execution)) return;
       if (wanted == RowKernel::kCluster) {

@@ -1,5 +1,5 @@
-// Between dispatch.cpp, which knows dtypes and objectives by name, and the files in instances/,
-// each of which compiles the kernels of some. Host C++ without any CUDA header.
+// dispatch.cpp turns a dtype into a type and calls these; each file in instances/ compiles them for
+// one stage and one dtype. Host C++ without any CUDA header.
 #pragma once
 
 #include "core/stages.h"

@@ -73,8 +73,9 @@ CFPO_DEVICE RowGradient split_second_stage(const Stage& stage, int row,
   }
 }
 
+// Three blocks an SM: for four, sm_120 would spill stage 2's registers.
 template <class T, class Stage>
-CFPO_KERNEL(kSplitThreads, 4)
+CFPO_KERNEL(kSplitThreads, 3)
 split_finish_kernel(CFPO_ARGUMENT Stage stage, CFPO_ARGUMENT Rows dlogits,
                     CFPO_ARGUMENT SplitWorkspace workspace) {
   const Rows& logits = stage.p.problem.logits;

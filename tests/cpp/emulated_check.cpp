@@ -126,7 +126,6 @@ bool row_is_right(const std::vector<double>& z, int target, double advantage, do
 
 bool run(const Case& c) {
   emulation::limits() = c.device;
-  setenv("CFPO_KERNELS_CUDA_KERNEL", c.device.clusters ? "cluster" : "portable", 1);
   std::mt19937 random(c.n_cols * 31 + c.in_offset);
   std::normal_distribution<float> normal(0, 2);
   Matrix logits(c, c.in_offset), apart(c, c.out_offset);
@@ -159,17 +158,21 @@ bool run(const Case& c) {
   PolicyLossParams params{};
   params.problem = {logits.rows, ids.data(), &temperature, 0, weights.data()};
   params.dlogits = gradient.rows;
-  params.advantages = advantages.data();
-  params.old_logps = old.data();
-  params.regularizers = {KlEstimator::kK3, 0.0, c.entropy ? 0.1 : 0.0};
+  params.columns.advantages = advantages.data();
+  params.columns.old_logps = old.data();
+  params.policy.shape = Shape::kQuadratic;
+  params.policy.high_positive = params.policy.high_negative = 0.2;
+  params.policy.cap = INFINITY;
+  params.regularizers = {KlEstimator::kK3, false, 0.0, c.entropy ? 0.1 : 0.0};
   params.loss = loss.data();
   params.logps = logps.data();
   params.entropy = entropy.data();
   std::vector<char> workspace(static_cast<std::size_t>(
       SplitWorkspace::bytes(c.n_rows, count_segments(c.n_cols, DType::kBFloat16))));
   if (!c.entropy) params.entropy = nullptr;
-  run_stage<T>(PolicyStage<Cfpo<double>>{params, {0.2, INFINITY}}, params.dlogits,
-               {0, 0, workspace.data()});
+  run_stage<T>(
+      PolicyStage{params}, params.dlogits,
+      {0, 0, workspace.data(), c.device.clusters ? RowKernel::kCluster : RowKernel::kPortable});
 
   bool right = logits.guards_hold() && apart.guards_hold();
   if (!right) std::fprintf(stderr, "memory beside the rows was written\n");

@@ -6,6 +6,7 @@
 //   capturing         this thread captures a graph from now on
 //   NAME=VALUE        of the device or the runtime: device, sms, shared, launches_clusters,
 //                     ptx_version, clusters, runtime_version, driver_version
+//   row_kernel:NAME   which kernel takes whole rows: auto, portable or cluster
 //   limits            device_limits
 //   launch:A, launch:B   one of two kernels
 //   count:A           clusters of four blocks
@@ -26,6 +27,7 @@ void kernel_a(int) {}
 void kernel_b(int) {}
 
 int device = 0;
+RowKernel wanted = RowKernel::kAuto;
 
 void launch_one(const std::string& which) {
   Grid grid;
@@ -56,8 +58,7 @@ void loss(const std::string& shape) {
   params.problem.logits.n_rows = std::atoll(shape.c_str());
   params.problem.logits.n_cols = std::atoll(shape.c_str() + shape.find(',') + 1);
   params.dlogits = params.problem.logits;
-  run_stage<bfloat16>(PolicyStage<Cfpo<double>>{params, {0.2, INFINITY}}, params.dlogits,
-                      {device, 5, memory});
+  run_stage<bfloat16>(PolicyStage{params}, params.dlogits, {device, 5, memory, wanted});
 }
 
 void query() {
@@ -108,6 +109,8 @@ void obey(const std::string& command) {
     count_clusters();
   } else if (name == "loss") {
     loss(rest);
+  } else if (name == "row_kernel") {
+    wanted = row_kernel(rest);
   } else if (name == "query") {
     query();
   } else {

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import BOTH, SCORE, Objective, Shape, require_ratio_bounds
+
+
+@dataclass(frozen=True)
+class CISPO(Objective):
+    """Clipped importance weights, detached: the loss is ``-sg(clip(r, low, high)) A log p``.
+
+    No token loses its gradient; what is bounded is its weight.
+
+    Args:
+        low, high: bounds on r itself. Trainers differ: verl and slime give 1 - eps and 1 + eps, TRL
+            an absolute upper bound.
+        drift: see :class:`Objective`.
+
+    ``log_ratio_bounds`` replace both.
+
+    Raises:
+        ValueError: not 0 <= low < high.
+
+    Source: MiniMax-M1, arXiv 2506.13585; the defaults are those of ScaleRL.
+    """
+
+    low: float = 0.0
+    high: float = 5.0
+
+    name: ClassVar[str] = "cispo"
+    bounded: ClassVar[str | None] = BOTH
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_ratio_bounds(self.low, self.high)
+
+    def shape(self) -> Shape:
+        low = math.log(self.low) if self.low > 0 else -math.inf
+        high = math.log(self.high)
+        return Shape(
+            "window",
+            low_positive=low,
+            low_negative=low,
+            high_positive=high,
+            high_negative=high,
+            below_positive=1.0,
+            below_negative=1.0,
+            above_positive=1.0,
+            above_negative=1.0,
+            value=SCORE,
+            drift=self.drift,
+        )

@@ -1,0 +1,140 @@
+"""How a resolved backend computes: one implementation over all kernels, one in plain torch.
+
+What a backend can do is asked of its runner; nobody else compares names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from . import backends, ops, reference, validation
+from .autograd import CFPOFunction, TokenLogpsFunction
+from .formula import loss_of_logps
+from .validation import LossTerms, Rows
+
+
+class Runner(Protocol):
+    """Stage 1, and a whole loss; of rows, as (N,) tensors that autograd knows."""
+
+    takes_float64: ClassVar[bool]
+    # The gradient may take the logits' memory.
+    overwrites: ClassVar[bool]
+    # Autograd goes through it as often as wanted, forwards too.
+    differentiates_twice: ClassVar[bool]
+
+    @property
+    def runs_triton(self) -> bool:
+        """Whether it takes objectives that are written in Triton."""
+
+    def score(
+        self, rows: Rows, inplace: bool, with_entropy: bool, with_lse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """logps and entropy, differentiable; T * logsumexp(logits / T). (0,) if not asked for."""
+
+    def loss(
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, differentiable; logps and entropy. For terms that look at one token only."""
+
+
+@dataclass(frozen=True)
+class KernelRunner:
+    """Over the operators."""
+
+    takes_float64: ClassVar[bool] = False
+    overwrites: ClassVar[bool] = True
+    differentiates_twice: ClassVar[bool] = False
+
+    kernels: str  # a name that backends.kernels takes
+
+    @property
+    def runs_triton(self) -> bool:
+        return self.kernels == "triton"
+
+    def score(
+        self, rows: Rows, inplace: bool, with_entropy: bool, with_lse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        of_rows = (rows.token_ids, rows.active.to(rows.dtype), rows.temperature)
+        if rows.logits.requires_grad and torch.is_grad_enabled():
+            return TokenLogpsFunction.apply(
+                rows.logits, inplace, *of_rows, with_entropy, self.kernels
+            )
+        logps, lse, entropy = ops.token_logps(rows.logits, *of_rows, with_entropy, self.kernels)
+        return logps, entropy, lse
+
+    def loss(
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        of_rows = (rows.token_ids, terms.weights, rows.temperature)
+        if rows.logits.requires_grad and torch.is_grad_enabled():
+            return CFPOFunction.apply(
+                rows.logits,
+                inplace,
+                *of_rows,
+                terms.grad_scale,
+                with_entropy,
+                self.kernels,
+                terms.settings,
+                *terms.inputs,
+            )
+        loss, logps, entropy, _ = ops.policy_loss(
+            rows.logits,
+            *of_rows,
+            with_entropy,
+            False,
+            self.kernels,
+            list(terms.inputs),
+            *ops.flat(terms.settings),
+            terms.grad_scale,
+        )
+        return loss, logps, entropy
+
+
+@dataclass(frozen=True)
+class ReferenceRunner:
+    """Plain torch."""
+
+    takes_float64: ClassVar[bool] = True
+    overwrites: ClassVar[bool] = False
+    differentiates_twice: ClassVar[bool] = True
+
+    @property
+    def runs_triton(self) -> bool:
+        return False
+
+    def score(
+        self, rows: Rows, inplace: bool, with_entropy: bool, with_lse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, ids = rows.logits, rows.token_ids
+        # The kernels check the ids themselves, when they run: compiled code gets there unchecked.
+        if validation.values_can_be_checked(ids):
+            validation.check_token_range(ids, rows.active, logits.shape[-1], rows.shape)
+        flat = logits.reshape(-1, logits.shape[-1])
+        return reference.token_logps(
+            flat, ids, rows.active, rows.temperature, with_entropy, with_lse
+        )
+
+    def loss(
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with_entropy = with_entropy or terms.settings.needs_entropy
+        logps, entropy, _ = self.score(rows, inplace, with_entropy)
+        loss = loss_of_logps(logps, entropy, terms.weights, terms.inputs, terms.settings)
+        return loss, logps, entropy
+
+
+_REFERENCE = ReferenceRunner()
+
+
+def runner(resolved: str) -> Runner:
+    """Of a name that ``backends.resolve`` gives."""
+    return _REFERENCE if resolved == backends.REFERENCE else KernelRunner(resolved)
+
+
+def may_overwrite(name: str) -> bool:
+    """Whether inplace=True goes with a backend asked for by this name; with "auto" it does."""
+    return runner(name).overwrites

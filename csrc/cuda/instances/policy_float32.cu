@@ -1,0 +1,5 @@
+#include "cuda/run.cuh"
+
+namespace cfpo::cuda {
+template void run_stage<float, PolicyStage>(const PolicyStage&, const Rows&, const Execution&);
+}  // namespace cfpo::cuda

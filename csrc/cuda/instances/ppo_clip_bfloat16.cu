@@ -1,6 +1,0 @@
-#include "cuda/run.cuh"
-
-namespace cfpo::cuda {
-template void run_stage<bfloat16, PolicyStage<PpoClip<double>>>(const PolicyStage<PpoClip<double>>&,
-                                                                const Rows&, const Execution&);
-}  // namespace cfpo::cuda

@@ -28,12 +28,14 @@ ROWS = (
     (
         "cuda",
         "NVIDIA GPUs from compute capability 8.0",
-        "tested on every commit on the CPU, as source and as PTX ([what that shows](docs/design.md#what-shows-what)), compiled for 8.0, 9.0, 10.0 and 12.0",
+        "tested on every commit on the CPU, as source and as PTX ([what that shows]"
+        "(docs/design.md#what-shows-what)), compiled for 8.0, 9.0, 10.0 and 12.0",
     ),
     (
         "triton",
         "NVIDIA sm_80 and newer, AMD gfx942",
-        "tested on every commit, interpreted and as PTX; compiled for sm_75, sm_80, sm_90, sm_100 and gfx942",
+        "tested on every commit, interpreted and as PTX;"
+        " compiled for sm_75, sm_80, sm_90, sm_100 and gfx942",
     ),
 )
 

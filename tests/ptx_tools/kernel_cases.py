@@ -145,7 +145,8 @@ KERNELS: dict[str, Kernel] = memory_kernels() | {
         "sub.s32 %a23, %a13, %a7;\nsub.s32 %a24, %a14, %a7;\nsub.s32 %a25, %a15, %a7;\n"
         "or.b32 %a20, %a20, %a23;\nor.b32 %a20, %a20, %a24;\nor.b32 %a20, %a20, %a25;\n"
         "shl.b32 %a7, %a7, 24;\nshr.s32 %a7, %a7, 24;\nsub.s32 %a26, %a16, %a7;\n"
-        "or.b32 %a20, %a20, %a26;\nadd.s32 %a20, %a20, 5;\n" + out("%a20"),
+        "or.b32 %a20, %a20, %a26;\nand.b32 %a7, %a7, 255;\nsub.s32 %a27, %a17, %a7;\n"
+        "or.b32 %a20, %a20, %a27;\nadd.s32 %a20, %a20, 5;\n" + out("%a20"),
         [5],
     ),
     "guards and branches": Kernel(

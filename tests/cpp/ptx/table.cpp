@@ -104,7 +104,8 @@ void add_comparisons(Table& t) {
   add_setp<u32>(t, "u32", {"lt", "gt", "ge"});
   add_setp<u64>(t, "u64", {"lt"});
   add_setp<f32>(t, "f32", {"eq", "lt", "le", "gt", "neu", "leu", "geu", "num", "nan"});
-  add_setp<f64>(t, "f64", {"eq", "lt", "gt", "ge", "neu", "ltu", "leu", "gtu", "num", "nan"});
+  add_setp<f64>(t, "f64",
+                {"eq", "lt", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
   for (const char* type : {"b16", "u16"}) t["selp." + std::string(type) + " rrrr"] = {select<u16>};
   for (const char* type : {"b32", "u32", "f32"}) {
     t["selp." + std::string(type) + " rrrr"] = {select<u32>};
@@ -215,6 +216,7 @@ void add_other_accesses(Table& t) {
   add_access<u32, kShared>(t, ".volatile.shared", "u32");
   add_access<u32, Space::kGeneric>(t, "", "u32");
   add_load<i8, kParam, 1>(t, ".param", "s8", "");
+  add_load<u8, kParam, 1>(t, ".param", "u8", "");
   for (const char* type : {"b32", "u32", "s32"}) add_load<u32, kParam, 1>(t, ".param", type, "");
   for (const char* type : {"b64", "u64", "f64"}) add_load<u64, kParam, 1>(t, ".param", type, "");
 }

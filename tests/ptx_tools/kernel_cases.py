@@ -138,7 +138,7 @@ KERNELS: dict[str, Kernel] = memory_kernels() | {
     "ld.param": Kernel(
         "".join(
             f"ld.param.{kind} %a{10 + i}, [p0];\n"
-            for i, kind in enumerate(("b64", "u64", "f64", "b32", "u32", "s32", "s8"))
+            for i, kind in enumerate(("b64", "u64", "f64", "b32", "u32", "s32", "s8", "u8"))
         )
         + "sub.s64 %a20, %a10, %a0;\nsub.s64 %a21, %a11, %a0;\nsub.s64 %a22, %a12, %a0;\n"
         "or.b64 %a20, %a20, %a21;\nor.b64 %a20, %a20, %a22;\ncvt.u32.u64 %a7, %a0;\n"

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_token_logps
@@ -49,8 +50,8 @@ def runner(
     monkeypatch.setattr(backend, "_on", lambda _: contextlib.nullcontext())
     resolve = backends.resolve
 
-    def to_triton(name: str, device: torch.device) -> str:
-        return "triton" if name in ("auto", "cpu") else resolve(name, device)
+    def to_triton(name: str, *of: Any, **how: Any) -> str:
+        return "triton" if name in ("auto", "cpu") else resolve(name, *of, **how)
 
     monkeypatch.setattr(backends, "resolve", to_triton)
     with on_ptx(request.param, interpreter) as runner:

@@ -18,7 +18,7 @@ MISSING = "no PTX of the CUDA kernels: needs nvcc on PATH or in CUDACXX (require
 FLAGS = ("-ptx", "-std=c++17", "-O3", "-DNDEBUG", "-fmad=false")
 
 # Instances of the kernels that take the gradient with the loss.
-POLICIES = ("cfpo", "ppo_clip")
+POLICIES = ("policy",)
 CHECKED = f"{POLICIES[0]}_bfloat16"  # what emulated_check.cpp runs
 ROWS, CLUSTERS = "80", "90a"  # the oldest architectures that kernels of either kind are for
 
@@ -46,7 +46,7 @@ def instance_of(kernel: str) -> str:
     """The file of csrc/cuda/instances that a kernel, by its mangled name, is compiled in."""
     if "multiply_kernel" in kernel:
         return "multiply"
-    stages = {"PpoClip": "ppo_clip", "LogpsBackwardStage": "logps_backward", "LogpsStage": "logps"}
+    stages = {"LogpsBackwardStage": "logps_backward", "LogpsStage": "logps"}
     # Sums alone are of no stage: the files of all have them.
     stage = next((file for name, file in stages.items() if name in kernel), POLICIES[0])
     dtype = re.search(r"kernelI(?:NS_\d+(bfloat16|float16)E|f)", kernel)

@@ -24,15 +24,15 @@ class Ranges {
   };
   const std::vector<Range>& list() const { return list_; }
 
-  template <class Policy>
-  void add(const cfpo::PolicyStage<Policy>& stage) {
+  void add(const cfpo::PolicyStage& stage) {
     add(stage.p.problem);
-    for (const float* x :
-         {stage.p.advantages, stage.p.old_logps, stage.p.token_weights, stage.p.ref_logps}) {
+    const cfpo::TokenColumns& columns = stage.p.columns;
+    for (const float* x : {columns.advantages, columns.old_logps, columns.token_weights,
+                           columns.ref_logps, columns.low, columns.high}) {
       add(x, 4 * n_rows_, false);
     }
     add(stage.p.grad_scale, 4, false);
-    for (const float* x : {stage.p.loss, stage.p.logps, stage.p.entropy}) add(x, 4 * n_rows_, true);
+    for (float* x : {stage.p.loss, stage.p.logps, stage.p.entropy}) add(x, 4 * n_rows_, true);
   }
   void add(const cfpo::LogpsStage& stage) {
     add(stage.p.problem);

@@ -13,6 +13,7 @@ from .objectives import CISPO as CISPO
 from .objectives import DPPO as DPPO
 from .objectives import DRO as DRO
 from .objectives import GPPO as GPPO
+from .objectives import IPO as IPO
 from .objectives import OBJECTIVES
 from .objectives import SAPO as SAPO
 from .objectives import TOPR as TOPR

@@ -112,6 +112,11 @@ def reinforce(o: Any, t: Given) -> Tensor:
     return -t.advantages * t.logps
 
 
+def ipo(o: Any, t: Given) -> Tensor:
+    assert t.low is not None and t.high is not None
+    return -torch.where((t.r < t.low) | (t.r > t.high), 0.0, t.r * t.advantages)
+
+
 def power_is(o: Any, t: Given) -> Tensor:
     power = t.by_sign(o.power_positive, o.power_negative)
     return -(t.r.detach() ** (power - 1)) * t.r * t.advantages
@@ -129,6 +134,7 @@ NAIVE = {
     "dro": dro,
     "gppo": gppo,
     "ice_pop": ice_pop,
+    "ipo": ipo,
     "power_is": power_is,
     "ppo_clip": ppo_clip,
     "reinforce": reinforce,

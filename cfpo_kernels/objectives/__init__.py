@@ -8,6 +8,7 @@ from .dppo import DPPO as DPPO
 from .dro import DRO as DRO
 from .gppo import GPPO as GPPO
 from .icepop import IcePop as IcePop
+from .ipo import IPO as IPO
 from .power_is import PowerIS as PowerIS
 from .ppo_clip import PPOClip as PPOClip
 from .reinforce import Reinforce as Reinforce

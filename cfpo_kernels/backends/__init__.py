@@ -68,9 +68,10 @@ def resolve(
         BackendUnavailableError: it was asked for by name and cannot run, or not on this device.
     """
     if name == "auto":
-        # Where torch.compile traces a vocabulary of any size: only a GPU's choice depends on it.
-        n_cols = 0 if device.type == "cpu" else int(n_cols)
-        return _automatic(device, dtype, n_cols, inplace, torch.compiler.is_compiling())
+        compiling = torch.compiler.is_compiling()
+        # Only a GPU's choice depends on the size, which may be a symbol while torch.compile traces.
+        n_cols = 0 if compiling and device.type == "cpu" else int(n_cols)
+        return _automatic(device, dtype, n_cols, inplace, compiling)
     if name == "cpu" and device.type != "cpu":
         raise BackendUnavailableError(
             f"backend='cpu' takes CPU tensors, the logits are on {device}"

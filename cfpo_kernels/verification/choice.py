@@ -100,7 +100,7 @@ def fastest(record: VerifyRecord | None, dtype: torch.dtype, n_cols: int) -> str
     nothing was measured, the first of ``targets.NAMES``."""
     from .timing import nearest
 
-    if record is None or n_cols < 1:
+    if record is None:
         return REFERENCE
     name = str(dtype).removeprefix("torch.")
     right = [v.kernels for v in record.verdicts if v.dtype == name and v.verdict == RIGHT]
@@ -108,7 +108,7 @@ def fastest(record: VerifyRecord | None, dtype: torch.dtype, n_cols: int) -> str
         return REFERENCE
     times = [t for t in record.timings if t.dtype == name and t.kernels in right]
     if times:
-        size = nearest([t.n_cols for t in times], n_cols)
+        size = nearest([t.n_cols for t in times], max(n_cols, 1))
         return min((t for t in times if t.n_cols == size), key=lambda t: t.ms).kernels
     return min(right, key=_preference)
 

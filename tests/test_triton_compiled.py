@@ -24,7 +24,7 @@ from cfpo_kernels import CFPO, PPOClip
 from cfpo_kernels.backends.base import KernelRows, KernelTerms
 from cfpo_kernels.inputs import LossSettings, TokenInputs
 from cfpo_kernels.triton_kernels import config, kernels
-from cfpo_kernels.verification import battery, cases, timing
+from cfpo_kernels.verification import battery, calls, cases, timing
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -335,11 +335,11 @@ def test_a_first_use_compiles_twelve_variants_at_most(
             if problem != case.problem():
                 problem = case.problem()
                 inputs = cases.make_inputs(problem, dtype, cpu, target.rows_of(case, dtype))
-            battery._call(backend.TRITON, case, inputs.laid_out(case.layout))
+            calls.call(backend.TRITON, case, inputs.laid_out(case.layout))
         for n_cols in timing.SIZES:
             case = cases.Case("timing", n_cols, inplace=True)
             inputs = cases.make_inputs(case, dtype, cpu, 70)
-            battery._call(backend.TRITON, case, inputs)
+            calls.call(backend.TRITON, case, inputs)
         for check in battery._PROPERTIES.values():
             with contextlib.suppress(IndexError):  # nothing was computed
                 list(check(target, dtype))

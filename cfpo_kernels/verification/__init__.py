@@ -4,7 +4,7 @@
 ``run``        the public function ``verify``: what to check here, the record, the exit status
 ``process``    the child process in which it happens: started, watched, ended
 ``child``      that process's program
-``battery``    the cases that a set of kernels has to pass on a device; ``cases`` and ``compare``
+``battery``    what a set of kernels has to pass on a device: ``cases``, ``calls``, ``compare``
 ``timing``     how fast the right ones are, beside a copy
 ``records``    what was found, on disk
 ``choice``     what ``backend="auto"`` takes

@@ -186,7 +186,7 @@ def _sources() -> list[Path]:
     # Found, not imported: that would import Triton. Where nothing was installed there are none.
     spec = importlib.util.find_spec("cfpo_kernels.triton_kernels")
     folders = (spec.submodule_search_locations if spec else None) or []
-    checks = ("battery", "cases", "compare")
+    checks = ("battery", "calls", "cases", "compare")
     return [
         *(path for folder in folders for path in sorted(Path(folder).glob("*.py"))),
         *sorted((PACKAGE / "backends").glob("*.py")),

@@ -24,7 +24,7 @@ from .compare import (
 
 # float64 copies of a case's logits: no more rows than these are judged at once.
 JUDGED_ROWS = 12
-FEW_ROWS = 5
+FEW_ROWS = 6  # even, so that they can be cut from two sequences
 BATCH = 1 << 19  # the most elements of a gradient that are judged at once
 
 

@@ -17,6 +17,7 @@ from .compare import (
     Exact,
     gradient_faults,
     planted_faults,
+    rounding_limit,
     same_bits,
     value_faults,
     zero_faults,
@@ -184,17 +185,19 @@ def _neighbour_faults(logits: Tensor) -> Iterator[str]:
 
 
 def _multiply_faults(inputs: Inputs, outputs: Outputs) -> Iterator[str]:
+    """Within half a unit: of two numbers that are equally near, either will do."""
     assert outputs.dlogits is not None
-    n_cols = outputs.dlogits.shape[-1]
     given = inputs.rows.logits
-    want = given.float() * inputs.factors[:, None]
-    got, want = outputs.dlogits.reshape(-1, n_cols), want.to(given.dtype)
-    finite = want.isfinite()
-    same = (got == want) | (got.isnan() & want.isnan())
-    if not bool(same.all()):
-        row = int((~same).any(-1).nonzero()[0])
+    got = outputs.dlogits.reshape(given.shape)
+    kept = inputs.factors == 1
+    yield from same_bits("a row times 1", given[kept], got[kept])
+    want = given.double() * inputs.factors.double()[:, None]
+    error = torch.where(got == want, 0.0, (got.double() - want).abs())
+    wrong = ~((error <= rounding_limit(want, given.dtype)) | (got.isnan() & want.isnan()))
+    if bool(wrong.any()):
+        row = int(wrong.any(-1).nonzero()[0])
         yield f"row {row} times its factor is not what it should be"
-    if not bool(finite.any()):
+    if not bool(want.isfinite().any()):
         yield "nothing was multiplied"
 
 

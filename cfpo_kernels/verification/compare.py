@@ -44,6 +44,12 @@ class Exact:
     floor: Tensor
 
 
+def rounding_limit(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far a float32 product that was rounded to `dtype` may be from the exact one."""
+    step = SUBNORMAL_STEP[dtype] * ROUNDING_SLACK + SMALLEST
+    return (2.0**-23 + ROUNDING_SLACK * HALF_ULP[dtype]) * x.abs() + step
+
+
 def _worst(error: Tensor, allowed: Tensor) -> tuple[Tensor, int]:
     """By how much the limit is exceeded, NaN counting as infinitely, and in which row."""
     excess = torch.nan_to_num(error / allowed.clamp_min(1e-300), nan=float("inf"))

@@ -31,7 +31,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def _has_device(kind: str) -> bool:
+def has_device(kind: str) -> bool:
+    """Whether torch sees one of that type."""
     module = getattr(torch, kind, None)
     return module is not None and bool(module.is_available())
 
@@ -42,7 +43,7 @@ def status() -> BackendStatus:
         return BackendStatus(False, "triton is not installed: pip install triton")
     if interpreted():
         return BackendStatus(True, "interpreted, on CPU tensors (TRITON_INTERPRET)")
-    kinds = [kind for kind in DEVICES if _has_device(kind)]
+    kinds = [kind for kind in DEVICES if has_device(kind)]
     if not kinds:
         return BackendStatus(False, "torch sees no GPU, and TRITON_INTERPRET is not set")
     return BackendStatus(True, f"compiles for {', '.join(kinds)}")

@@ -92,17 +92,17 @@ def check(request: Request, on_event: OnEvent = lambda event: None) -> Found:
     deadline = time.monotonic() + request.seconds
     program = python_program()
     if program is None:
-        _not_run(request, found, "no Python program was found beside this interpreter")
+        not_run(request, found, "no Python program was found beside this interpreter")
         return found
     while _left(request, found):
         if time.monotonic() >= deadline:
-            _not_run(request, found, f"no time was left of {request.seconds:.0f} s")
+            not_run(request, found, f"no time was left of {request.seconds:.0f} s")
             break
         before = len(found.verdicts)
         with tempfile.TemporaryDirectory(prefix="cfpo-kernels-") as folder:
             reason = _one_child(program, request, found, deadline, Path(folder), on_event)
         if reason or len(found.verdicts) == before:
-            _not_run(request, found, reason or "the process ended before it began")
+            not_run(request, found, reason or "the process ended before it began")
     return found
 
 
@@ -111,7 +111,7 @@ def _left(request: Request, found: Found) -> list[Pair]:
     return [pair for pair in request.pairs() if pair not in known]
 
 
-def _not_run(request: Request, found: Found, reason: str) -> None:
+def not_run(request: Request, found: Found, reason: str) -> None:
     found.verdicts += [Verdict(*pair, NOT_RUN, reason) for pair in _left(request, found)]
 
 

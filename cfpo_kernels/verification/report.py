@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 import torch
 
-from ..backends import available_backends
-from . import records, run, targets
+from ..backends import available_backends, triton
+from . import records, targets
 from .records import RIGHT, VerifyRecord
 
 
@@ -131,8 +131,8 @@ def facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     devices = [torch.device("cpu")]
-    for kind in targets.GPUS:
-        if run._is_available(kind):
+    for kind in triton.DEVICES:
+        if triton.has_device(kind):
             count = torch.get_device_module(kind).device_count()
             devices += [torch.device(kind, index) for index in range(count)]
     variables = {name: os.environ[name] for name in sorted(os.environ) if "CFPO_KERNELS" in name}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..backends import triton
 from ..backends.status import BackendUnavailableError
 from . import process, records, targets
 from .records import NOT_RUN, Verdict, VerifyRecord
@@ -61,7 +62,7 @@ def verify(
 def resolve_device(device: torch.device | str | None) -> torch.device:
     """The device with its index."""
     if device is None:
-        kind = next((gpu for gpu in targets.GPUS if _is_available(gpu)), "cpu")
+        kind = next((gpu for gpu in triton.DEVICES if triton.has_device(gpu)), "cpu")
         chosen = torch.device(kind)
     elif isinstance(device, (str, torch.device)):
         try:
@@ -72,12 +73,12 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
         raise TypeError(f"device must be a torch.device or str, got {type(device).__name__}")
     if not targets.names_for(chosen):
         raise ValueError(
-            f"device must be a CPU or a GPU that kernels exist for ({', '.join(targets.GPUS)}), "
+            f"device must be a CPU or a GPU that kernels exist for ({', '.join(triton.DEVICES)}), "
             f"got {chosen}"
         )
     if chosen.type == "cpu":
         return torch.device("cpu")
-    if not _is_available(chosen.type):
+    if not triton.has_device(chosen.type):
         raise ValueError(f"device is {chosen}, but torch sees no such device")
     module = torch.get_device_module(chosen)
     index = module.current_device() if chosen.index is None else chosen.index
@@ -86,11 +87,6 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
             f"device is {chosen}, but torch sees {module.device_count()} of type {chosen.type}"
         )
     return torch.device(chosen.type, index)
-
-
-def _is_available(kind: str) -> bool:
-    module = getattr(torch, kind, None)
-    return module is not None and bool(module.is_available())
 
 
 def time_limit(full: bool, timeout: float | None = None) -> float:
@@ -145,7 +141,7 @@ def check(
                 f"{found.identity}"
             )
             found = process.Found()
-            process._not_run(request, found, "the child process found another device or build")
+            process.not_run(request, found, "the child process found another device or build")
         record.verdicts += found.verdicts
         record.timings += found.timings
     now = datetime.datetime.now(datetime.timezone.utc)

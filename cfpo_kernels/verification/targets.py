@@ -8,7 +8,6 @@ from .. import backends
 from ..backends import cpu, cuda, triton
 from .battery import Target
 
-GPUS = ("cuda", "xpu")
 # By kind of device, the ones to prefer first.
 NAMES = {"gpu": ("cuda", "cuda-portable", "triton"), "cpu": ("cpu",)}
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -16,7 +15,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 def kind_of(device: torch.device) -> str:
     """ "gpu", "cpu", or "" where no kernels could run."""
-    return "gpu" if device.type in GPUS else "cpu" if device.type == "cpu" else ""
+    return "gpu" if device.type in triton.DEVICES else "cpu" if device.type == "cpu" else ""
 
 
 def names_for(device: torch.device) -> tuple[str, ...]:

@@ -13,7 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks, validation
+from .validation import scalars, tensors
+from .validation.errors import type_error
+from .validation.types import PerToken
 
 DIVERGENCES = ("kl", "total_variation", "chi_squared")
 # Nine bring _lower_root to the last bits for every p and for delta from 1e-8 to 1e3.
@@ -48,7 +50,7 @@ def total_variation(anchor_logps: Tensor, delta: float | Tensor) -> tuple[Tensor
         (tensor([0.8000, 0.0000]), tensor([ 1.2000, 11.0000]))
     """
     logp = _anchors(anchor_logps)
-    log_step = checks.scalar(checks.positive("delta", delta), logp.device).log() - logp
+    log_step = scalars.scalar(scalars.positive("delta", delta), logp.device).log() - logp
     return _rounded(_log1m_exp(log_step), _log1p_exp(log_step), anchor_logps)
 
 
@@ -67,7 +69,7 @@ def chi_squared(anchor_logps: Tensor, delta: float | Tensor) -> tuple[Tensor, Te
         (tensor([0.8000]), tensor([1.2000]))
     """
     logp = _anchors(anchor_logps)
-    log_delta = checks.scalar(checks.positive("delta", delta), logp.device).log()
+    log_delta = scalars.scalar(scalars.positive("delta", delta), logp.device).log()
     log_step = (log_delta + _log1m_exp(logp) - logp) / 2
     return _rounded(_log1m_exp(log_step), _log1p_exp(log_step), anchor_logps)
 
@@ -88,7 +90,7 @@ def kl(anchor_logps: Tensor, delta: float | Tensor) -> tuple[Tensor, Tensor]:
         ([6915.0, 3128.0], [13085.0, 22008.0])
     """
     logp = _anchors(anchor_logps)
-    step = checks.scalar(checks.positive("delta", delta), logp.device)
+    step = scalars.scalar(scalars.positive("delta", delta), logp.device)
     p, rest = logp.exp().clamp(min=SMALLEST), (-torch.expm1(logp)).clamp(min=SMALLEST)
     low = torch.where(logp < math.log(SMALLEST), -math.inf, _lower_root(p, rest, step))
     # The divergence does not care which of two outcomes is called the token. So the upper root is
@@ -124,11 +126,11 @@ def band(
         tensor([ 1.1111, 10.0000])
     """
     solve = {"kl": kl, "total_variation": total_variation, "chi_squared": chi_squared}
-    chosen = validation.check_choice("divergence", divergence, DIVERGENCES)
-    largest = checks.above_one("cap", cap)
+    chosen = scalars.check_choice("divergence", divergence, DIVERGENCES)
+    largest = scalars.above_one("cap", cap)
     logp = _anchors(anchor_logps)
     low, high = solve[chosen](logp, delta)
-    high = torch.minimum(torch.minimum(high, -logp), checks.scalar(largest, logp.device).log())
+    high = torch.minimum(torch.minimum(high, -logp), scalars.scalar(largest, logp.device).log())
     return _rounded(low, high, anchor_logps)
 
 
@@ -161,12 +163,12 @@ def dac(
     logp = _anchors(anchor_logps)
 
     def step(name: str, epsilon: float | Tensor) -> Tensor:
-        log_epsilon = checks.scalar(checks.positive(name, epsilon), logp.device).log()
+        log_epsilon = scalars.scalar(scalars.positive(name, epsilon), logp.device).log()
         # Finite, and so is what is made of it.
         return (math.log(4) + log_epsilon - logp).exp().clamp(max=1e307)
 
     below, above = step("epsilon_low", epsilon_low).clamp(max=1), step("epsilon_high", epsilon_high)
-    largest = checks.scalar(checks.above_one("cap", cap), logp.device)
+    largest = scalars.scalar(scalars.above_one("cap", cap), logp.device)
     # sqrt(1 + x) - 1 = x / (1 + sqrt(1 + x)), which keeps its digits near 0.
     low = torch.log1p(-below / (1 + (1 - below).sqrt()) / 2)
     high = torch.log1p(above / (1 + (1 + above).sqrt()) / 2)
@@ -192,7 +194,7 @@ def kl3(delta: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tensor]:
         >>> f"{low:.4f} {high:.4f}"
         '-0.2069 0.1935'
     """
-    step = checks.positive("delta", delta)
+    step = scalars.positive("delta", delta)
     if isinstance(step, Tensor):
         tensor = step.double()
         high = torch.minimum((2 * tensor).sqrt(), 1 + torch.log1p(2 * tensor))
@@ -259,16 +261,16 @@ def bapo(
         >>> low.exp(), high.exp()
         (tensor(0.9500, dtype=torch.float64), tensor(1.4000, dtype=torch.float64))
     """
-    tokens = validation.Tokens("log_ratio", checks.floats("log_ratio", log_ratio))
-    goal = checks.number(
+    tokens = PerToken("log_ratio", tensors.floats("log_ratio", log_ratio))
+    goal = scalars.number(
         "target", target, "a finite number, 0 or more", lambda x: 0 <= x < math.inf
     )
     lows, highs = _grid("low", low, low_step), _grid("high", high, high_step)
     with torch.no_grad():
-        active = validation._active(mask, tokens)
+        active = tensors.active_rows(mask, tokens)
         x = torch.where(active, log_ratio.detach().reshape(-1).double(), 0.0)
         ratio = x.clamp(-20, 20).exp()
-        given, _ = validation._advantages(advantages, tokens)
+        given, _ = tensors.check_advantages(advantages, tokens)
         weight = torch.where(active, given.double(), 0.0)
         gain, loss = weight.clamp(min=0), (-weight).clamp(min=0)
         sums = torch.stack(
@@ -281,7 +283,7 @@ def bapo(
         # The order of the search: every lower bound with the first upper one, then the others.
         gains = torch.cat([gains[:1].expand(len(lows)), gains[1:]])
         losses = torch.cat([losses, losses[-1:].expand(len(highs) - 1)])
-        unmet = gains < checks.scalar(goal, x.device) * losses
+        unmet = gains < scalars.scalar(goal, x.device) * losses
         steps = unmet.double().cumprod(0).sum()
         raised = steps.clamp(max=len(lows) - 1)
         widened = (steps - raised).clamp(max=len(highs) - 1)
@@ -295,22 +297,22 @@ def _grid(name: str, ends: object, step: object) -> list[float]:
     """The bounds that bapo tries, in Python numbers: their count is known to the host."""
     accepted = "a pair of numbers, 0 < start <= end"
     if not isinstance(ends, (tuple, list)) or len(ends) != 2:
-        raise validation._type_error(name, ends, accepted)
-    start, end = (checks.plain_number(name, x, accepted, lambda x: 0 < x < math.inf) for x in ends)
+        raise type_error(name, ends, accepted)
+    start, end = (scalars.plain_number(name, x, accepted, lambda x: 0 < x < math.inf) for x in ends)
     if start > end:
         raise ValueError(f"{name} must be {accepted}, got {tuple(ends)}")
-    by = checks.plain_number(f"{name}_step", step, "a positive number", lambda x: 0 < x < math.inf)
+    by = scalars.plain_number(f"{name}_step", step, "a positive number", lambda x: 0 < x < math.inf)
     # What rounding leaves of a step is no step of its own.
     count = math.ceil((end - start) / by - 1e-9)
     return [min(start + i * by, end) for i in range(count + 1)]
 
 
 def _anchors(anchor_logps: object) -> Tensor:
-    return checks.floats("anchor_logps", anchor_logps).detach().double().clamp(max=0)
+    return tensors.floats("anchor_logps", anchor_logps).detach().double().clamp(max=0)
 
 
 def _rounded(low: Tensor, high: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = checks.result_dtype(like)
+    dtype = tensors.result_dtype(like)
     return low.to(dtype), high.to(dtype)
 
 

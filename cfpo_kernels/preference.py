@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from . import checks
+from .validation import scalars, tensors
 
 # exp of it is finite in float64, and so is the difference of two such.
 LARGEST_EXPONENT = 700.0
@@ -42,7 +42,7 @@ def dpo_loss(
         tensor([0.3133, 1.3133])
     """
     chosen, rejected = _pairs(chosen_log_ratios, rejected_log_ratios)
-    margin = checks.scalar(checks.positive("beta", beta), chosen.device) * (chosen - rejected)
+    margin = scalars.scalar(scalars.positive("beta", beta), chosen.device) * (chosen - rejected)
     return _loss(-logsigmoid(margin), chosen_log_ratios)
 
 
@@ -70,7 +70,7 @@ def ipo_loss(
         tensor([1.])
     """
     chosen, rejected = _pairs(chosen_log_ratios, rejected_log_ratios)
-    goal = 0.5 / checks.scalar(checks.positive("beta", beta), chosen.device)
+    goal = 0.5 / scalars.scalar(scalars.positive("beta", beta), chosen.device)
     return _loss((chosen - rejected - goal) ** 2, chosen_log_ratios)
 
 
@@ -103,8 +103,8 @@ def chi_po_loss(
         (tensor([0.1269]), tensor([0.0546]))
     """
     chosen, rejected = _pairs(chosen_log_ratios, rejected_log_ratios)
-    scale = checks.scalar(checks.positive("beta", beta), chosen.device)
-    largest = 2 * checks.scalar(checks.positive("r_max", r_max), chosen.device)
+    scale = scalars.scalar(scalars.positive("beta", beta), chosen.device)
+    largest = 2 * scalars.scalar(scalars.positive("r_max", r_max), chosen.device)
     # Beyond the range of exp the pair is far outside the clip, unless the two are equal: scaled
     # down together they keep their order, and the difference its sign.
     with torch.no_grad():
@@ -150,24 +150,24 @@ def fpo_loss(
     """
     chosen, rejected = _pairs(chosen_log_ratios, rejected_log_ratios)
     features = [
-        checks.same_shape(name, value, "chosen_log_ratios", chosen_log_ratios)
+        tensors.same_shape(name, value, "chosen_log_ratios", chosen_log_ratios)
         for name, value in (
             ("chosen_feature_distances", chosen_feature_distances),
             ("rejected_feature_distances", rejected_feature_distances),
         )
     ]
-    scale = checks.scalar(checks.positive("beta", beta), chosen.device)
-    weight = checks.number("alpha", alpha, "a finite number", lambda x: abs(x) < float("inf"))
+    scale = scalars.scalar(scalars.positive("beta", beta), chosen.device)
+    weight = scalars.number("alpha", alpha, "a finite number", lambda x: abs(x) < float("inf"))
     drift = features[1] - features[0].detach()
-    margin = chosen - rejected - checks.scalar(weight, chosen.device) * drift
+    margin = chosen - rejected - scalars.scalar(weight, chosen.device) * drift
     return _loss(-logsigmoid(scale * margin), chosen_log_ratios)
 
 
 def _pairs(chosen: object, rejected: object) -> tuple[Tensor, Tensor]:
-    like = checks.floats("chosen_log_ratios", chosen)
-    other = checks.same_shape("rejected_log_ratios", rejected, "chosen_log_ratios", like)
+    like = tensors.floats("chosen_log_ratios", chosen)
+    other = tensors.same_shape("rejected_log_ratios", rejected, "chosen_log_ratios", like)
     return like.double(), other
 
 
 def _loss(loss: Tensor, like: Tensor) -> Tensor:
-    return loss.to(checks.result_dtype(like))
+    return loss.to(tensors.result_dtype(like))

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks, validation
+from .validation import scalars, tensors
+from .validation.sequences import check_sequences
+from .validation.types import PerToken
 from .weights import suffix_sums
 
 LEVELS = ("token", "sequence", "geometric")
@@ -65,17 +67,17 @@ def rollout_weights(
         >>> rollout_weights(old, rollout, mode="token_mask", low=0.5, high=2.0)
         (tensor([[1.0000, 0.0000, 1.6487]]), tensor([[ True, False,  True]]))
     """
-    chosen = validation.check_choice("mode", mode, MODES)
+    chosen = scalars.check_choice("mode", mode, MODES)
     level, action = chosen.split("_")
-    source = checks.floats("old_logps", old_logps)
-    engine = checks.same_shape("rollout_logps", rollout_logps, "old_logps", source)
+    source = tensors.floats("old_logps", old_logps)
+    engine = tensors.same_shape("rollout_logps", rollout_logps, "old_logps", source)
     least, most = _bounds(low, high, source.device)
-    tokens = validation.Tokens("old_logps", source)
+    tokens = PerToken("old_logps", source)
     with torch.no_grad():
         if level == "token" and cu_seqlens is None:
-            active = validation._active(mask, tokens)
+            active = tensors.active_rows(mask, tokens)
         else:
-            batch = checks.sequences("old_logps", source, mask, cu_seqlens)
+            batch = check_sequences("old_logps", source, mask, cu_seqlens)
             active = batch.active
         engine = engine.detach().reshape(-1)
         log_ratio = source.detach().reshape(-1).double() - engine
@@ -100,8 +102,8 @@ def rollout_weights(
 def _bounds(low: object, high: object, device: torch.device) -> tuple[Tensor, Tensor]:
     """0-d tensors, open where None."""
     accepted = "a number, 0 or more, or None"
-    least = 0.0 if low is None else checks.number("low", low, accepted, lambda x: x >= 0)
-    most = math.inf if high is None else checks.number("high", high, accepted, lambda x: x >= 0)
+    least = 0.0 if low is None else scalars.number("low", low, accepted, lambda x: x >= 0)
+    most = math.inf if high is None else scalars.number("high", high, accepted, lambda x: x >= 0)
     if not isinstance(least, Tensor) and not isinstance(most, Tensor) and least > most:
         raise ValueError(f"low must be at most high, got low={low}, high={high}")
-    return checks.scalar(least, device), checks.scalar(most, device)
+    return scalars.scalar(least, device), scalars.scalar(most, device)

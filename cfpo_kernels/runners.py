@@ -11,10 +11,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from . import backends, ops, reference, validation
+from . import backends, ops, reference
 from .autograd import CFPOFunction, TokenLogpsFunction
 from .formula import loss_of_logps
-from .validation import LossTerms, Rows
+from .validation import LossTerms, Rows, values
 
 
 class Runner(Protocol):
@@ -111,8 +111,8 @@ class ReferenceRunner:
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits, ids = rows.logits, rows.token_ids
         # The kernels check the ids themselves, when they run: compiled code gets there unchecked.
-        if validation.values_can_be_checked(ids):
-            validation.check_token_range(ids, rows.active, logits.shape[-1], rows.shape)
+        if values.can_be_checked(ids):
+            values.check_token_range(ids, rows.active, logits.shape[-1], rows.shape)
         flat = logits.reshape(-1, logits.shape[-1])
         return reference.token_logps(
             flat, ids, rows.active, rows.temperature, with_entropy, with_lse

@@ -12,16 +12,18 @@ import math
 import torch
 from torch import Tensor
 
-from . import api, checks, validation, weights
-from .checks import Sequences
+from . import api, weights
+from .validation import scalars, tensors
+from .validation.errors import type_error
+from .validation.sequences import Sequences, check_sequences
 
 SCALES = ("std", "none")
 
 
 def _given(name: str, values: object, mask: object, cu_seqlens: object) -> tuple[Tensor, Sequences]:
     """The values as (N,), 0 where masked, so that neither these nor their gradient matter."""
-    source = checks.floats(name, values)
-    batch = checks.sequences(name, source, mask, cu_seqlens)
+    source = tensors.floats(name, values)
+    batch = check_sequences(name, source, mask, cu_seqlens)
     return torch.where(batch.active, source.reshape(-1), 0.0), batch
 
 
@@ -132,10 +134,10 @@ def prefix_min(
         >>> prefix_min(torch.tensor([[3.0, 1.0, 2.0]]), exclusive=True, empty=0.0).tolist()
         [[0.0, 3.0, 1.0]]
     """
-    validation.check_flag("exclusive", exclusive)
-    least = checks.plain_number("empty", empty, "a number", lambda x: True)
+    scalars.check_flag("exclusive", exclusive)
+    least = scalars.plain_number("empty", empty, "a number", lambda x: True)
     given, batch = _given("values", values, mask, cu_seqlens)
-    given, index, n = given.to(checks.result_dtype(values)), batch.index, given.shape[0]
+    given, index, n = given.to(tensors.result_dtype(values)), batch.index, given.shape[0]
     # One cumulative minimum over all sequences, of ranks: those of a later sequence are all below
     # those of an earlier one, so that it starts anew. Masked tokens come last, NaN first.
     order = torch.argsort(given.detach(), stable=True)
@@ -184,7 +186,7 @@ def sequence_logps(
         logits, token_ids, mask=mask, temperature=temperature, inplace=inplace, backend=backend
     )
     assert isinstance(logps, Tensor)
-    batch = checks.sequences("logits", logits, mask, cu_seqlens)
+    batch = check_sequences("logits", logits, mask, cu_seqlens)
     return _totals(logps.reshape(-1), batch)
 
 
@@ -228,13 +230,13 @@ def group_advantages(
     """
     accepted = "a tensor of real numbers"
     if not isinstance(rewards, Tensor) or rewards.is_complex():
-        raise validation._type_error("rewards", rewards, accepted)
-    validation.check_choice("scale", scale, SCALES)
-    floor = checks.number(
+        raise type_error("rewards", rewards, accepted)
+    scalars.check_choice("scale", scale, SCALES)
+    floor = scalars.number(
         "min_std", min_std, "a finite number, 0 or more", lambda x: 0 <= x < math.inf
     )
     with torch.no_grad():
-        given, dtype = rewards.reshape(-1).double(), checks.result_dtype(rewards)
+        given, dtype = rewards.reshape(-1).double(), tensors.result_dtype(rewards)
         order, index, longest = _groups(rewards, group_ids, group_size)
         given = given[order]
         starts = torch.searchsorted(index, index)
@@ -244,7 +246,7 @@ def group_advantages(
         given = given - weights.suffix_sums(given, index, longest)[starts] / counts
         if scale == "std":
             variance = weights.suffix_sums(given**2, index, longest)[starts] / (counts - 1)
-            least = checks.scalar(floor, given.device)
+            least = scalars.scalar(floor, given.device)
             given = torch.where(given == 0, 0.0, given / torch.maximum(variance.sqrt(), least))
         return torch.empty_like(given).scatter_(0, order, given).to(dtype).reshape(rewards.shape)
 
@@ -259,15 +261,15 @@ def _groups(rewards: Tensor, ids: object, size: object) -> tuple[Tensor, Tensor,
         )
     if size is not None:
         if not isinstance(size, int) or isinstance(size, bool):
-            raise validation._type_error("group_size", size, "an integer")
+            raise type_error("group_size", size, "an integer")
         if size < 1 or n % size != 0:
             raise ValueError(f"group_size must divide the {n} rewards, got {size}")
         order = torch.arange(n, dtype=torch.int64, device=device)
         return order, torch.div(order, size, rounding_mode="floor"), size
     accepted = "an int64 or int32 tensor (for groups of one size: group_size=)"
-    given = validation._check_tensor("group_ids", ids, rewards, accepted, "rewards")
+    given = tensors.check_tensor("group_ids", ids, rewards, accepted, "rewards")
     if given.dtype not in (torch.int64, torch.int32):
-        raise validation._type_error("group_ids", given, accepted)
+        raise type_error("group_ids", given, accepted)
     if given.shape != rewards.shape:
         raise ValueError(
             f"group_ids must have the shape of rewards, {tuple(rewards.shape)}, "

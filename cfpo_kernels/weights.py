@@ -37,7 +37,7 @@ def row_weights(
     if reduction == "token-mean":
         denominator = active.sum()
     elif reduction.startswith("seq-mean"):
-        assert sequence_index is not None  # validation.py
+        assert sequence_index is not None  # validation/loss.py
         lengths = torch.zeros(n_sequences, dtype=dtype, device=active.device)
         lengths = lengths.index_add(0, sequence_index, numerator)
         if group is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import doctest
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -51,7 +52,7 @@ def works_everywhere(
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     same(compiled(*args, **kwargs), want)
     with monkeypatch.context() as patch:
-        patch.setattr("cfpo_kernels.validation.values_can_be_checked", lambda tensor: False)
+        patch.setattr("cfpo_kernels.validation.values.can_be_checked", lambda tensor: False)
         with NoSync():
             got = function(*args, **kwargs)
         same(got, want, rtol=0, atol=0)
@@ -67,6 +68,22 @@ def planted(function: Callable[..., Any], right: str, wrong: str) -> Callable[..
     namespace = dict(function.__globals__)
     exec("from __future__ import annotations\n" + text.replace(right, wrong), namespace)
     return namespace[function.__name__]
+
+
+Refusal = tuple[str, Callable[[], Any], type[Exception], str]
+
+
+def refused(cases: Sequence[tuple[Any, ...]]) -> Any:
+    """Gives a test each case: the argument that is named, a call, the error, what it says too."""
+    ids = [f"{case[0]}-{i}" for i, case in enumerate(cases)]
+    return pytest.mark.parametrize("case", cases, ids=ids)
+
+
+def check_refused(case: Refusal) -> None:
+    name, call, error, message = case
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert name in str(caught.value)
 
 
 def public(module: ModuleType) -> set[str]:

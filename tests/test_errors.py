@@ -193,7 +193,7 @@ def test_reference_gives_nan_for_an_unknown_token_where_it_may_not_look(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What a GPU does, where ids cannot be checked without a synchronisation."""
-    monkeypatch.setattr("cfpo_kernels.validation.values_can_be_checked", lambda tensor: False)
+    monkeypatch.setattr("cfpo_kernels.validation.values.can_be_checked", lambda tensor: False)
     given = arguments(token_ids=torch.tensor([0, 1, 2, V, -1, 5]))
     loss = cfpo_kernels.cfpo_loss(**given, backend="reference", reduction="none")
     assert loss.isnan().tolist() == [False, False, False, True, True, False]

@@ -7,13 +7,12 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from mpmath import mp, mpf  # torch needs it
-from plain_torch import planted, run_examples, works_everywhere
+from plain_torch import Refusal, check_refused, planted, refused, run_examples, works_everywhere
 from torch import Tensor
 
 import cfpo_kernels
@@ -211,14 +210,14 @@ def test_a_step_from_logits() -> None:
     torch.testing.assert_close(logits.grad, leaf.grad.float(), rtol=1e-5, atol=1e-8)
 
 
-BETA = 'checks.scalar(checks.positive("beta", beta), chosen.device) * '
+BETA = 'scalars.scalar(scalars.positive("beta", beta), chosen.device) * '
 CHI = "scale * (powers + chosen - rejected)"
 CLIP = "margin.clamp(-largest, largest)"
 DRIFT = "features[1] - features[0].detach()"
 PLANTED = {
     "beta dropped": ("dpo_loss", BETA, ""),
     "the pair exchanged": ("dpo_loss", "(chosen - rejected)", "(rejected - chosen)"),
-    "IPO with 1 / beta": ("ipo_loss", "0.5 / checks", "1.0 / checks"),
+    "IPO with 1 / beta": ("ipo_loss", "0.5 / scalars", "1.0 / scalars"),
     "IPO from below": ("ipo_loss", "** 2", ".clamp(max=0) ** 2"),
     "a link without z": ("chi_po_loss", CHI, "scale * powers"),
     "a link without e^z": ("chi_po_loss", CHI, "scale * (chosen - rejected)"),
@@ -229,7 +228,7 @@ PLANTED = {
         CLIP,
         f"margin + ({CLIP} - margin).detach()",
     ),
-    "alpha dropped": ("fpo_loss", "checks.scalar(weight, chosen.device) * drift", "drift"),
+    "alpha dropped": ("fpo_loss", "scalars.scalar(weight, chosen.device) * drift", "drift"),
     "features exchanged": ("fpo_loss", DRIFT, f"-({DRIFT})"),
     "a gradient of the chosen features": ("fpo_loss", "features[0].detach()", "features[0]"),
     "no gradient of the rejected": ("fpo_loss", "features[1] - ", "features[1].detach() - "),
@@ -255,7 +254,7 @@ def test_ipo_says_what_it_is_not() -> None:
 
 
 Z = torch.zeros(3)
-REFUSED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
+REFUSED: list[Refusal] = [
     ("chosen_log_ratios", lambda: dpo_loss(0.1, Z), TypeError, "float"),
     ("rejected_log_ratios", lambda: dpo_loss(Z, Z[:2]), ValueError, r"\(3,\), got \(2,\)"),
     ("rejected_log_ratios", lambda: ipo_loss(Z, Z.long()), TypeError, "torch.int64"),
@@ -272,12 +271,9 @@ REFUSED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=[f"{c[0]}-{i}" for i, c in enumerate(REFUSED)])
-def test_refused(case: tuple[str, Callable[[], Any], type[Exception], str]) -> None:
-    name, call, error, message = case
-    with pytest.raises(error, match=message) as caught:
-        call()
-    assert name in str(caught.value)
+@refused(REFUSED)
+def test_refused(case: Refusal) -> None:
+    check_refused(case)
 
 
 def test_examples() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plain_torch import planted, run_examples, works_everywhere
+from plain_torch import check_refused, planted, refused, run_examples, works_everywhere
 from torch import Tensor
 
 import cfpo_kernels
@@ -307,12 +307,10 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=[f"{c[0]}-{i}" for i, c in enumerate(REFUSED)])
+@refused(REFUSED)
 def test_refused(case: tuple[str, dict[str, Any], type[Exception], str]) -> None:
-    name, changes, error, message = case
-    with pytest.raises(error, match=message) as caught:
-        rollout_weights(**(GIVEN | changes))
-    assert name in str(caught.value)
+    name, changes, *said = case
+    check_refused((name, lambda: rollout_weights(**(GIVEN | changes)), *said))
 
 
 def test_examples() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_torch import planted, run_examples, works_everywhere
+from plain_torch import Refusal, check_refused, planted, refused, run_examples, works_everywhere
 from torch import Tensor
 
 import cfpo_kernels
@@ -448,7 +448,7 @@ def test_planted_mistakes_are_found(name: str) -> None:
 
 X = torch.ones(2, 3)
 IDS = torch.zeros(2, 3, dtype=torch.int64)
-REFUSED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
+REFUSED: list[Refusal] = [
     ("values", lambda: sequence_sum([1.0]), TypeError, "list"),
     ("values", lambda: sequence_sum(IDS), TypeError, "torch.int64"),
     ("values", lambda: sequence_mean(torch.ones(3)), ValueError, r"cu_seqlens, got shape \(3,\)"),
@@ -479,12 +479,9 @@ REFUSED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=[f"{c[0]}-{i}" for i, c in enumerate(REFUSED)])
-def test_refused(case: tuple[str, Callable[[], Any], type[Exception], str]) -> None:
-    name, call, error, message = case
-    with pytest.raises(error, match=message) as caught:
-        call()
-    assert name in str(caught.value)
+@refused(REFUSED)
+def test_refused(case: Refusal) -> None:
+    check_refused(case)
 
 
 def test_examples() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..validation import check_token_range, values_can_be_checked
+from ..validation import values
 from .addresses import address, describe, policy_terms, problem
 from .base import KernelRows, KernelTerms
 from .layout import row_blocks
@@ -28,10 +28,10 @@ class NativeBackend:
     def check_tokens(rows: KernelRows) -> None:
         # Here rather than with the other arguments, since compiled and direct calls of an operator
         # get past those. On a GPU only with CFPO_KERNELS_DEBUG: its kernels read no wrong address.
-        if values_can_be_checked(rows.token_ids):
+        if values.can_be_checked(rows.token_ids):
             logits = rows.logits
             active = rows.weights != 0
-            check_token_range(rows.token_ids, active, logits.shape[-1], logits.shape[:-1])
+            values.check_token_range(rows.token_ids, active, logits.shape[-1], logits.shape[:-1])
 
     def policy_loss(
         self,

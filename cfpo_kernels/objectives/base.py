@@ -100,11 +100,13 @@ def require_clip_range(epsilon_low: object, epsilon_high: object, dual_clip: obj
             raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
 
 
-def require_ratio_bounds(low: object, high: object) -> None:
+def require_ratio_bounds(low: float, high: float) -> tuple[float, float]:
+    """Bounds on r, 0 or more; returns those on log r."""
     require_number("low", low, least=0.0)
     require_positive("high", high)
-    if low >= high:  # type: ignore[operator]
+    if low >= high:
         raise ValueError(f"low must be below high, got {low} and {high}")
+    return math.log(low) if low > 0 else -math.inf, math.log(high)
 
 
 def log_or_inf(ratio: float | None) -> float:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,8 +37,7 @@ class IcePop(Objective):
         require_ratio_bounds(self.low, self.high)
 
     def shape(self) -> Shape:
-        low = math.log(self.low) if self.low > 0 else -math.inf
-        high = math.log(self.high)
+        low, high = require_ratio_bounds(self.low, self.high)
         return Shape(
             "window",
             low_positive=low,

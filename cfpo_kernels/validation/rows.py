@@ -1,0 +1,133 @@
+"""Logits or log-probs, and what every entry point has beside them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import values
+from .errors import type_error
+from .scalars import check_flag, positive_number, scalar_tensor
+from .tensors import active_rows, check_tensor, per_token
+from .types import Logps, PerToken, Rows
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Well inside float32, so that neither 1/T nor logits/T is lost to overflow or underflow.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
+
+
+def check_rows(
+    logits: object,
+    token_ids: object,
+    *,
+    mask: object,
+    temperature: object,
+    inplace: bool,
+    takes_float64: bool,
+) -> Rows:
+    """The checks that all entry points share."""
+    checked = _logits(logits, takes_float64)
+    ids = _token_ids(token_ids, checked)
+    active = active_rows(mask, PerToken("logits", checked))
+    rows = Rows("logits", checked, ids, _temperature(temperature, checked, active), active)
+    if check_flag("inplace", inplace) and _rows_overlap(checked):
+        raise ValueError(
+            "inplace=True needs rows that do not overlap in memory, got logits of shape "
+            f"{tuple(checked.shape)} with strides {checked.stride()}"
+        )
+    return rows
+
+
+def check_logps(logps: object, *, entropy: object | None, mask: object) -> Logps:
+    """The checks of the entry points that take log-probs."""
+    accepted = "a floating-point tensor of shape (...)"
+    if not isinstance(logps, Tensor) or not logps.is_floating_point():
+        raise type_error("logps", logps, accepted)
+    if logps.layout != torch.strided:
+        raise TypeError(f"logps must be {accepted}, got one of layout {logps.layout}")
+    tokens = PerToken("logps", logps)
+    return Logps(
+        "logps",
+        logps,
+        per_token("logps", logps, tokens),
+        None if entropy is None else per_token("entropy", entropy, tokens),
+        active_rows(mask, tokens),
+    )
+
+
+def _logits(logits: object, takes_float64: bool) -> Tensor:
+    accepted = "a float32, bfloat16 or float16 tensor of shape (..., V)"
+    if not isinstance(logits, Tensor):
+        raise type_error("logits", logits, accepted)
+    if logits.dtype == torch.float64:
+        if not takes_float64:
+            raise TypeError(f"logits must be {accepted}; float64 needs backend='reference'")
+    elif logits.dtype not in KERNEL_DTYPES:
+        raise type_error("logits", logits, accepted)
+    if logits.layout != torch.strided:
+        raise TypeError(f"logits must be {accepted}, got one of layout {logits.layout}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"logits must have shape (..., V) with V >= 1, got shape {tuple(logits.shape)}"
+        )
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            "logits must have stride 1 in the last dimension (leading ones are free), "
+            f"got strides {logits.stride()}; call .contiguous() first"
+        )
+    return logits
+
+
+def _token_ids(token_ids: object, logits: Tensor) -> Tensor:
+    ids = check_tensor("token_ids", token_ids, logits, "an int64 or int32 tensor")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise type_error("token_ids", ids, "an int64 or int32 tensor")
+    if ids.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"token_ids must have the shape of the logits without V, {tuple(logits.shape[:-1])}, "
+            f"got {tuple(ids.shape)}"
+        )
+    return ids.reshape(-1).to(torch.int64).contiguous()
+
+
+def _temperature(value: object, logits: Tensor, active: Tensor) -> Tensor:
+    shape = logits.shape[:-1]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if not isinstance(value, Tensor):
+        number = positive_number("temperature", value)
+        if not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, got {number}"
+            )
+        return torch.full((1,), number, dtype=dtype, device=logits.device)
+    if not value.is_floating_point():
+        raise type_error("temperature", value, "a number or a floating-point tensor")
+    if value.dim() == 0 and len(shape) > 0:
+        value = scalar_tensor("temperature", value, logits).reshape(1)
+    elif value.shape != shape:
+        raise ValueError(
+            f"temperature must be a number or have the shape of token_ids, {tuple(shape)}, "
+            f"got {tuple(value.shape)}"
+        )
+    else:
+        check_tensor("temperature", value, logits, "a floating-point tensor")
+    temperature = value.detach().reshape(-1).to(dtype).contiguous()
+    if values.can_be_checked(temperature):
+        wrong = active & ~((temperature >= MIN_TEMPERATURE) & (temperature <= MAX_TEMPERATURE))
+        if wrong.any():
+            position, got = values.first_wrong(wrong, temperature.expand(wrong.shape), shape)
+            raise ValueError(
+                f"temperature must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, "
+                f"got {got} at {position}"
+            )
+    return temperature
+
+
+def _rows_overlap(x: Tensor) -> bool:
+    reach = x.shape[-1]
+    for stride, size in sorted(zip(x.stride()[:-1], x.shape[:-1], strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += stride * (size - 1)
+    return False

@@ -1,0 +1,69 @@
+"""What checked arguments are passed on as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..inputs import LossSettings, Region, TokenInputs
+from ..objectives import Objective
+from ..two_pass import Beyond, TokenTerms
+
+AnyObjective = Objective | Callable[[TokenTerms], Tensor]
+
+
+@dataclass
+class PerToken:
+    """The tensor whose shape, dtype and device the per-token arguments must have; N tokens."""
+
+    name: str  # of `source`: "logits", (..., V), or "logps", (...)
+    source: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.source.shape[:-1] if self.name == "logits" else self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of per-token numbers: float32, or float64 where the reference runs in it."""
+        return torch.promote_types(self.source.dtype, torch.float32)
+
+
+@dataclass
+class Rows(PerToken):
+    """The arguments that every entry point with logits has.
+
+    ``logits`` stays as it came: (..., V), any leading strides. The rest is contiguous.
+    """
+
+    token_ids: Tensor  # (N,) int64
+    temperature: Tensor  # (N,) or (1,)
+    active: Tensor  # (N,) bool
+
+    @property
+    def logits(self) -> Tensor:
+        return self.source
+
+
+@dataclass
+class Logps(PerToken):
+    """The differentiable arguments where the log-probs exist already, (N,) in ``dtype``."""
+
+    logps: Tensor
+    entropy: Tensor | None
+    active: Tensor  # (N,) bool
+
+
+@dataclass
+class LossTerms:
+    """What the loss needs beside the rows; tensors are (N,), detached, in ``PerToken.dtype``."""
+
+    weights: Tensor
+    inputs: TokenInputs
+    settings: LossSettings
+    region: Region | None  # bounds on log r, which statistics hold it against
+    beyond: Beyond
+    grad_scale: Tensor | None  # 0-d float32

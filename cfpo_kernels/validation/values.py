@@ -1,0 +1,32 @@
+"""Checks of values that live in tensors, made where looking at them costs no device sync."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+
+def can_be_checked(tensor: Tensor) -> bool:
+    """On the CPU outside of torch.compile; on a GPU with CFPO_KERNELS_DEBUG=1 only."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("CFPO_KERNELS_DEBUG", "") not in ("", "0")
+
+
+def first_wrong(wrong: Tensor, values: Tensor, shape: torch.Size) -> tuple[list[int], float]:
+    """Where the first one is in a tensor of `shape`, and what is there; `wrong`, `values` (N,)."""
+    index = int(wrong.nonzero()[0])
+    position = [int(i) for i in torch.unravel_index(torch.tensor(index), shape)] if shape else []
+    return position, values[index].item()
+
+
+def check_token_range(token_ids: Tensor, active: Tensor, n_cols: int, shape: torch.Size) -> None:
+    """An id outside [0, V) in a row that counts; masked rows may hold any, such as -100."""
+    wrong = active & ((token_ids < 0) | (token_ids >= n_cols))
+    if wrong.any():
+        position, got = first_wrong(wrong, token_ids, shape)
+        raise IndexError(
+            f"token_ids must be in [0, {n_cols}) where mask is not 0, got {got} at {position}"
+        )

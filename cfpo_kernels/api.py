@@ -233,7 +233,7 @@ def cfpo_loss(
     Without a gradient (no_grad, or logits that need none): O(N). Backward hands over the gradient,
     and so can run once; a second call raises, except in code that torch.compile made.
 
-    Source: CFPO, arXiv 2601.22801; docs/design.md derives the gradient.
+    Source: CFPO, arXiv 2601.22801; docs/maths.md derives the gradient.
     """
     return policy_loss(
         logits,

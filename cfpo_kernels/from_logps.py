@@ -144,7 +144,7 @@ def cfpo_loss_from_logps(
 
     Memory: O(N). Plain torch on any device, differentiable twice.
 
-    Source: CFPO, arXiv 2601.22801; docs/design.md derives the gradient.
+    Source: CFPO, arXiv 2601.22801; docs/maths.md derives the gradient.
     """
     return policy_loss_from_logps(
         logps,

@@ -3,7 +3,7 @@
 The source is built by g++: the code is the GPU's, down to the primitives; what runs it is not. Of
 PTX, which an interpreter runs, that goes for the primitives too. Both find mistakes of arithmetic,
 addressing and synchronisation, and say nothing about speed or the memory model: they make no kernel
-count as verified on a GPU. docs/design.md, "What shows what", has it in a table.
+count as verified on a GPU. docs/verification.md, "What shows what", has it in a table.
 """
 
 from __future__ import annotations

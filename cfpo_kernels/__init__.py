@@ -7,6 +7,12 @@ from .api import CFPOLoss, cfpo_loss, policy_loss, token_logps
 from .autograd import CFPOFunction
 from .backends import BackendStatus, BackendUnavailableError, available_backends
 from .from_logps import cfpo_loss_from_logps, policy_loss_from_logps
+from .linear import (
+    VocabParallel,
+    linear_cfpo_loss,
+    linear_policy_loss,
+    linear_token_logps,
+)
 from .objectives import ASPO as ASPO
 from .objectives import CFPO as CFPO
 from .objectives import CISPO as CISPO
@@ -40,11 +46,15 @@ __all__ = [
     "CFPOLoss",
     "CFPOStats",
     "TokenTerms",
+    "VocabParallel",
     "VerifyRecord",
     "available_backends",
     "bounds",
     "cfpo_loss",
     "cfpo_loss_from_logps",
+    "linear_cfpo_loss",
+    "linear_policy_loss",
+    "linear_token_logps",
     "policy_loss",
     "policy_loss_from_logps",
     "preference",

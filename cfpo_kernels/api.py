@@ -27,11 +27,8 @@ def _runner(name: object, logits: object, inplace: bool) -> Runner:
     n_cols = logits.shape[-1] if logits.dim() else 0
     resolved = backends.resolve(chosen, logits.device, logits.dtype, n_cols, inplace=inplace)
     found = runner(resolved)
-    if not found.differentiates_twice and _has_tangent(logits):
-        raise RuntimeError(
-            "cfpo_kernels: forward-mode AD is not supported by the fused kernels; "
-            "backend='reference' supports it"
-        )
+    if not found.differentiates_twice:
+        refuse_tangents(logits)
     if inplace and not may_overwrite(chosen):
         raise ValueError(
             f"inplace=True needs a backend with kernels, not backend={chosen!r}: it keeps "
@@ -40,10 +37,15 @@ def _runner(name: object, logits: object, inplace: bool) -> Runner:
     return found
 
 
-def _has_tangent(logits: Tensor) -> bool:
+def refuse_tangents(tensor: Tensor) -> None:
+    """Forward-mode AD; what torch.compile traces is not looked at."""
     if torch.compiler.is_compiling():
-        return False
-    return forward_ad.unpack_dual(logits).tangent is not None
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise RuntimeError(
+            "cfpo_kernels: forward-mode AD is not supported by the fused kernels; "
+            "backend='reference' supports it"
+        )
 
 
 def policy_loss(

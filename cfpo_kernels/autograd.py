@@ -20,6 +20,18 @@ def _refuse_create_graph() -> None:
         )
 
 
+def begin_only_backward(ctx: Any) -> None:
+    """Refuses what a backward that gives its buffers away cannot do; `ctx.spent` starts False."""
+    _refuse_create_graph()
+    if not torch.compiler.is_compiling():
+        if ctx.spent:
+            raise RuntimeError(
+                "cfpo_kernels: backward ran a second time, but the gradient buffer was handed "
+                "over by the first; call the loss again"
+            )
+        ctx.spent = True
+
+
 class CFPOFunction(torch.autograd.Function):
     """A policy loss whose forward also computes the gradient, which backward hands over.
 
@@ -65,14 +77,7 @@ class CFPOFunction(torch.autograd.Function):
         nothing = (None,) * (len(ctx.needs_input_grad) - 1)
         if dloss is None:
             return None, *nothing
-        _refuse_create_graph()
-        if not torch.compiler.is_compiling():
-            if ctx.spent:
-                raise RuntimeError(
-                    "cfpo_kernels: backward ran a second time, but the gradient buffer was handed "
-                    "over by the first; call the loss again"
-                )
-            ctx.spent = True
+        begin_only_backward(ctx)
         dlogits, weights, grad_scale = ctx.saved_tensors
         dlogits = dlogits.detach()
         factors = dloss if grad_scale is None else dloss / grad_scale

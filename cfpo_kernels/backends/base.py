@@ -16,6 +16,8 @@ class KernelRows(NamedTuple):
     token_ids: Tensor  # (N,) int64
     weights: Tensor  # (N,) float32, 0: the row is not read
     temperature: Tensor  # (N,) or (1,) float32
+    sharded: bool = False
+    softcap: float = 0.0
 
 
 class KernelTerms(NamedTuple):

@@ -1,0 +1,151 @@
+"""A vocabulary that is split over the processes of a group, each with some of the head's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.base import KernelRows
+from ..validation.errors import type_error
+from .tiles import Scores
+
+REDUCTIONS = ("all_reduce", "reduce_scatter", "none")
+
+
+@dataclass(frozen=True)
+class VocabParallel:
+    """How the vocabulary is split over a process group.
+
+    Args:
+        group: of ``torch.distributed``; all of its processes make the same calls with the same
+            token ids, masks and numbers.
+        start: the first token id of this process's part of the vocabulary; any number of columns.
+        vocab_size: of all processes together. Columns from there on are padding: they are no part
+            of the softmax, and their gradient is 0.
+        reduce_hidden_grad: how the parts of the hidden states' gradient, one a process, become
+            that of the sum. "all_reduce": here, and each process gets all of it. "reduce_scatter":
+            the hidden states given are this process's tokens only (sequence parallel), split in
+            order along the first dimension; they are gathered here, and their gradient is summed
+            and split. "none": by the caller, as after Megatron's
+            ``copy_to_tensor_model_parallel_region`` or with a DTensor's partial placement.
+    """
+
+    group: Any
+    start: int
+    vocab_size: int
+    reduce_hidden_grad: str = "all_reduce"
+
+    def __post_init__(self) -> None:
+        for name in ("start", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise type_error(name, value, "an integer")
+        if self.vocab_size < 1 or self.start < 0:
+            raise ValueError(
+                "VocabParallel needs start >= 0 and vocab_size >= 1, "
+                f"got {self.start} and {self.vocab_size}"
+            )
+        if self.reduce_hidden_grad not in REDUCTIONS:
+            raise ValueError(
+                f"reduce_hidden_grad must be one of {', '.join(map(repr, REDUCTIONS))}, "
+                f"got {self.reduce_hidden_grad!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Shards:
+    """This process's columns [start, start + n_cols) of a vocabulary of `vocab_size`."""
+
+    group: Any
+    start: int
+    n_cols: int
+    vocab_size: int
+
+    @staticmethod
+    def of(given: VocabParallel, n_cols: int) -> Shards:
+        """`n_cols`: with padding. A process may have nothing but that; it keeps one column."""
+        return Shards(
+            given.group,
+            given.start,
+            max(0, min(n_cols, given.vocab_size - given.start)),
+            given.vocab_size,
+        )
+
+    def exchange(self, rows: KernelRows, scores: Scores) -> Callable[[], Scores]:
+        """Sends what this shard knows of each row; what it returns waits for the others' and
+        merges, in the order of ranks, so that all processes have the same bits.
+        """
+        active = rows.weights != 0
+        temperature = torch.where(active, rows.temperature, 1.0).double()
+        here = (rows.token_ids >= 0) & (rows.token_ids < self.n_cols)
+        ids = rows.token_ids + self.start
+        picked = rows.logits.gather(1, torch.where(here, rows.token_ids, 0)[:, None])[:, 0]
+        logit = torch.where(here, picked.double() / temperature, -torch.inf)
+        entropy = scores.lse.new_zeros(()) if scores.entropy is None else scores.entropy
+        mine = torch.stack([scores.lse / temperature, logit, entropy.double().expand_as(logit)])
+        everyone = [torch.empty_like(mine) for _ in range(self.group.size())]
+        work = torch.distributed.all_gather(everyone, mine, group=self.group, async_op=True)
+
+        def merged() -> Scores:
+            work.wait()
+            lses, logits, entropies = torch.stack(everyone).unbind(1)
+            lse = lses.logsumexp(0)
+            logps = logits.amax(0) - lse
+            known = (ids >= 0) & (ids < self.vocab_size)
+            logps = torch.where(active, torch.where(known, logps, torch.nan), 0.0)
+            share = (lses - lse).exp()
+            parts = torch.where(share == 0, 0.0, share * (entropies + (lse - lses)))
+            dtype = rows.weights.dtype
+            return Scores(
+                logps.to(dtype),
+                torch.where(active, lse * temperature, 0.0),
+                None if scores.entropy is None else parts.sum(0).to(dtype),
+            )
+
+        return merged
+
+
+class _Copied(torch.autograd.Function):
+    """Each process uses the same tensor; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        total = dx.to(torch.promote_types(dx.dtype, torch.float32), copy=True)
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total.to(dx.dtype), None
+
+
+class _Gathered(torch.autograd.Function):
+    """Each process has some rows and uses all; its rows' gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        total = dx.to(torch.promote_types(dx.dtype, torch.float32)).contiguous()
+        mine = total.new_empty(dx.shape[0] // ctx.group.size(), *dx.shape[1:])
+        torch.distributed.reduce_scatter(mine, list(total.chunk(ctx.group.size())), group=ctx.group)
+        return mine.to(dx.dtype), None
+
+
+def shared_by_all(hidden: Tensor, given: VocabParallel) -> Tensor:
+    """The hidden states of all tokens, with the gradient that ``reduce_hidden_grad`` asks for."""
+    if given.reduce_hidden_grad == "all_reduce":
+        return _Copied.apply(hidden, given.group)
+    if given.reduce_hidden_grad == "reduce_scatter":
+        return _Gathered.apply(hidden, given.group)
+    return hidden

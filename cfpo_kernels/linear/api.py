@@ -5,26 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import backends, validation
-from ..api import BACKENDS, refuse_tangents
+from ..api import BACKENDS, policy_loss, refuse_tangents, token_logps
 from ..formula import is_idle, loss_of_logps
 from ..inputs import LogRatioBounds
 from ..objectives import CFPO
 from ..runners import runner
 from ..stats import CFPOStats, collect_stats
+from ..tiles import tiles
 from ..validation import AnyObjective, LossTerms, Rows, values
 from ..validation.errors import type_error
 from ..validation.rows import check_hidden_rows
 from ..validation.scalars import positive_number
-from .arguments import check_parameters, precision
-from .batch import Batch, Parameters
+from ..vocab_parallel import Shards, VocabParallel, from_dtensors, shared_by_all
+from .arguments import check_parameters, is_dtensor, precision
+from .batch import Batch
 from .fused import fused_loss
 from .plan import Chunk, Selection, by_sequence, default_chunk, in_order, select
 from .scores import scores_of
-from .shards import Shards, VocabParallel, shared_by_all
-from .tiles import tiles
+from .support import check_support, positions, support_logits
 
 ACCUMULATE = ("float32", "weight")
 # Sums in the weight's dtype round once a product: from here on that shows.
@@ -93,26 +94,35 @@ def linear_policy_loss(
         backend=backend,
     )
     rows = head.rows(token_ids, mask, temperature)
-    with torch.no_grad():
-        terms = validation.check_loss_terms(
-            rows,
-            chosen,
-            advantages=advantages,
-            old_logps=old_logps,
-            reduction=reduction,
-            normalizer=normalizer,
-            cu_seqlens=cu_seqlens,
-            token_weights=token_weights,
-            ref_logps=ref_logps,
-            log_ratio_bounds=log_ratio_bounds,
-            ratio_level=ratio_level,
-            sequence_group=sequence_group,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            kl_ratio_weighted=kl_ratio_weighted,
-            entropy_coef=entropy_coef,
-            grad_scale=grad_scale,
+    numbers: dict[str, Any] = {
+        "advantages": advantages,
+        "old_logps": old_logps,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "cu_seqlens": cu_seqlens,
+        "token_weights": token_weights,
+        "ref_logps": ref_logps,
+        "log_ratio_bounds": log_ratio_bounds,
+        "ratio_level": ratio_level,
+        "sequence_group": sequence_group,
+        "kl_coef": kl_coef,
+        "kl_estimator": kl_estimator,
+        "kl_ratio_weighted": kl_ratio_weighted,
+        "entropy_coef": entropy_coef,
+        "grad_scale": grad_scale,
+    }
+    if support is not None:
+        return policy_loss(
+            *head.logits_of(support, rows),
+            objective=chosen,
+            mask=mask,
+            temperature=head.temperature(rows),
+            backend=backend,
+            return_stats=return_stats,
+            **numbers,
         )
+    with torch.no_grad():
+        terms = validation.check_loss_terms(rows, chosen, **numbers)
         selection = select(
             rows.active, _idle(rows, terms), return_stats, _active_tokens(active_tokens)
         )
@@ -341,6 +351,14 @@ def linear_token_logps(
         backend=backend,
     )
     rows = head.rows(token_ids, mask, temperature)
+    if support is not None:
+        return token_logps(
+            *head.logits_of(support, rows),
+            mask=mask,
+            temperature=head.temperature(rows),
+            return_entropy=return_entropy,
+            backend=backend,
+        )
     selection = select(rows.active, None, False, None)
     batch = head.batch(rows, selection, None)
     logps, entropy, _ = scores_of(batch, head.parameters, return_entropy)
@@ -372,9 +390,11 @@ class _Head:
         self.accumulates = (
             validation.check_choice("accumulate", accumulate, ACCUMULATE) == "float32"
         )
-        if vocab_parallel is not None:
-            if not isinstance(vocab_parallel, VocabParallel):
-                raise type_error("vocab_parallel", vocab_parallel, "a VocabParallel")
+        if vocab_parallel is not None and not isinstance(vocab_parallel, VocabParallel):
+            raise type_error("vocab_parallel", vocab_parallel, "a VocabParallel")
+        if is_dtensor(weight) and is_dtensor(hidden):
+            hidden, weight, bias, vocab_parallel = from_dtensors(hidden, weight, bias)
+        if vocab_parallel is not None and isinstance(hidden, Tensor):
             hidden = shared_by_all(hidden, vocab_parallel)
         takes_float64 = chosen == backends.REFERENCE
         self.hidden = hidden
@@ -402,6 +422,27 @@ class _Head:
             n_cols = self.n_cols if self.shards is None else self.shards.vocab_size
             values.check_token_range(rows.token_ids, rows.active, n_cols, rows.shape)
         return rows
+
+    def temperature(self, rows: Rows) -> Tensor:
+        """As the functions that take logits accept it."""
+        return rows.temperature.reshape(rows.shape if rows.temperature.numel() > 1 else ())
+
+    def logits_of(self, support: object, rows: Rows) -> tuple[Tensor, Tensor]:
+        """(..., k), and which of them each token is."""
+        if self.shards is not None:
+            raise ValueError(
+                "support must be None with vocab_parallel: the tokens that were kept are few "
+                "enough for each process, give it their rows of the whole head"
+            )
+        ids = check_support(support, rows, self.n_cols)
+        logits = support_logits(
+            self.parameters, rows, ids, self.dtypes.operands, self.dtypes.logits
+        )
+        if self.softcap is not None:
+            cap = self.softcap / self.scale
+            logits = torch.where(ids < 0, logits, cap * torch.tanh(logits / cap))
+        chosen = positions(ids, rows.token_ids).reshape(rows.shape)
+        return logits.reshape(*rows.shape, -1), chosen
 
     def batch(self, rows: Rows, selection: Selection, wanted: list[Chunk] | None) -> Batch:
         if wanted is None:

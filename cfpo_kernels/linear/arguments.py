@@ -95,9 +95,7 @@ def _matrix(name: str, value: object, shape: tuple[int, ...], device: torch.devi
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise type_error(name, value, "a floating-point tensor")
     if value.device != device:
-        raise ValueError(
-            f"{name} must be on the device of hidden, {device}, got {value.device}"
-        )
+        raise ValueError(f"{name} must be on the device of hidden, {device}, got {value.device}")
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     return value
@@ -111,9 +109,7 @@ def is_dtensor(x: object) -> bool:
     return isinstance(x, DTensor)
 
 
-def precision(
-    parameters: Parameters, logits_dtype: object, softcap: float | None
-) -> Precision:
+def precision(parameters: Parameters, logits_dtype: object, softcap: float | None) -> Precision:
     """What F.linear would multiply in, unless told otherwise.
 
     Under autocast operands have its dtype, and logits too; with ``logits_dtype=torch.float32``

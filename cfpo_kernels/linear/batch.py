@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..backends.base import KernelRows
+from ..tiles import Scores, Tiles
 from ..validation import Rows
+from ..vocab_parallel import Shards
 from .head import SLICE, Gradients, Head, Pieces
 from .plan import Chunk
 from .products import operand_dtype, slices, wide
-from .shards import Shards
-from .tiles import Scores, Tiles
 
 
 class Parameters(NamedTuple):
@@ -69,7 +69,9 @@ class Batch:
         return Head(weight, bias, lora, self.tile_dtype, self.softcap)
 
     def new_tile(self, n_cols: int) -> Tensor:
-        return torch.empty(self.chunk, n_cols, dtype=self.tile_dtype, device=self.rows.active.device)
+        return torch.empty(
+            self.chunk, n_cols, dtype=self.tile_dtype, device=self.rows.active.device
+        )
 
     def operands(self, chunk: Chunk, parameters: Parameters) -> tuple[Tensor, Tensor | None]:
         """x and u of the chunk, with zeros up to a tile's number of rows."""
@@ -88,7 +90,9 @@ class Batch:
     ) -> KernelRows:
         """`weights`: (N,). `columns`: which of the head's the tile has; None: all."""
         ids, temperature = chunk.of(self.rows.token_ids), self.rows.temperature
-        first = (0 if columns is None else columns.start) + (self.shards.start if self.shards else 0)
+        first = (0 if columns is None else columns.start) + (
+            self.shards.start if self.shards else 0
+        )
         return KernelRows(
             tile[: chunk.size],
             ids - first if first else ids,

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..autograd import begin_only_backward
 from ..backends.base import KernelTerms
+from ..tiles import Scores, loss_and_slopes
 from ..validation import LossTerms
 from .batch import Batch, Parameters, Sums
 from .plan import Chunk
-from .tiles import Scores, loss_and_slopes
 
 
 class _Tile(NamedTuple):
@@ -47,9 +47,7 @@ class _Fused:
         self.sums = Sums(batch, self.head, parameters, needs)
         several = len(batch.wanted) > 1
         self.of_columns = self.sums.of_columns(self.head.n_cols, several=several)
-        self.loss, self.logps, self.entropy = (
-            torch.zeros_like(terms.weights) for _ in range(3)
-        )
+        self.loss, self.logps, self.entropy = (torch.zeros_like(terms.weights) for _ in range(3))
 
     def run(self) -> None:
         # While the shards of one tile are exchanged, the next one is multiplied.
@@ -119,7 +117,8 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, batch: Batch, terms: LossTerms, with_entropy: bool, *parameters: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        run = _Fused(batch, terms, Parameters(*parameters), ctx.needs_input_grad[3:], with_entropy)  # type: ignore[arg-type]
+        given = Parameters(*parameters)  # type: ignore[arg-type]
+        run = _Fused(batch, terms, given, ctx.needs_input_grad[3:], with_entropy)
         run.run()
         ctx.save_for_backward(terms.grad_scale, *run.sums.gradients())
         ctx.tiles, ctx.spent = batch.tiles, False

@@ -99,11 +99,9 @@ class Head:
                     gradient = tile[:, s].t().to(dtype)
                     product(pieces.columns(s), gradient, factor.to(dtype), add=pieces.adds)
         if to.bias is not None:
-            to.bias += tile.sum(0, dtype=to.bias.dtype)
+            to.bias.add_(tile.sum(0, dtype=to.bias.dtype))
 
-    def _step(
-        self, columns: slice, out: torch.dtype, *operands: Tensor
-    ) -> tuple[torch.dtype, int]:
+    def _step(self, columns: slice, out: torch.dtype, *operands: Tensor) -> tuple[torch.dtype, int]:
         """The dtype that operands of products into `out` need, and how many columns at a time."""
         dtype = operand_dtype(self.weight.dtype, out, self.weight.device)
         converted = any(x.dtype != dtype for x in operands)

@@ -60,7 +60,7 @@ def by_sequence(index: Tensor, sequences: Tensor, chunk: int) -> list[Chunk] | N
     """Whole sequences in each chunk: the longest first, each where it fits first.
 
     Args:
-        index: (m,) int64, rows in order; sequences: (m,) int64, the sequence of each; both on a CPU.
+        index: (m,) int64, rows in order; sequences: (m,) int64, which each is of. On a CPU.
 
     Returns:
         None where a sequence is longer than a chunk.
@@ -77,19 +77,15 @@ def by_sequence(index: Tensor, sequences: Tensor, chunk: int) -> list[Chunk] | N
     place = [0] * len(lengths)
     for sequence in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
         length = lengths[sequence]
-        for bin_, left in enumerate(free):
-            if length <= left:
-                break
-        else:
-            bin_ = len(free)
+        fitting = [i for i, left in enumerate(free) if length <= left]
+        if not fitting:
+            fitting = [len(free)]
             free.append(chunk)
-        free[bin_] -= length
-        place[sequence] = bin_
-    bins = torch.tensor(place, device=index.device)[inverse]
-    return [
-        Chunk(rows, 0, rows.shape[0])
-        for rows in (index[bins == bin_] for bin_ in range(len(free)))
-    ]
+        place[sequence] = fitting[0]
+        free[fitting[0]] -= length
+    places = torch.tensor(place)[inverse]
+    rows_of = (index[places == i] for i in range(len(free)))
+    return [Chunk(rows, 0, rows.shape[0]) for rows in rows_of]
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..autograd import begin_only_backward
+from ..tiles import Scores
 from .batch import Batch, Parameters, Sums
 from .head import SLICE, Head
 from .plan import Chunk
 from .products import slices
-from .tiles import Scores
 
 
 class _All:
@@ -111,7 +111,7 @@ def _add_slices(
                 tile = fresh[:, : columns.stop - columns.start]
                 head.project(tile, x, u, columns)
             rows = batch.kernel_rows(tile, chunk, active, columns if several else None)
-            of_chunk = Scores(*(None if s is None else chunk.of(s) for s in scores))  # type: ignore[arg-type]
+            of_chunk = scores.each(chunk.of)
             of_entropy = None if dentropy is None else chunk.of(dentropy).contiguous()
             batch.tiles.gradient_(rows, of_chunk, chunk.of(dlogps).contiguous(), of_entropy)
             tile[chunk.size :] = 0

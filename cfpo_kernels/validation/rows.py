@@ -91,9 +91,7 @@ def _logits(logits: object, takes_float64: bool) -> Tensor:
     return logits
 
 
-def _token_ids(
-    token_ids: object, like: Tensor, name: str = "logits", columns: str = "V"
-) -> Tensor:
+def _token_ids(token_ids: object, like: Tensor, name: str = "logits", columns: str = "V") -> Tensor:
     ids = check_tensor("token_ids", token_ids, like, "an int64 or int32 tensor", name)
     if ids.dtype not in (torch.int64, torch.int32):
         raise type_error("token_ids", ids, "an int64 or int32 tensor")

@@ -5,18 +5,19 @@ Rows of weight 0 are not read and get zeros.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .. import backends, reference
-from ..backends.base import KernelRows, KernelTerms
-from ..formula import ONE_TOKEN, loss_of_logps
-from ..inputs import LossSettings, TokenInputs
-from ..two_pass import Beyond
-from ..validation import values
+from . import backends, reference
+from .backends.base import KernelRows, KernelTerms
+from .formula import ONE_TOKEN, loss_of_logps
+from .inputs import LossSettings, TokenInputs
+from .two_pass import Beyond
+from .validation import values
 
 
 class Scores(NamedTuple):
@@ -25,6 +26,11 @@ class Scores(NamedTuple):
     logps: Tensor
     lse: Tensor
     entropy: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Scores:
+        """With `change` applied to those that there are."""
+        entropy = None if self.entropy is None else change(self.entropy)
+        return Scores(change(self.logps), change(self.lse), entropy)
 
 
 class Tiles(Protocol):

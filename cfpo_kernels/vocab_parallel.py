@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import KernelRows
-from ..validation.errors import type_error
+from .backends.base import KernelRows
 from .tiles import Scores
+from .validation.errors import type_error
 
 REDUCTIONS = ("all_reduce", "reduce_scatter", "none")
 
@@ -149,3 +149,39 @@ def shared_by_all(hidden: Tensor, given: VocabParallel) -> Tensor:
     if given.reduce_hidden_grad == "reduce_scatter":
         return _Gathered.apply(hidden, given.group)
     return hidden
+
+
+def from_dtensors(
+    hidden: Any, weight: Any, bias: Any
+) -> tuple[Tensor, Tensor, Tensor | None, VocabParallel]:
+    """The local tensors of a head that is split over the rows of a tensor-parallel mesh.
+
+    The hidden states, whole on each process or split by tokens, get gradients of their own
+    placement; so do the weight and the bias.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    mesh = weight.device_mesh
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is not None and (
+            not isinstance(x, DTensor) or x.device_mesh != mesh or mesh.ndim != 1
+        ):
+            raise ValueError(
+                f"{name} must be a DTensor on the weight's mesh, and that of one dimension; "
+                "otherwise pass local tensors and vocab_parallel="
+            )
+        if name != "hidden" and x is not None and tuple(x.placements) != (Shard(0),):
+            raise ValueError(
+                f"{name} must be split over the vocabulary, Shard(0), got {x.placements}"
+            )
+    replicated = hidden.redistribute(placements=[Replicate()])
+    group, vocab_size = mesh.get_group(), weight.shape[0]
+    # As torch.chunk splits: all parts but the last ones have as many rows.
+    each = -(-vocab_size // mesh.size())
+    start = min(mesh.get_local_rank() * each, vocab_size)
+    return (
+        replicated.to_local(grad_placements=[Partial()]),
+        weight.to_local(),
+        None if bias is None else bias.to_local(),
+        VocabParallel(group, start, vocab_size, "none"),
+    )

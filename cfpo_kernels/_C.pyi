@@ -18,8 +18,10 @@ class CudaQuery(TypedDict):
     driver_version: int
     devices: list[CudaDevice]
 
-# Only where cuda_built: the four kernels below, with `device`, `stream` and `workspace` in place
-# of `threads` and `level`, and workspace_bytes(logits, device).
+# tests/test_native_stub.py compares this file with the module.
+
+# Only where cuda_built: the four kernels below, with `device`, `stream`, `workspace` and
+# `row_kernel` in place of `threads` and `level`, and workspace_bytes(logits, device).
 cuda: ModuleType
 build_id: str
 cuda_built: bool

@@ -74,16 +74,84 @@ def policy_loss(
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, CFPOStats]:
-    """:func:`cfpo_loss` with any objective.
+    """A policy loss of a batch of tokens, with its gradient computed in the same pass.
+
+    With p = softmax(logits / temperature), y the token, r = p_y / exp(old_logp) and H the entropy
+    of p::
+
+        loss = sum_i w_i (token_weight_i policy_i + kl_coef KL_i - entropy_coef H_i)
+
+    where ``policy`` is the objective's loss of a token, and the w_i are made of mask, reduction and
+    normalizer.
 
     Args:
+        logits: (..., V) float32, bfloat16 or float16, before the temperature; float64 with
+            backend="reference". The last dimension has stride 1, leading ones any stride. The only
+            differentiable argument.
+        token_ids: (...) int64 or int32, the sampled tokens.
+        advantages: (...) float; or one a sequence: (B,) or (B, 1) for (B, T, V) logits, (B,) with
+            cu_seqlens.
+        old_logps: (...) float, log p of the tokens when they were sampled, in nats, at the same
+            temperature. None: on-policy, r = 1.
         objective: a named one, such as ``CFPO(epsilon=0.2)`` or ``PPOClip(0.2, 0.28)``; or a
-            callable that takes :class:`TokenTerms` and returns a loss a token (...), in torch. The
-            latter costs a second read of the logits; token_weights, the KL term, the entropy bonus
-            and the reduction are applied to what it returns.
-        others: see :func:`cfpo_loss`.
+            callable that takes :class:`TokenTerms` and returns a loss a token (...), in torch. A
+            callable costs a second read of the logits; token_weights, the KL term, the entropy
+            bonus and the reduction are applied to what it returns.
+        mask: (...) bool or number; where it is 0 the token is not part of the loss, and none of its
+            numbers is looked at. Not a weight: any number but 0 counts as 1. None: all tokens.
+        reduction: "token-mean" divides by the number of unmasked tokens; "seq-mean-token-mean" is
+            the mean over sequences of their token means, "seq-mean-token-sum" that of their sums;
+            "sum"; "none" returns a loss a token. Sequences without unmasked tokens do not count.
+        normalizer: positive number or 0-d tensor in place of the denominator: of the number of
+            tokens, of sequences for the seq-* reductions, of 1 otherwise.
+        cu_seqlens: (B + 1,) int64 or int32, bounds of the sequences of packed (N, V) logits.
+        token_weights: (...) float, factors of the policy term, detached.
+        ref_logps: (...) float, log p under the reference model, in nats; needed for a KL term.
+        log_ratio_bounds: a pair (low, high) of bounds on log r, in nats, each a number, a 0-d
+            tensor or (...) float, in place of the objective's own; what that means is said there.
+        ratio_level: "token", or "sequence": a token's log r is the mean of its sequence's (GSPO,
+            arXiv 2507.18071), and bounds are on that; a second read of the logits. With advantages
+            by token, a token's loss moves its own log p only (GSPO-token).
+        sequence_group: a process group over which each sequence is split, for "sequence".
+        kl_coef: factor of the KL estimate against ref_logps.
+        kl_estimator: with d = ref_logp - logp, "k1": -d, "k2": d^2 / 2, "k3": e^d - d - 1; "k1+",
+            "k3+": their value with the gradient of k2.
+        kl_ratio_weighted: multiply the KL estimate by r, which is differentiated too; by the
+            sequence's with ratio_level="sequence", differentiated by the token's own log p.
+        entropy_coef: factor of the entropy bonus, in nats.
+        temperature: number, 0-d tensor, or (...) float for one a row.
+        inplace: the gradient overwrites the logits, so that no V-sized memory is allocated; see
+            :func:`cfpo_loss`.
+        grad_scale: number or 0-d tensor, AMP's loss scale: in the gradient before it is rounded to
+            16 bits, and divided out of the incoming gradient.
+        backend: "auto", "cpu", "reference", "triton" or "cuda"; see :func:`available_backends`.
+        return_stats: also return :class:`CFPOStats`.
 
-    Returns, raises, memory: see :func:`cfpo_loss`.
+    Returns:
+        A 0-d float32 loss, or (...) for reduction="none" (float64 for float64 logits); with
+        return_stats, a pair with the statistics.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape, device or value; or the
+            objective has no formula for this backend.
+        IndexError: a token of an unmasked row is not in [0, V), on a CPU. On a GPU that row's loss
+            is NaN, or this raises with CFPO_KERNELS_DEBUG=1.
+        BackendUnavailableError: the backend asked for cannot run here; nothing else is tried.
+
+    Memory: one gradient of the logits' shape and dtype, none with inplace=True; O(N) otherwise, and
+    where no gradient is wanted. Backward hands over the gradient, and so can run once, but for
+    callables and ratio_level="sequence" without inplace.
+
+    Source: the objective's; docs/maths.md derives the gradient through the softmax.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]], requires_grad=True)
+        >>> batch = (torch.tensor([0, 1]), torch.tensor([1.0, -1.0]), torch.tensor([-0.5, -0.5]))
+        >>> loss = policy_loss(logits, *batch, objective=PPOClip(0.2, 0.28, dual_clip=3.0))
+        >>> loss.backward()
+        >>> logits.grad  # the first token's ratio, 1.3, is clipped
+        tensor([[ 0.0000,  0.0000,  0.0000],
+                [-0.1007,  0.2013, -0.1007]])
     """
     chosen = validation.check_objective(objective)
     validation.check_flag("return_stats", return_stats)
@@ -235,7 +303,15 @@ def cfpo_loss(
     Without a gradient (no_grad, or logits that need none): O(N). Backward hands over the gradient,
     and so can run once; a second call raises, except in code that torch.compile made.
 
-    Source: CFPO, arXiv 2601.22801; docs/design.md derives the gradient.
+    Source: CFPO, arXiv 2601.22801; docs/maths.md derives the gradient.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, requires_grad=True)
+        >>> loss = cfpo_loss(logits, torch.tensor([0, 2]), torch.tensor([1.0, -1.0]))
+        >>> loss.backward()
+        >>> logits.grad
+        tensor([[-0.3333,  0.1667,  0.1667],
+                [-0.1667, -0.1667,  0.3333]])
     """
     return policy_loss(
         logits,
@@ -293,6 +369,13 @@ def token_logps(
     Raises: see :func:`cfpo_loss`.
 
     Memory: O(N) in forward; in backward one gradient of the logits, none with inplace=True.
+
+    Example:
+        >>> logits = torch.zeros(2, 4, requires_grad=True)
+        >>> logps, entropy = token_logps(logits, torch.tensor([0, 3]), return_entropy=True)
+        >>> (-logps.mean() - 0.01 * entropy.mean()).backward()
+        >>> logps.detach().exp(), logits.grad[1]
+        (tensor([0.2500, 0.2500]), tensor([ 0.1250,  0.1250,  0.1250, -0.3750]))
     """
     validation.check_flag("return_entropy", return_entropy)
     validation.check_flag("return_lse", return_lse)
@@ -322,6 +405,16 @@ class CFPOLoss(nn.Module):
     Args:
         epsilon: see :func:`cfpo_loss`.
         **settings: any keyword argument of :func:`cfpo_loss`; a call may override them.
+
+    Raises:
+        TypeError, ValueError: an argument is unknown, or has a wrong type or value.
+
+    Example:
+        >>> criterion = CFPOLoss(epsilon=0.1, reduction="sum")
+        >>> criterion
+        CFPOLoss(epsilon=0.1, reduction='sum')
+        >>> criterion(torch.zeros(2, 3), torch.tensor([0, 2]), torch.tensor([1.0, 2.0]))
+        tensor(-3.)
     """
 
     def __init__(self, epsilon: float = 0.2, **settings: Any) -> None:
@@ -344,6 +437,27 @@ class CFPOLoss(nn.Module):
         old_logps: Tensor | None = None,
         **overrides: Any,
     ) -> Tensor | tuple[Tensor, CFPOStats]:
+        """:func:`cfpo_loss` with the settings of the constructor.
+
+        Args:
+            logits: (..., V) float32, bfloat16 or float16, before the temperature; the only
+                differentiable argument. Overwritten by its gradient with inplace=True.
+            token_ids: (...) int64 or int32, the sampled tokens.
+            advantages: (...) float; or one a sequence: (B,) or (B, 1) for (B, T, V) logits.
+            old_logps: (...) float, log p of the tokens when they were sampled, in nats. None:
+                on-policy.
+            **overrides: keyword arguments of :func:`cfpo_loss`, for what changes with the batch
+                (mask, ref_logps, token_weights, normalizer, ...), or in place of a setting.
+
+        Returns:
+            A 0-d float32 loss, or (...) for reduction="none"; with return_stats, a pair with
+            :class:`CFPOStats`.
+
+        Raises:
+            TypeError, ValueError, IndexError, BackendUnavailableError: as :func:`cfpo_loss`.
+
+        Memory: one gradient of the logits' shape and dtype, none with inplace=True.
+        """
         return cfpo_loss(logits, token_ids, advantages, old_logps, **(self.settings | overrides))
 
     def extra_repr(self) -> str:

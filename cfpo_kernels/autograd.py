@@ -40,6 +40,14 @@ class CFPOFunction(torch.autograd.Function):
     is differentiable, and only with respect to the logits. With `inplace` the logits hold their
     gradient afterwards. Backward can run once: a second call raises, but not in code that
     torch.compile made, which does not see the check.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, requires_grad=True)
+        >>> loss = cfpo_kernels.cfpo_loss(logits, torch.tensor([0, 2]), torch.ones(2))
+        >>> loss.backward(retain_graph=True)
+        >>> loss.backward()
+        Traceback (most recent call last):
+        RuntimeError: cfpo_kernels: backward ran a second time, ...
     """
 
     @staticmethod

@@ -36,13 +36,68 @@ def policy_loss_from_logps(
     entropy_coef: float = 0.0,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, CFPOStats]:
-    """:func:`cfpo_loss_from_logps` with any objective.
+    """The loss of :func:`policy_loss`, from the log-probs of the tokens instead of their logits.
+
+    ::
+
+        loss = sum_i w_i (token_weight_i policy_i + kl_coef KL_i - entropy_coef H_i)
+
+    where ``policy`` is the objective's loss of a token, H its entropy, and the w_i are made of
+    mask, reduction and normalizer. Elementwise plain torch on any device.
 
     Args:
-        objective: see :func:`policy_loss`.
-        others: see :func:`cfpo_loss_from_logps`.
+        logps: (...) floating point, log p of the tokens in nats; differentiable. Every (...) is
+            their shape: (B, T), or packed (N,).
+        advantages: (...) float; or one a sequence: (B,) or (B, 1) for (B, T), (B,) with cu_seqlens.
+        old_logps: (...) float, log p of the tokens when they were sampled, in nats. None:
+            on-policy, r = 1.
+        objective: a named one, such as ``CFPO(epsilon=0.2)`` or ``PPOClip(0.2, 0.28)``; or a
+            callable that takes :class:`TokenTerms` and returns a loss a token (...). Not one that
+            is written in Triton.
+        entropy: (...) floating point, entropy of each token's distribution in nats; differentiable.
+            Needed where entropy_coef is not 0, or the callable has ``needs_entropy = True``.
+        mask: (...) bool or number; where it is 0 the token is not part of the loss, and none of its
+            numbers is looked at. Not a weight: any number but 0 counts as 1. None: all tokens.
+        reduction: "token-mean" divides by the number of unmasked tokens; "seq-mean-token-mean" is
+            the mean over sequences of their token means, "seq-mean-token-sum" that of their sums;
+            "sum"; "none" returns a loss a token. Sequences without unmasked tokens do not count.
+        normalizer: positive number or 0-d tensor in place of the denominator: of the number of
+            tokens, of sequences for the seq-* reductions, of 1 otherwise.
+        cu_seqlens: (B + 1,) int64 or int32, bounds of the sequences of packed (N,) log-probs.
+        token_weights: (...) float, factors of the policy term, detached.
+        ref_logps: (...) float, log p under the reference model, in nats; needed for a KL term.
+        log_ratio_bounds: a pair (low, high) of bounds on log r, in nats, each a number, a 0-d
+            tensor or (...) float, in place of the objective's own; what that means is said there.
+        ratio_level: "token", or "sequence": a token's log r is the mean of its sequence's (GSPO,
+            arXiv 2507.18071), and bounds are on that. With advantages by token, a token's loss
+            moves its own log p only (GSPO-token).
+        sequence_group: a process group over which each sequence is split, for "sequence".
+        kl_coef: factor of the KL estimate against ref_logps.
+        kl_estimator: with d = ref_logp - logp, "k1": -d, "k2": d^2 / 2, "k3": e^d - d - 1; "k1+",
+            "k3+": their value with the gradient of k2.
+        kl_ratio_weighted: multiply the KL estimate by r, which is differentiated too; by the
+            sequence's with ratio_level="sequence", differentiated by the token's own log p.
+        entropy_coef: factor of the entropy bonus, in nats.
+        return_stats: also return :class:`CFPOStats`, whose entropies are NaN without `entropy`.
 
-    Returns, raises, memory: see :func:`cfpo_loss_from_logps`.
+    Returns:
+        A 0-d float32 loss, or (...) for reduction="none" (float64 for float64 logps); with
+        return_stats, a pair with the statistics.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape, device or value.
+
+    Memory: O(N). Differentiable twice.
+
+    Source: the objective's.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+        >>> old_logps = torch.tensor([-1.0, -2.5, -0.5])
+        >>> loss = policy_loss_from_logps(logps, torch.ones(3), old_logps, objective=PPOClip())
+        >>> loss.backward()
+        >>> logps.grad  # the second token's ratio is clipped
+        tensor([-0.3333,  0.0000, -0.3333])
     """
     chosen = validation.check_objective(objective)
     validation.check_formula(chosen, False)
@@ -144,7 +199,14 @@ def cfpo_loss_from_logps(
 
     Memory: O(N). Plain torch on any device, differentiable twice.
 
-    Source: CFPO, arXiv 2601.22801; docs/design.md derives the gradient.
+    Source: CFPO, arXiv 2601.22801; docs/maths.md derives the gradient.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+        >>> old_logps = torch.tensor([-1.0, -2.5, -0.5])
+        >>> cfpo_loss_from_logps(logps, torch.ones(3), old_logps).backward()
+        >>> logps.grad  # the second token's ratio is beyond 1.2, and is pulled back
+        tensor([-0.3333,  1.2330, -0.3333])
     """
     return policy_loss_from_logps(
         logps,

@@ -1,7 +1,7 @@
 """The three shapes that the kernels know, and the numbers that they are told.
 
 Their formulas stand in formula.py, csrc/core/objective.h and triton_kernels/objective.py, and in
-docs/design.md with their derivations.
+docs/maths.md with their derivations.
 """
 
 from __future__ import annotations

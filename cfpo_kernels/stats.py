@@ -13,24 +13,43 @@ from .two_pass import Beyond
 
 
 class CFPOStats(NamedTuple):
-    """Detached statistics of a loss call, over the unmasked tokens. All float32.
+    """Detached statistics of a loss call, over the unmasked tokens. All float32, on the device.
 
     Attributes:
         logps: (...), log p of the tokens, in nats; 0 where masked.
-        entropy: (...), entropy of the rows, in nats; 0 where masked.
-        ratio_mean, ratio_max: 0-d, of r = exp(logp - old_logp).
-        outside_fraction: 0-d, share of tokens with log r outside log_ratio_bounds or else the
-            objective's own bounds: |r - 1| > epsilon for CFPO, the clip range for PPOClip; NaN for
-            an objective without bounds.
-        approx_kl: 0-d, mean of r - 1 - log r, an estimate of KL(old || pi).
-        ref_kl: 0-d, mean of the chosen estimator against ref_logps; NaN without ref_logps.
-        entropy_mean: 0-d.
-        dropped_fraction: 0-d, share of tokens with an advantage other than 0 that the objective
-            gives no gradient: what trainers call the clip fraction; NaN for a callable.
+        entropy: (...), entropy of each token's distribution, in nats; 0 where masked, NaN from
+            log-probs without `entropy`.
+        ratio_mean, ratio_max: 0-d, of r = exp(logp - old_logp); 1 without old_logps.
+        outside_fraction: 0-d, share of the tokens whose r is outside a region, whatever the sign of
+            A. With log_ratio_bounds it is theirs; without, |r - 1| <= epsilon for CFPO
+            (epsilon_high above 1), [1 - epsilon_low, 1 + epsilon_high] for PPOClip, GPPO and ASPO,
+            [low, high] for CISPO and IcePop. NaN for those without bounds: SAPO, TOPR, Reinforce,
+            PowerIS, DRO, a callable.
+        approx_kl: 0-d, mean of r - 1 - log r, in nats: an estimate of KL(old || pi).
+        ref_kl: 0-d, mean of the chosen estimator against ref_logps, in nats, not weighted by r; NaN
+            without ref_logps.
+        entropy_mean: 0-d, mean of `entropy`.
+        dropped_fraction: 0-d, share, of the tokens with A != 0, of those whose policy term has no
+            gradient (a drift aside): what trainers call the clip fraction. PPOClip: clipped on the
+            side of A, or by the dual clip; GPPO: the same where its beta is 0; ASPO: clipped for
+            A > 0 above, for A < 0 below; DPPO: beyond the bound on the side of A; IcePop, IPO:
+            outside of both bounds; CFPO: beyond log_ratio_clip. 0 for the others, whose tokens all
+            keep one; NaN for a callable, or an objective in Triton.
 
     With ratio_level="sequence" r is the sequence's, except in approx_kl.
 
-    Means are NaN, and the maximum is -inf, where no token is unmasked.
+    Means are NaN, and the maximum is -inf, where no token is unmasked. Nothing here forces a device
+    to synchronise.
+
+    Example:
+        >>> r = torch.tensor([0.5, 1.0, 1.5, 1.1])
+        >>> advantages = torch.tensor([1.0, 1.0, 1.0, 0.0])
+        >>> old_logps = torch.full((4,), -2.0)
+        >>> _, stats = cfpo_kernels.policy_loss_from_logps(
+        ...     old_logps + r.log(), advantages, old_logps, objective=PPOClip(), return_stats=True
+        ... )
+        >>> stats.outside_fraction, stats.dropped_fraction  # r = 0.5 keeps its gradient: A > 0
+        (tensor(0.5000), tensor(0.3333))
     """
 
     logps: Tensor

@@ -30,6 +30,13 @@ class TokenTerms(NamedTuple):
         ref_logps, token_weights: None where not given. The weights are applied to the result.
         mask: bool.
         cu_seqlens: as given.
+
+    Example:
+        >>> def tilted(terms):  # importance sampling, its weight at most 2 and detached
+        ...     return -terms.log_ratio.exp().clamp(max=2).detach() * terms.advantages * terms.logps
+        >>> logps = torch.tensor([-1.0, -2.0])
+        >>> cfpo_kernels.policy_loss_from_logps(logps, torch.ones(2), objective=tilted)
+        tensor(1.5000)
     """
 
     logps: Tensor

@@ -1,7 +1,7 @@
 // The Python module cfpo_kernels._C: numbers in, raw pointers through, exceptions out.
 //
-// Torch-free on purpose: one build serves every torch version. cfpo_kernels/backends/cpu.py and
-// cuda.py are the only callers, and have checked every argument before they hand over an address.
+// Torch-free on purpose: one build serves every torch version. cfpo_kernels/backends/native.py is
+// the only caller of kernels, and hands over addresses after every argument was checked.
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "kernel_bindings.h"

@@ -102,7 +102,7 @@ inline Policy make_policy(const std::string& shape, const std::vector<double>& n
 }
 
 // `Kernels` has the four functions as static members; `Where`: the arguments that make an
-// Execution: threads and level on the CPU; device, stream and workspace on a GPU.
+// Execution: threads and level on the CPU; device, stream, workspace and row kernel on a GPU.
 template <class Kernels, class... Where>
 void policy_loss(const RowsTuple& logits, const std::optional<RowsTuple>& dlogits,
                  std::uintptr_t token_ids, std::uintptr_t temperature,

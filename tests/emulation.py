@@ -84,7 +84,7 @@ class EmulatedBackend(CudaBackend):
     def kernels(self) -> Any:
         return self.module
 
-    def where(
+    def execution(
         self, logits: Tensor, workspace: bool = False
     ) -> AbstractContextManager[dict[str, Any]]:
         self.memory = self.workspace(logits, 0) if workspace else None

@@ -91,13 +91,18 @@ def public(module: ModuleType) -> set[str]:
     return {name for name, f in functions if name[0] != "_" and f.__module__ == module.__name__}
 
 
-def run_examples(module: ModuleType) -> None:
-    """Every public function of a module has an example, and it is right."""
-    names = {"torch": torch, "math": math} | vars(module)
-    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+def examples_of(thing: Any, known: dict[str, Any]) -> set[str]:
+    """Runs the examples of a module, class or function; the names of what has one."""
+    names = {"torch": torch, "math": math} | known
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     shown = set()
-    for test in doctest.DocTestFinder().find(module, globs=names):
+    for test in doctest.DocTestFinder().find(thing, globs=names):
         if test.examples:
             shown.add(test.name.rsplit(".", 1)[-1])
             assert runner.run(test).failed == 0, test.name
-    assert shown == public(module)
+    return shown
+
+
+def run_examples(module: ModuleType) -> None:
+    """Every public function of a module has an example, and it is right."""
+    assert examples_of(module, vars(module)) == public(module)

@@ -32,7 +32,7 @@ def module(emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("v", "element", "cluster", "stages"),
+    ("v", "element", "cluster", "slots"),
     [
         (32000, 2, 1, 3),
         (32768, 2, 1, 3),
@@ -46,9 +46,9 @@ def module(emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         (151936, 4, 0, 0),
     ],
 )
-def test_the_table_for_227_kb(v: int, element: int, cluster: int, stages: int, module: Any) -> None:
+def test_the_table_for_227_kb(v: int, element: int, cluster: int, slots: int, module: Any) -> None:
     plan = module.plan_clusters(-(-v * element // SEGMENT), 8192, "auto")
-    assert (plan["cluster"], plan.get("stages", 0)) == (cluster, stages)
+    assert (plan["cluster"], plan.get("slots", 0)) == (cluster, slots)
     assert plan["chosen"] == (cluster > 0)
 
 
@@ -62,7 +62,7 @@ def test_plans_fit(shared: int, module: Any) -> None:
             continue
         assert plan["cluster"] in (1, 2, 4, 8)
         assert plan["shared_bytes"] <= shared
-        assert 3 <= plan["stages"] <= 5, "one row to write, one to sum, one that comes in"
+        assert 3 <= plan["slots"] <= 5, "one row to write, one to sum, one that comes in"
         firsts = plan["first_segments"]
         slices = [end - begin for begin, end in itertools.pairwise(firsts)]
         assert firsts[0] == 0 and firsts[-1] == n_segments
@@ -72,7 +72,7 @@ def test_plans_fit(shared: int, module: Any) -> None:
         assert plan["slot_bytes"] >= plan["slice"] * SEGMENT + VECTOR
         assert plan["slot_bytes"] % LINE == 0, "as rows begin where lines do"
         assert plan["sums"] % VECTOR == plan["barriers"] % 8 == plan["notes"] % 8 == 0
-        assert plan["sums"] >= plan["stages"] * plan["slot_bytes"]
+        assert plan["sums"] >= plan["slots"] * plan["slot_bytes"]
 
 
 def test_when_it_is_chosen(module: Any) -> None:

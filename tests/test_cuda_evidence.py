@@ -225,8 +225,8 @@ def test_a_bad_kernel_is_noticed(tmp_path: Path) -> None:
 
 
 def test_the_table_in_the_documentation(usages: list[Any]) -> None:
-    """Registers in docs/design.md are those of the compiler that it names."""
-    text = (ROOT / "docs" / "design.md").read_text()
+    """Registers in docs/cuda.md are those of the compiler that it names."""
+    text = (ROOT / "docs" / "cuda.md").read_text()
     rows = re.findall(
         r"^\| `(row_kernel<.*?>|cluster_kernel<.*?>|split_.*?>|multiply_.*?>)` \|(.*)\|$",
         text,

@@ -3,7 +3,7 @@
 The source is built by g++: the code is the GPU's, down to the primitives; what runs it is not. Of
 PTX, which an interpreter runs, that goes for the primitives too. Both find mistakes of arithmetic,
 addressing and synchronisation, and say nothing about speed or the memory model: they make no kernel
-count as verified on a GPU. docs/design.md, "What shows what", has it in a table.
+count as verified on a GPU. docs/verification.md, "What shows what", has it in a table.
 """
 
 from __future__ import annotations
@@ -277,14 +277,14 @@ def test_plans_fit_the_device(device: Any, both_sweeps: bool, target: Target) ->
     target.set_device(*device)
     for n_segments in [*range(1, 300), 512, 1024]:
         plan = target.module.plan_rows(n_segments, both_sweeps)
-        blocks, slots, warps = plan["blocks_per_sm"], plan["slots"], plan["warps_per_row"]
+        blocks, windows, warps = plan["blocks_per_sm"], plan["warp_windows"], plan["warps_per_row"]
         rows = plan["threads"] // 32 // warps
         assert plan["shared_bytes"] <= shared_per_block
         assert blocks * (plan["shared_bytes"] + 1024) <= shared_per_sm
         assert blocks * plan["threads"] <= 640
-        whole = slots * warps >= n_segments
-        assert whole or slots > 2, "no window to keep a segment in beside the ring"
-        in_flight = blocks * plan["threads"] // 32 * (slots if whole else 2) * 2048
+        whole = windows * warps >= n_segments
+        assert whole or windows > 2, "no window to keep a segment in beside the ring"
+        in_flight = blocks * plan["threads"] // 32 * (windows if whole else 2) * 2048
         assert in_flight >= 32 * 1024, "too few bytes under way"
         if both_sweeps:
             nearly_whole = 10 * plan["windows"] >= 9 * rows * n_segments

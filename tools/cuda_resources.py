@@ -1,6 +1,6 @@
 """What the compiler made of the CUDA kernels: registers, stack, instructions. Needs no GPU.
 
-Run as a program it prints the table of docs/design.md:
+Run as a program it prints the table of docs/cuda.md:
 
     python tools/cuda_resources.py [MODULE]
 

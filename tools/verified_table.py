@@ -29,7 +29,8 @@ ROWS = (
         "cuda",
         "NVIDIA GPUs from compute capability 8.0",
         "tested on every commit on the CPU, as source in emulation and as PTX in an interpreter "
-        "([what that shows](docs/design.md#what-shows-what)); compiled for 8.0, 9.0, 10.0 and 12.0",
+        "([what that shows](docs/verification.md#what-shows-what)); compiled for 8.0, 9.0, 10.0 "
+        "and 12.0",
     ),
     (
         "triton",

@@ -1,7 +1,7 @@
 """Which tile and how many programs a launch gets: a table, no autotuning.
 
 A tile decides the last bits of a row, so it depends on V and the dtype alone; the number of
-programs may depend on anything. docs/design.md, "Triton", has the expectations behind the numbers:
+programs may depend on anything. docs/triton.md has the expectations behind the numbers:
 bytes in flight, registers, occupancy. None has been measured on a GPU yet.
 """
 

@@ -6,7 +6,8 @@ nothing else is said, and may be None where the launcher says so.
 
 Common arguments:
     logits_ptr, dlogits_ptr: (N, V), rows as rows.row_place says; the same memory if in place
-    logits_first, ..._inner, ..._outer, ..._step: its arguments; strides in units of UNIT elements
+    logits_first, logits_inner, logits_outer, logits_step, and the same of dlogits: where rows are,
+        the arguments of rows.row_place; strides (outer, step) in units of UNIT elements
     SHIFTED: 0, or the elements of 16 bytes: rows start anywhere, but those of logits and dlogits
         at the same address modulo 16 bytes
     n_cols: V in units of COLUMN_UNIT

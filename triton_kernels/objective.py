@@ -2,7 +2,7 @@
 
 Scalar functions of one token; nothing here knows the vocabulary, pointers or reductions. There are
 three shapes; a named objective (cfpo_kernels.objectives) is a set of numbers for one of them. A
-kernel takes its shape and its KL estimator as constexpr functions. docs/design.md derives every
+kernel takes its shape and its KL estimator as constexpr functions. docs/maths.md derives every
 line; tests/golden holds all languages to one table.
 """
 

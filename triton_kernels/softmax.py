@@ -1,4 +1,4 @@
-"""Stages 1 and 3 of a row: the sum of its exponentials, and its gradient. docs/design.md, "Triton".
+"""Stages 1 and 3 of a row: the sum of its exponentials, and its gradient. docs/triton.md says why.
 
 In units of log2, with scale = log2(e) / T and an integer `ref` near the row's maximum,
 

@@ -51,6 +51,13 @@ def available_backends() -> dict[str, BackendStatus]:
         A status for each of "cuda", "triton", "cpu" and "reference". A status is true where the
         backend is available, and its ``detail`` says what it would use or what is missing. Whether
         a backend is right here is :func:`cfpo_kernels.verify`'s to say.
+
+    Example:
+        >>> found = available_backends()
+        >>> list(found)
+        ['cuda', 'triton', 'cpu', 'reference']
+        >>> print(found["cpu"].detail)
+        instruction sets: ...
     """
     return {name: status() for name, status in _STATUS.items()}
 

@@ -21,7 +21,7 @@ class KernelRows(NamedTuple):
 
 
 class KernelTerms(NamedTuple):
-    """The rest of a policy loss; tensors are float32."""
+    """What a policy loss is told beside its rows; tensors are float32."""
 
     inputs: TokenInputs
     settings: LossSettings

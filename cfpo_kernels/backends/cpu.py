@@ -36,7 +36,7 @@ class CpuBackend(NativeBackend):
     def kernels(self) -> Any:
         return native
 
-    def where(
+    def execution(
         self, logits: Tensor, workspace: bool = False
     ) -> AbstractContextManager[dict[str, Any]]:
         # CFPO_KERNELS_CPU_LEVEL forces an instruction set: for tests and for comparing.

@@ -120,7 +120,7 @@ class CudaBackend(NativeBackend):
         return native.cuda
 
     @contextmanager
-    def where(self, logits: Tensor, workspace: bool = False) -> Iterator[dict[str, Any]]:
+    def execution(self, logits: Tensor, workspace: bool = False) -> Iterator[dict[str, Any]]:
         # The kernels choose the device; leaving this block restores what torch had.
         with torch.cuda.device(logits.device):
             stream = torch.cuda.current_stream(logits.device).cuda_stream

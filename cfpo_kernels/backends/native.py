@@ -13,15 +13,15 @@ from .layout import row_blocks
 
 
 class NativeBackend:
-    """See ``base.Backend``. A subclass says where the kernels are and how a call runs."""
+    """See ``base.Backend``. A subclass says which module the kernels are in and how a call runs."""
 
     @property
     def kernels(self) -> Any:
         """What has the four functions of csrc/kernel_bindings.h."""
         raise NotImplementedError
 
-    def where(self, logits: Tensor, workspace: bool = False) -> Any:
-        """A context manager that yields a call's arguments beside the kernel's own."""
+    def execution(self, logits: Tensor, workspace: bool = False) -> Any:
+        """A context manager that yields the arguments of which csrc makes a call's Execution."""
         raise NotImplementedError
 
     @staticmethod
@@ -46,11 +46,11 @@ class NativeBackend:
         self.check_tokens(rows)
         pieces = [rows.logits] if dlogits is None else [rows.logits, dlogits]
         for first, (logits, *gradient) in row_blocks(*pieces):
-            with self.where(logits, workspace=True) as where:
+            with self.execution(logits, workspace=True) as execution:
                 self.kernels.policy_loss(
                     **problem(rows, logits, first),
                     **policy_terms(terms, first),
-                    **where,
+                    **execution,
                     dlogits=describe(gradient[0]) if gradient else None,
                     loss=address(loss, first),
                     logps=address(logps, first),
@@ -62,10 +62,10 @@ class NativeBackend:
     ) -> None:
         self.check_tokens(rows)
         for first, (logits,) in row_blocks(rows.logits):
-            with self.where(logits, workspace=True) as where:
+            with self.execution(logits, workspace=True) as execution:
                 self.kernels.token_logps(
                     **problem(rows, logits, first),
-                    **where,
+                    **execution,
                     logps=address(logps, first),
                     lse=address(lse, first),
                     entropy=address(entropy, first),
@@ -83,10 +83,10 @@ class NativeBackend:
     ) -> None:
         self.check_tokens(rows)
         for first, (logits, gradient) in row_blocks(rows.logits, dlogits):
-            with self.where(logits) as where:
+            with self.execution(logits) as execution:
                 self.kernels.token_logps_backward(
                     **problem(rows, logits, first),
-                    **where,
+                    **execution,
                     dlogits=describe(gradient),
                     lse=address(lse, first),
                     entropy=address(entropy, first),
@@ -97,10 +97,10 @@ class NativeBackend:
     def multiply_rows(self, x: Tensor, factors: Tensor) -> None:
         stride = factors.stride(0) if factors.numel() > 1 else 0
         for first, (piece,) in row_blocks(x):
-            with self.where(piece) as where:
+            with self.execution(piece) as execution:
                 self.kernels.multiply_rows(
                     rows=describe(piece),
                     factors=address(factors, first * stride),
                     factor_stride=stride,
-                    **where,
+                    **execution,
                 )

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 
 class BackendUnavailableError(RuntimeError):
-    """The backend that was asked for cannot run; the message says why."""
+    """The backend that was asked for cannot run; the message says why.
+
+    Example:
+        >>> on_meta = (torch.zeros(2, 3, device="meta"), torch.zeros(2, device="meta").long())
+        >>> cfpo_kernels.token_logps(*on_meta, backend="cpu")
+        Traceback (most recent call last):
+        cfpo_kernels.backends.status.BackendUnavailableError: backend='cpu' takes CPU tensors, ...
+    """
 
 
 @dataclass(frozen=True)
@@ -16,6 +23,11 @@ class BackendStatus:
     Attributes:
         available: it can be chosen by name.
         detail: what it would use, or why it is not available.
+
+    Example:
+        >>> status = BackendStatus(False, "torch sees no GPU")
+        >>> print("yes" if status else f"no: {status.detail}")
+        no: torch sees no GPU
     """
 
     available: bool

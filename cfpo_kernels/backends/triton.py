@@ -183,7 +183,8 @@ class _Launch(NamedTuple):
         return -(-self.n_cols // self.tile.segment)
 
     def pieces(self) -> int:
-        """Segments of places: a shift may need one more than there are of columns."""
+        """Segments of rows that were shifted to aligned addresses: one more than their columns
+        need, where the shift may cross a boundary."""
         return -(-(self.n_cols + max(self.shifted - 1, 0)) // self.tile.segment)
 
     def is_split(self) -> bool:

@@ -26,6 +26,14 @@ class ASPO(Objective):
         ValueError: as :class:`PPOClip`.
 
     Source: arXiv 2510.06062.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": ASPO(0.2, 0.6), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # 1 / r for A > 0, r for A < 0
+        tensor([-0.6703,  1.4918])
     """
 
     epsilon_low: float = 0.2

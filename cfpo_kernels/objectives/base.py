@@ -26,6 +26,15 @@ class Objective:
     Args:
         drift: adds ``drift / 2 * (log r)^2`` to the loss of each token, a pull back to the old
             policy; also where the advantage is 0.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Squared(Objective):  # a token's gradient is -A r^2
+        ...     def shape(self):
+        ...         return Shape("window", power_positive=2.0, power_negative=2.0, drift=self.drift)
+        >>> logps, old_logps = torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.5])
+        >>> policy_loss_from_logps(logps, torch.ones(2), old_logps, objective=Squared())
+        tensor(-1.8591)
     """
 
     drift: float = field(default=0.0, kw_only=True)

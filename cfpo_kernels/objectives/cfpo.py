@@ -28,6 +28,14 @@ class CFPO(Objective):
         ValueError: a parameter is not positive.
 
     Source: arXiv 2601.22801; the penalty is that of SPO, arXiv 2401.16025, Definition 5.1.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": CFPO(0.2), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # both back: to r = 1.2, and to r = 0.8
+        tensor([2.1768, 5.1604])
     """
 
     epsilon: float = 0.2

@@ -24,6 +24,14 @@ class CISPO(Objective):
         ValueError: not 0 <= low < high.
 
     Source: MiniMax-M1, arXiv 2506.13585; the defaults are those of ScaleRL.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": CISPO(high=1.2), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # weighs 1.2
+        tensor([-1.2000,  1.2000])
     """
 
     low: float = 0.0

@@ -24,6 +24,14 @@ class DPPO(Objective):
         ValueError: cap is not positive, or ``log_ratio_bounds`` is missing.
 
     Source: arXiv 2602.04879.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": DPPO(), "log_ratio_bounds": (-0.3, 0.3), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # dropped for A > 0, whose bound is the upper one
+        tensor([0.0000, 1.4918])
     """
 
     cap: float = 20.0

@@ -24,6 +24,14 @@ class DRO(Reinforce):
         ValueError: beta is not positive.
 
     Source: arXiv 2405.19107, as verl's "dro".
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": DRO(beta=0.05), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # -A + 0.05 log r
+        tensor([-0.9800,  1.0200])
     """
 
     beta: float

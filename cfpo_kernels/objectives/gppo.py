@@ -26,6 +26,14 @@ class GPPO(Objective):
         ValueError: as :class:`PPOClip`, or a negative beta.
 
     Source: the code of Klear-Reasoner, and that of CE-GPPO.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": GPPO(beta_high=0.5), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # for A > 0 half of the bound, 1.2, is kept
+        tensor([-0.6000,  1.4918])
     """
 
     epsilon_low: float = 0.2

@@ -24,6 +24,14 @@ class IcePop(Objective):
         ValueError: not 0 <= low < high.
 
     Source: the report on Ring-1T, and prime-rl, which has it in the loss.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": IcePop(0.7, 1.4), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # dropped for either sign
+        tensor([-0., 0.])
     """
 
     low: float = 0.5

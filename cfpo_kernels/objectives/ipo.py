@@ -23,6 +23,14 @@ class IPO(Objective):
         ValueError: ``log_ratio_bounds`` is missing.
 
     Source: prime-rl's default loss.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": IPO(), "log_ratio_bounds": (-0.3, 0.3), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # dropped for either sign
+        tensor([-0., 0.])
     """
 
     name: ClassVar[str] = "ipo"

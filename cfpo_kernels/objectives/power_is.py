@@ -24,6 +24,14 @@ class PowerIS(Objective):
         ValueError: a power is not finite.
 
     Source: the recipe `is_shape` of VESPO's authors, with 0.5 and 1.5.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": PowerIS(0.5, 1.0), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # r^0.5 for A > 0, r for A < 0
+        tensor([-1.2214,  1.4918])
     """
 
     power_positive: float

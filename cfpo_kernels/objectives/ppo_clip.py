@@ -23,6 +23,14 @@ class PPOClip(Objective):
         ValueError: a parameter is not positive, epsilon_low is 1 or more, dual_clip 1 or less.
 
     Source: arXiv 1707.06347, equation 7; the dual clip is arXiv 1912.09729, equation 5.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": PPOClip(), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # clipped for A > 0 alone
+        tensor([0.0000, 1.4918])
     """
 
     epsilon_low: float = 0.2

@@ -19,6 +19,14 @@ class Reinforce(Objective):
     It has no bounds, and refuses ``log_ratio_bounds``.
 
     Source: Williams, 1992.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": Reinforce(), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # whatever r is
+        tensor([-1.,  1.])
     """
 
     name: ClassVar[str] = "reinforce"

@@ -24,6 +24,14 @@ class SAPO(Objective):
         ValueError: a tau is not positive.
 
     Source: arXiv 2511.20347.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": SAPO(), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # less than r, the further from 1 the more so
+        tensor([-1.4051,  1.3966])
     """
 
     tau_positive: float = 1.0

@@ -19,6 +19,14 @@ class TOPR(Objective):
     It has no bounds of its own, and refuses ``log_ratio_bounds``.
 
     Source: arXiv 2503.14286.
+
+    Example:
+        >>> logps = torch.tensor([-1.0, -1.0], requires_grad=True)
+        >>> batch = (torch.tensor([1.0, -1.0]), logps.detach() - 0.4)  # A, old_logps: r = 1.49
+        >>> how = {"objective": TOPR(), "reduction": "sum"}
+        >>> policy_loss_from_logps(logps, *batch, **how).backward()
+        >>> logps.grad  # for A < 0 r, but at most 1
+        tensor([-1.,  1.])
     """
 
     name: ClassVar[str] = "topr"

@@ -50,6 +50,16 @@ def register_triton_objective(
     Raises:
         TypeError, ValueError: the name stands for another function, fn is none, or takes other
             arguments, or there are too many parameters.
+
+    Memory: none but the function's; it is compiled when a loss first uses it.
+
+    Example:
+        >>> import triton
+        >>> @triton.jit
+        ... def tilted(logp, log_ratio, advantage, low, high, p0, p1, p2, p3, p4, p5, p6, p7):
+        ...     return -advantage * (p0 * log_ratio), -advantage * p0
+        >>> register_triton_objective("tilted", tilted, (0.5,))
+        TritonObjective(drift=0.0, name='tilted', parameters=(0.5,))
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be an identifier, got {name!r}")

@@ -97,6 +97,13 @@ class VerifyRecord:
         timings: of what is right.
         date: when, in UTC.
         seconds: how long it took.
+
+    Example:
+        >>> identity = Identity("0.1.0", "b69635d3", "NVIDIA H100", "9.0", "13.0", "2.13", "3.7.1")
+        >>> busy = Verdict("cuda", "bfloat16", "not run", "the device is busy")
+        >>> record = VerifyRecord(identity, verdicts=[busy])
+        >>> record.exit_status(), record.verdict("cuda", "bfloat16")
+        (2, 'not run')
     """
 
     identity: Identity

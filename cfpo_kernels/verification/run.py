@@ -55,6 +55,11 @@ def verify(
         BackendUnavailableError: the backend takes no tensors on that device.
 
     Memory: some 100 MB on the device, and up to 1 GB of what is free while it measures.
+
+    Example:
+        >>> record = verify(device="cpu", timeout=500)
+        >>> record.exit_status(), record.verdict("cpu", "bfloat16")
+        (0, 'right')
     """
     return check(resolve_device(device), backend=backend, full=full, json=json, timeout=timeout)
 

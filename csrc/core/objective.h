@@ -2,7 +2,7 @@
 //
 // Scalar functions of one token, in float64 on the CPU and on a GPU (docs/decisions.md says why).
 // Nothing here knows the vocabulary, tensors or reductions. There are three shapes; a named
-// objective (cfpo_kernels/objectives) is a set of numbers for one of them. docs/design.md derives
+// objective (cfpo_kernels/objectives) is a set of numbers for one of them. docs/maths.md derives
 // every line; tests/golden holds all languages to one table.
 #pragma once
 

@@ -1,5 +1,5 @@
 // From a row's sums to its log p, entropy and gradient coefficients, in float64: a few dozen
-// operations a row, shared by the CPU and the GPU. docs/design.md derives every line.
+// operations a row, shared by the CPU and the GPU. docs/maths.md derives every line.
 #pragma once
 
 #include <cmath>

@@ -13,14 +13,14 @@
 // takes longer than a row. The accountant also looks ahead for rows that are not masked, and tells
 // the workers about them.
 //
-// Rows that are not masked are numbered from 0. Things that have two copies have them by turns of
-// that number. Which barrier allows what:
+// Rows that are not masked are numbered 0, 1, 2, ...; what has two copies uses copy number % 2, the
+// turn. Which barrier allows what:
 //
 //   full[slot]       the row has come: workers sum it
 //   exchange[turn]   all sums of the row have come: the accountant merges them
 //   vacant[turn]     every accountant has merged the row: workers may send those of the row after
 //                    next
-//   ready[turn]      the row's coefficients are there, and the notes of the row `stages` later:
+//   ready[turn]      the row's coefficients are there, and the notes of the row `slots` later:
 //                    workers write the gradient, and may fetch that row
 //
 // Chunks end at multiples of 2 KiB of the slot, and a row that is not aligned is shifted against
@@ -48,9 +48,9 @@ struct ClusterPlace {
   int slot = 0;
   int parity = 0;
 
-  CFPO_DEVICE void advance(int stages) {
+  CFPO_DEVICE void advance(int slots) {
     ++number;
-    if (++slot == stages) {
+    if (++slot == slots) {
       slot = 0;
       parity ^= 1;
     }
@@ -131,10 +131,10 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
         hw::barrier_init(Block::vacant(turn), plan_.cluster);
         hw::barrier_init(Block::ready(turn), 1);
       }
-      for (int i = 0; i < plan_.stages; ++i) hw::barrier_init(Block::full(i), plan_.warps);
+      for (int i = 0; i < plan_.slots; ++i) hw::barrier_init(Block::full(i), plan_.warps);
       hw::fence_barrier_init();
     }
-    for (int i = 0; i < plan_.stages; ++i) note_next(i);
+    for (int i = 0; i < plan_.slots; ++i) note_next(i);
   }
 
   CFPO_DEVICE void run() {
@@ -142,7 +142,7 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
       hw::sync_warp();
       const ClusterRow row = Block::noted(number);
       if (row.row < 0) return;
-      note_next(number + plan_.stages);
+      note_next(number + plan_.slots);
       settle(row, number);
     }
   }
@@ -220,7 +220,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
   }
 
   CFPO_DEVICE void run() {
-    for (int i = 0; i < plan_.stages; ++i) fetch_next();
+    for (int i = 0; i < plan_.slots; ++i) fetch_next();
     ClusterPlace before, now;
     while (true) {
       const bool more = Block::noted(now.number).row >= 0;
@@ -232,7 +232,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
       if (now.number >= 1) write_row(before);
       if (!more) break;
       before = now;
-      now.advance(plan_.stages);
+      now.advance(plan_.slots);
     }
     if (lane_index() == 0) hw::bulk_wait_read();
   }
@@ -274,7 +274,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     const int end = row.row < 0 ? n_rows() : row.row;
     for (; next_ < end; next_ += row_step_) zero_row(next_);
     if (row.row < 0) return;
-    fetched_.advance(plan_.stages);
+    fetched_.advance(plan_.slots);
     next_ += row_step_;
   }
 

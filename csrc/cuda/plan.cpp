@@ -9,7 +9,7 @@ namespace cfpo::cuda {
 namespace {
 
 constexpr int kReservedPerBlock = 1024;  // of an SM's shared memory, by the system
-constexpr int kPassingSlots = 3;  // of a warp, where rows only pass: two under way, one in use
+constexpr int kPassingWindows = 3;  // of a warp, where rows only pass: two under way, one in use
 constexpr int kMinSplitSegments = 32;
 constexpr int kMostGridY = 65535;
 constexpr int kMostSplitSegments = kMostGridY * (kSplitThreads / 32);
@@ -18,12 +18,12 @@ constexpr int kMostCluster = 8;  // more is not portable
 constexpr int kMostSlice = 32;
 // One row to write, one to sum, one that comes in; a fourth that comes in hides the latency of the
 // third.
-constexpr int kLeastStages = 3;
-constexpr int kMostStages = 5;
+constexpr int kLeastSlots = 3;
+constexpr int kMostSlots = 5;
 constexpr int kMinClusterSegments = 25;  // shorter rows: the row kernel takes several at a time
 
 int windows_that_fit(RowPlan plan, int shared_bytes) {
-  plan.slots = plan.extra_slots = 0;
+  plan.windows = plan.extra_windows = 0;
   const int left = shared_bytes - RowSharedMemory(plan).bytes;
   return left <= 0 ? 0 : left / kWindowBytes;
 }
@@ -36,18 +36,18 @@ RowPlan fit(RowPlan plan, int wanted, bool both_sweeps, const DeviceLimits& limi
     const int shared =
         std::min(limits.shared_per_block, limits.shared_per_sm / blocks - kReservedPerBlock);
     const int windows = std::min(wanted * plan.warps(), windows_that_fit(plan, shared));
-    plan.slots = windows / plan.warps();
-    plan.extra_slots = windows % plan.warps();
+    plan.windows = windows / plan.warps();
+    plan.extra_windows = windows % plan.warps();
     plan.blocks_per_sm = blocks;
     const bool nearly_whole = 10 * windows >= 9 * plan.n_segments * plan.rows_per_block;
-    if (plan.slots == wanted || (both_sweeps && plan.slots > kRing && nearly_whole)) break;
+    if (plan.windows == wanted || (both_sweeps && plan.windows > kRing && nearly_whole)) break;
   }
   return plan;
 }
 
 RowPlan fit(RowPlan plan, bool both_sweeps, const DeviceLimits& limits) {
   const int each = (plan.n_segments + plan.warps_per_row() - 1) / plan.warps_per_row();
-  if (!both_sweeps) return fit(plan, std::min(each, kPassingSlots), both_sweeps, limits);
+  if (!both_sweeps) return fit(plan, std::min(each, kPassingWindows), both_sweeps, limits);
   if (plan.warps_per_row() == 1) {
     // A short row's successor is fetched beside it, since alone its latency would not be hidden;
     // but two blocks, of which one can wait, are worth more.
@@ -60,16 +60,16 @@ RowPlan fit(RowPlan plan, bool both_sweeps, const DeviceLimits& limits) {
 ClusterSharedMemory cluster_shared_memory(const ClusterPlan& plan) {
   ClusterSharedMemory shared;
   shared.slot_bytes = plan.slice_segments() * kSegmentBytes + kLineBytes;
-  shared.sums = plan.stages * shared.slot_bytes;
+  shared.sums = plan.slots * shared.slot_bytes;
   shared.barriers = shared.sums + 2 * (plan.n_segments + 1) * int{sizeof(SentSum)};
-  shared.notes = shared.barriers + (6 + plan.stages) * 8;
+  shared.notes = shared.barriers + (6 + plan.slots) * 8;
   shared.gradients = shared.notes + kClusterNotes * int{sizeof(ClusterRow)};
   shared.bytes = shared.gradients + 2 * int{sizeof(RowGradient)};
   return shared;
 }
 
 bool works(const RowPlan& plan) {
-  return plan.slots > kRing || plan.slots * plan.warps_per_row() >= plan.n_segments;
+  return plan.windows > kRing || plan.windows * plan.warps_per_row() >= plan.n_segments;
 }
 
 }  // namespace
@@ -102,7 +102,7 @@ ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits) {
   plan.n_segments = n_segments;
   for (plan.cluster = 1; plan.cluster <= kMostCluster; plan.cluster *= 2) {
     if (plan.slice_segments() > kMostSlice || n_segments < plan.cluster) continue;
-    for (plan.stages = kMostStages; plan.stages >= kLeastStages; --plan.stages) {
+    for (plan.slots = kMostSlots; plan.slots >= kLeastSlots; --plan.slots) {
       plan.shared = cluster_shared_memory(plan);
       if (plan.shared.bytes > limits.shared_per_block) continue;
       // Each has a segment in every block: that keeps workers within a row of each other.

@@ -26,7 +26,7 @@ constexpr int kRing = 2;
 constexpr int kRowThreadsPerSm = 640;
 constexpr int kSplitThreads = 256;
 constexpr int kClusterThreads = 512;  // 15 warps that work on the logits, one on the scalars
-constexpr int kClusterNotes = 16;     // power of two; at least 3 more than the stages
+constexpr int kClusterNotes = 16;     // power of two; at least 3 more than the slots
 
 struct DeviceLimits {
   int sm_count = 0;
@@ -40,13 +40,13 @@ struct RowPlan {
   int n_segments = 0;  // of a row
   int log2_warps_per_row = 0;
   int rows_per_block = 0;
-  int slots = 0;        // windows of each warp
-  int extra_slots = 0;  // warps, from the first, that have one more
+  int windows = 0;        // of each warp
+  int extra_windows = 0;  // warps, from the first, that have one more
   int blocks_per_sm = 0;
 
   CFPO_HOST_DEVICE int warps_per_row() const { return 1 << log2_warps_per_row; }
   CFPO_HOST_DEVICE int windows_before(int warp) const {
-    return warp * slots + (warp < extra_slots ? warp : extra_slots);
+    return warp * windows + (warp < extra_windows ? warp : extra_windows);
   }
   CFPO_HOST_DEVICE int warps() const { return rows_per_block << log2_warps_per_row; }
 };
@@ -76,7 +76,7 @@ RowPlan plan_rows(int n_segments, bool both_sweeps, const DeviceLimits& limits);
 std::int64_t row_blocks(std::int64_t n_rows, const RowPlan& plan, const DeviceLimits& limits);
 
 // Offsets into the cluster kernel's shared memory, which begins with the slots. Sums and gradients
-// have two copies, for rows by turns.
+// have two copies: row number % 2 has which.
 struct ClusterSharedMemory {
   int slot_bytes = 0;  // whole lines; a slice touches one vector more than it has bytes for
   int sums = 0;        // 2 * (n_segments + 1) SentSums
@@ -86,13 +86,13 @@ struct ClusterSharedMemory {
   int bytes = 0;
 };
 
-// The cluster kernel: each block of a cluster has a slice of the row, whole segments, in one of
-// `stages` slots of shared memory, and so many rows are in flight.
+// The cluster kernel: each block of a cluster has a slice of the row, whole segments, in a slot of
+// shared memory; as many rows are in flight as there are slots.
 struct ClusterPlan {
   int n_segments = 0;  // of a row
   int cluster = 0;     // blocks; 0: no plan
-  int stages = 0;
-  int warps = 0;  // workers of a block; there is one more
+  int slots = 0;       // of a block
+  int warps = 0;       // workers of a block; there is one more
   ClusterSharedMemory shared;
 
   // Of n_segments, block `rank` has those from first_segment(rank); slices differ by one at most.

@@ -104,14 +104,18 @@ class RowWorker {
     return load_element(static_cast<const T*>(logits_.row(led_row())) + token);
   }
 
-  // Rows are kept where both sweeps are wanted. Then segment i has window i, or one of the ring
-  // behind the kept ones; with windows for two rows, rows alternate between them. Rows that pass
-  // take the windows in turn. base_ is the window of the row's first segment.
+  // Rows are kept where both sweeps are wanted, else they pass. base_ is the window of the row's
+  // first segment; which window segment i has, and what that takes next:
+  //
+  //   kept, i < kept()   base_ + i                         the next row's segment i, once written
+  //   kept, others       kRing behind these, by turns      the segment kRing on, in either sweep
+  //   kept, spare()      base_ + i, base_ 0 or count()     (room for two rows: one fetched ahead)
+  //   passing            (base_ + i) % ahead()             the segment ahead() on, or a next row's
   CFPO_DEVICE bool keeps_rows() const { return Stage::kSums && dlogits_.data != nullptr; }
-  CFPO_DEVICE int slots() const { return plan_.slots + (warp_index() < plan_.extra_slots); }
-  CFPO_DEVICE int kept() const { return count() <= slots() ? count() : slots() - kRing; }
-  CFPO_DEVICE bool spare() const { return slots() >= 2 * count(); }
-  CFPO_DEVICE int ahead() const { return count() < slots() ? count() : slots(); }
+  CFPO_DEVICE int n_windows() const { return plan_.windows + (warp_index() < plan_.extra_windows); }
+  CFPO_DEVICE int kept() const { return count() <= n_windows() ? count() : n_windows() - kRing; }
+  CFPO_DEVICE bool spare() const { return n_windows() >= 2 * count(); }
+  CFPO_DEVICE int ahead() const { return count() < n_windows() ? count() : n_windows(); }
   CFPO_DEVICE int window(int i) const {
     if (!keeps_rows()) return (base_ + i) % ahead();
     return base_ + (i < kept() ? i : kept() + (i - kept()) % kRing);

@@ -30,7 +30,7 @@ PYBIND11_MODULE(emulated_cuda, m) {
     for (int rank = 0; rank <= plan.cluster; ++rank) firsts.append(plan.first_segment(rank));
     values["first_segments"] = firsts;
     values["slice"] = plan.slice_segments();
-    values["stages"] = plan.stages;
+    values["slots"] = plan.slots;
     values["warps"] = plan.warps;
     values["slot_bytes"] = plan.shared.slot_bytes;
     for (const auto& [name, offset] :
@@ -46,7 +46,7 @@ PYBIND11_MODULE(emulated_cuda, m) {
         cfpo::cuda::plan_rows(n_segments, both_sweeps, emulation::limits());
     return pybind11::dict(pybind11::arg("warps_per_row") = plan.warps_per_row(),
                           pybind11::arg("threads") = plan.warps() * 32,
-                          pybind11::arg("slots") = plan.slots,
+                          pybind11::arg("warp_windows") = plan.windows,
                           pybind11::arg("windows") = plan.windows_before(plan.warps()),
                           pybind11::arg("blocks_per_sm") = plan.blocks_per_sm,
                           pybind11::arg("shared_bytes") = cfpo::cuda::RowSharedMemory(plan).bytes);

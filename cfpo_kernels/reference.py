@@ -19,41 +19,55 @@ def token_logps(
     temperature: Tensor,
     with_entropy: bool,
     with_lse: bool,
+    *,
     sharded: bool = False,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p of each row's token, the row's entropy and T * logsumexp; zeros where not active.
 
     Args:
         logits: (N, V); token_ids: (N,) int64; active: (N,) bool; temperature: (N,) or (1,).
-        sharded: the logits are some columns of longer rows, and a token outside [0, V) is among the
-            others: its log p is -inf; a row of -inf has an entropy of 0 and an lse of -inf.
+        sharded, softcap: see backends.base.KernelRows.
 
     Returns:
-        logps: (N,), in nats; a token outside [0, V) gives NaN. entropy: (N,), or (0,) if not asked
-        for. lse: (N,), or (0,) likewise; detached.
+        logps: (N,), in nats; a token outside [0, V) gives NaN, or -inf where sharded. entropy:
+        (N,), or (0,) if not asked for. lse: (N,), or (0,) likewise; detached, unless sharded: what
+        shards merge to depends on it.
     """
     n_cols = logits.shape[-1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     zero = torch.zeros((), dtype=dtype, device=logits.device)
     # Where rows are not active their logits may be anything, and must not reach the gradient.
     x = torch.where(active[:, None], logits.to(dtype), zero)
+    if softcap:
+        x = _of_capped(x, softcap)
+    empty = torch.zeros_like(active)
+    if sharded:
+        empty = (x == -torch.inf).all(-1)
+        x = torch.where(empty[:, None], zero, x)
     x = x / torch.where(active, temperature.to(dtype), 1.0)[:, None]
     log_p = torch.log_softmax(x, dim=-1)
     known = (token_ids >= 0) & (token_ids < n_cols)
     picked = torch.where(known, token_ids, 0)
     logps = log_p.gather(-1, picked[:, None]).squeeze(-1)
-    unknown = -torch.inf if sharded else torch.nan
-    logps = torch.where(active, torch.where(known, logps, unknown), zero)
+    absent = -torch.inf if sharded else torch.nan
+    logps = torch.where(active, torch.where(known & ~empty, logps, absent), zero)
     lse = logps.new_empty(0)
     if with_lse:
-        lse = torch.where(active, x.detach().logsumexp(-1) * temperature, zero)
+        lse = (x if sharded else x.detach()).logsumexp(-1) * temperature
+        lse = torch.where(active, torch.where(empty, -torch.inf, lse), zero)
     if not with_entropy:
         return logps, logps.new_empty(0), lse
     banned = log_p == -torch.inf  # p log p is 0 there
     entropy = -(log_p.exp() * torch.where(banned, zero, log_p)).sum(-1)
-    if sharded:
-        entropy = torch.where((x == -torch.inf).all(-1), zero, entropy)
-    return logps, torch.where(active, entropy, zero), lse
+    return logps, torch.where(active & ~empty, entropy, zero), lse
+
+
+def _of_capped(y: Tensor, softcap: float) -> Tensor:
+    """y = softcap * tanh(z / softcap) itself, with the gradient of z; once."""
+    slope = (1 - (y.detach() / softcap).square()).clamp(min=0)
+    finite = torch.where(y.isinf(), 0, y)
+    return y.detach() + slope * (finite - finite.detach())
 
 
 def token_logps_backward_(

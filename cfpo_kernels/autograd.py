@@ -11,7 +11,7 @@ from . import ops
 from .inputs import LossSettings
 
 
-def _refuse_create_graph() -> None:
+def refuse_create_graph() -> None:
     # While torch.compile traces a backward, grad mode says nothing about create_graph.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -22,7 +22,7 @@ def _refuse_create_graph() -> None:
 
 def begin_only_backward(ctx: Any) -> None:
     """Refuses what a backward that gives its buffers away cannot do; `ctx.spent` starts False."""
-    _refuse_create_graph()
+    refuse_create_graph()
     if not torch.compiler.is_compiling():
         if ctx.spent:
             raise RuntimeError(
@@ -128,7 +128,7 @@ class TokenLogpsFunction(torch.autograd.Function):
         ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any
     ) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
-        _refuse_create_graph()
+        refuse_create_graph()
         logits, token_ids, weights, temperature, lse, entropy = ctx.saved_tensors
         if dlogps is None and (dentropy is None or dentropy.numel() == 0):
             return None, *nothing

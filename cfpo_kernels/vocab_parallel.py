@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autograd import refuse_create_graph
 from .backends.base import KernelRows
-from .tiles import Scores
+from .tiles import Scores, Tiles
 from .validation.errors import type_error
 
 REDUCTIONS = ("all_reduce", "reduce_scatter", "none")
@@ -66,14 +67,17 @@ class Shards:
     vocab_size: int
 
     @staticmethod
-    def of(given: VocabParallel, n_cols: int) -> Shards:
-        """`n_cols`: with padding. A process may have nothing but that; it keeps one column."""
-        return Shards(
-            given.group,
-            given.start,
-            max(0, min(n_cols, given.vocab_size - given.start)),
-            given.vocab_size,
-        )
+    def of(given: object, n_cols: int) -> Shards:
+        """Of a VocabParallel, and as many columns as this process has with padding."""
+        if not isinstance(given, VocabParallel):
+            raise type_error("vocab_parallel", given, "a VocabParallel")
+        kept = min(n_cols, given.vocab_size - given.start)
+        if kept < 1:
+            raise ValueError(
+                "vocab_parallel needs a column of the vocabulary on each process, got "
+                f"start={given.start} of vocab_size={given.vocab_size}"
+            )
+        return Shards(given.group, given.start, kept, given.vocab_size)
 
     def exchange(self, rows: KernelRows, scores: Scores) -> Callable[[], Scores]:
         """Sends what this shard knows of each row; what it returns waits for the others' and
@@ -83,7 +87,7 @@ class Shards:
         temperature = torch.where(active, rows.temperature, 1.0).double()
         here = (rows.token_ids >= 0) & (rows.token_ids < self.n_cols)
         ids = rows.token_ids + self.start
-        picked = rows.logits.gather(1, torch.where(here, rows.token_ids, 0)[:, None])[:, 0]
+        picked = rows.logits.gather(1, torch.where(here, rows.token_ids, 0)[:, None]).squeeze(1)
         logit = torch.where(here, picked.double() / temperature, -torch.inf)
         entropy = scores.lse.new_zeros(()) if scores.entropy is None else scores.entropy
         mine = torch.stack([scores.lse / temperature, logit, entropy.double().expand_as(logit)])
@@ -107,6 +111,50 @@ class Shards:
             )
 
         return merged
+
+
+class ShardedLogpsFunction(torch.autograd.Function):
+    """As ``autograd.TokenLogpsFunction``, for one shard of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        inplace: bool,
+        token_ids: Tensor,
+        weights: Tensor,
+        temperature: Tensor,
+        with_entropy: bool,
+        tiles: Tiles,
+        shards: Shards,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = KernelRows(logits.detach(), token_ids, weights, temperature, sharded=True)
+        logps, lse, entropy = shards.exchange(rows, tiles.score(rows, with_entropy))()
+        entropy = logps.new_empty(0) if entropy is None else entropy
+        ctx.save_for_backward(logits, *rows[1:4], logps, lse, entropy)
+        ctx.inplace, ctx.tiles = inplace, tiles
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return logps, entropy, lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any
+    ) -> tuple[Tensor | None, ...]:
+        dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy
+        if dlogps is None and dentropy is None:
+            return (None,) * 8
+        refuse_create_graph()
+        logits, token_ids, weights, temperature, logps, lse, entropy = ctx.saved_tensors
+        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
+        dlogits = logits.detach() if ctx.inplace else logits.detach().clone()
+        ctx.tiles.gradient_(
+            KernelRows(dlogits, token_ids, weights, temperature, sharded=True),
+            Scores(logps, lse, None if dentropy is None else entropy),
+            dlogps,
+            None if dentropy is None else dentropy.contiguous(),
+        )
+        return dlogits, *(None,) * 7
 
 
 class _Copied(torch.autograd.Function):

@@ -390,11 +390,9 @@ class _Head:
         self.accumulates = (
             validation.check_choice("accumulate", accumulate, ACCUMULATE) == "float32"
         )
-        if vocab_parallel is not None and not isinstance(vocab_parallel, VocabParallel):
-            raise type_error("vocab_parallel", vocab_parallel, "a VocabParallel")
         if is_dtensor(weight) and is_dtensor(hidden):
             hidden, weight, bias, vocab_parallel = from_dtensors(hidden, weight, bias)
-        if vocab_parallel is not None and isinstance(hidden, Tensor):
+        if isinstance(vocab_parallel, VocabParallel) and isinstance(hidden, Tensor):
             hidden = shared_by_all(hidden, vocab_parallel)
         takes_float64 = chosen == backends.REFERENCE
         self.hidden = hidden

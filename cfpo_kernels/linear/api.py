@@ -403,7 +403,7 @@ class _Head:
         self.n_cols = self.parameters.weight.shape[0]
         self.shards = None
         if vocab_parallel is not None:
-            self.shards = Shards.of(vocab_parallel, self.n_cols)
+            self.shards = Shards.of(vocab_parallel, self.n_cols, hidden.device)
         self.dtypes = precision(self.parameters, logits_dtype, self.softcap)
         device = hidden.device
         resolved = backends.resolve(chosen, device, self.dtypes.logits, self.n_cols)

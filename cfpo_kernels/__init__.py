@@ -7,6 +7,7 @@ from .api import CFPOLoss, cfpo_loss, policy_loss, token_logps
 from .autograd import CFPOFunction
 from .backends import BackendStatus, BackendUnavailableError, available_backends
 from .from_logps import cfpo_loss_from_logps, policy_loss_from_logps
+from .linear import LinearCFPOLoss, linear_cfpo_loss, linear_policy_loss, linear_token_logps
 from .objectives import ASPO as ASPO
 from .objectives import CFPO as CFPO
 from .objectives import CISPO as CISPO
@@ -27,6 +28,7 @@ from .stats import CFPOStats
 from .two_pass import TokenTerms
 from .verification.records import VerifyRecord
 from .verification.run import verify
+from .vocab_parallel import VocabParallel
 
 try:
     __version__ = version("cfpo-kernels")
@@ -39,12 +41,17 @@ __all__ = [
     "CFPOFunction",
     "CFPOLoss",
     "CFPOStats",
+    "LinearCFPOLoss",
     "TokenTerms",
+    "VocabParallel",
     "VerifyRecord",
     "available_backends",
     "bounds",
     "cfpo_loss",
     "cfpo_loss_from_logps",
+    "linear_cfpo_loss",
+    "linear_policy_loss",
+    "linear_token_logps",
     "policy_loss",
     "policy_loss_from_logps",
     "preference",

@@ -12,38 +12,46 @@ from . import backends, validation
 from .formula import loss_of_logps
 from .inputs import LogRatioBounds
 from .objectives import CFPO
-from .runners import Runner, may_overwrite, runner
+from .runners import Runner, ShardedRunner, may_overwrite, runner
 from .stats import CFPOStats, collect_stats
+from .tiles import tiles
 from .validation import AnyObjective
+from .vocab_parallel import Shards, VocabParallel
 from .weights import REDUCTIONS
 
 BACKENDS = ("auto", *backends.NAMES)
 
 
-def _runner(name: object, logits: object, inplace: bool) -> Runner:
+def _runner(
+    name: object, logits: object, inplace: bool, vocab_parallel: object | None = None
+) -> Runner:
     chosen = validation.check_choice("backend", name, BACKENDS)
     if not isinstance(logits, Tensor):
         return runner(chosen)  # validation says what is wrong with them
     n_cols = logits.shape[-1] if logits.dim() else 0
     resolved = backends.resolve(chosen, logits.device, logits.dtype, n_cols, inplace=inplace)
     found = runner(resolved)
-    if not found.differentiates_twice and _has_tangent(logits):
-        raise RuntimeError(
-            "cfpo_kernels: forward-mode AD is not supported by the fused kernels; "
-            "backend='reference' supports it"
-        )
+    if not found.differentiates_twice:
+        refuse_tangents(logits)
     if inplace and not may_overwrite(chosen):
         raise ValueError(
             f"inplace=True needs a backend with kernels, not backend={chosen!r}: it keeps "
             "autograd's own buffers; backend='auto' takes it as a permission"
         )
+    if vocab_parallel is not None:
+        return ShardedRunner(tiles(resolved), Shards.of(vocab_parallel, n_cols, logits.device))
     return found
 
 
-def _has_tangent(logits: Tensor) -> bool:
+def refuse_tangents(tensor: Tensor) -> None:
+    """Forward-mode AD; what torch.compile traces is not looked at."""
     if torch.compiler.is_compiling():
-        return False
-    return forward_ad.unpack_dual(logits).tangent is not None
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise RuntimeError(
+            "cfpo_kernels: forward-mode AD is not supported by the fused kernels; "
+            "backend='reference' supports it"
+        )
 
 
 def policy_loss(
@@ -67,6 +75,7 @@ def policy_loss(
     kl_ratio_weighted: bool = False,
     entropy_coef: float = 0.0,
     temperature: float | Tensor = 1.0,
+    vocab_parallel: VocabParallel | None = None,
     inplace: bool = False,
     grad_scale: float | Tensor | None = None,
     backend: str = "auto",
@@ -153,7 +162,7 @@ def policy_loss(
     """
     chosen = validation.check_objective(objective)
     validation.check_flag("return_stats", return_stats)
-    chosen_runner = _runner(backend, logits, inplace)
+    chosen_runner = _runner(backend, logits, inplace, vocab_parallel)
     validation.check_formula(chosen, chosen_runner.runs_triton and ratio_level == "token")
     rows = validation.check_rows(
         logits,
@@ -183,7 +192,7 @@ def policy_loss(
             entropy_coef=entropy_coef,
             grad_scale=grad_scale,
         )
-    if terms.beyond:
+    if terms.beyond or not chosen_runner.one_pass:
         wanted = return_stats or terms.settings.needs_entropy or terms.beyond.needs_entropy
         logps, entropy, _ = chosen_runner.score(rows, inplace, wanted)
         loss = loss_of_logps(
@@ -230,6 +239,7 @@ def cfpo_loss(
     kl_ratio_weighted: bool = False,
     entropy_coef: float = 0.0,
     temperature: float | Tensor = 1.0,
+    vocab_parallel: VocabParallel | None = None,
     inplace: bool = False,
     grad_scale: float | Tensor | None = None,
     backend: str = "auto",
@@ -331,6 +341,7 @@ def cfpo_loss(
         kl_ratio_weighted=kl_ratio_weighted,
         entropy_coef=entropy_coef,
         temperature=temperature,
+        vocab_parallel=vocab_parallel,
         inplace=inplace,
         grad_scale=grad_scale,
         backend=backend,
@@ -346,6 +357,7 @@ def token_logps(
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
     return_lse: bool = False,
+    vocab_parallel: VocabParallel | None = None,
     inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
@@ -377,7 +389,7 @@ def token_logps(
     """
     validation.check_flag("return_entropy", return_entropy)
     validation.check_flag("return_lse", return_lse)
-    chosen_runner = _runner(backend, logits, inplace)
+    chosen_runner = _runner(backend, logits, inplace, vocab_parallel)
     rows = validation.check_rows(
         logits,
         token_ids,

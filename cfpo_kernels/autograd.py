@@ -11,13 +11,25 @@ from . import ops
 from .inputs import LossSettings
 
 
-def _refuse_create_graph() -> None:
+def refuse_create_graph() -> None:
     # While torch.compile traces a backward, grad mode says nothing about create_graph.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "cfpo_kernels: double backward (create_graph=True) is not supported by the fused "
             "kernels; backend='reference' is differentiable twice"
         )
+
+
+def begin_only_backward(ctx: Any) -> None:
+    """Refuses what a backward that gives its buffers away cannot do; `ctx.spent` starts False."""
+    refuse_create_graph()
+    if not torch.compiler.is_compiling():
+        if ctx.spent:
+            raise RuntimeError(
+                "cfpo_kernels: backward ran a second time, but the gradient buffer was handed "
+                "over by the first; call the loss again"
+            )
+        ctx.spent = True
 
 
 class CFPOFunction(torch.autograd.Function):
@@ -73,14 +85,7 @@ class CFPOFunction(torch.autograd.Function):
         nothing = (None,) * (len(ctx.needs_input_grad) - 1)
         if dloss is None:
             return None, *nothing
-        _refuse_create_graph()
-        if not torch.compiler.is_compiling():
-            if ctx.spent:
-                raise RuntimeError(
-                    "cfpo_kernels: backward ran a second time, but the gradient buffer was handed "
-                    "over by the first; call the loss again"
-                )
-            ctx.spent = True
+        begin_only_backward(ctx)
         dlogits, weights, grad_scale = ctx.saved_tensors
         dlogits = dlogits.detach()
         factors = dloss if grad_scale is None else dloss / grad_scale
@@ -123,7 +128,7 @@ class TokenLogpsFunction(torch.autograd.Function):
         ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any
     ) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
-        _refuse_create_graph()
+        refuse_create_graph()
         logits, token_ids, weights, temperature, lse, entropy = ctx.saved_tensors
         if dlogps is None and (dentropy is None or dentropy.numel() == 0):
             return None, *nothing

@@ -109,6 +109,21 @@ def is_dropped(shape: Shape, log_ratio: Tensor, inputs: TokenInputs) -> Tensor:
     return torch.zeros_like(log_ratio, dtype=torch.bool)
 
 
+def is_idle(inputs: TokenInputs, settings: LossSettings) -> Tensor | None:
+    """Whether a token's loss and its gradient are 0 whatever its logits are; (N,) bool.
+
+    None: no token's are. With a sequence's log r that only holds where it does for all of it.
+    """
+    if settings.needs_entropy or (settings.kl_coef != 0 and inputs.ref_logps is not None):
+        return None
+    idle = torch.zeros_like(inputs.advantages, dtype=torch.bool)
+    if settings.shape.drift == 0:
+        idle = inputs.advantages == 0
+    if inputs.token_weights is not None:
+        idle = idle | (inputs.token_weights == 0)
+    return idle
+
+
 def kl_term(estimator: str, logps: Tensor, ref_logps: Tensor) -> Tensor:
     """An estimate of KL(pi || ref) from the sampled token.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backends.base import KernelRows
+
 
 def token_logps(
     logits: Tensor,
@@ -17,32 +19,85 @@ def token_logps(
     temperature: Tensor,
     with_entropy: bool,
     with_lse: bool,
+    *,
+    sharded: bool = False,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p of each row's token, the row's entropy and T * logsumexp; zeros where not active.
 
     Args:
         logits: (N, V); token_ids: (N,) int64; active: (N,) bool; temperature: (N,) or (1,).
+        sharded, softcap: see backends.base.KernelRows.
 
     Returns:
-        logps: (N,), in nats; a token outside [0, V) gives NaN. entropy: (N,), or (0,) if not asked
-        for. lse: (N,), or (0,) likewise; detached.
+        logps: (N,), in nats; a token outside [0, V) gives NaN, or -inf where sharded. entropy:
+        (N,), or (0,) if not asked for. lse: (N,), or (0,) likewise; detached, unless sharded: what
+        shards merge to depends on it.
     """
     n_cols = logits.shape[-1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     zero = torch.zeros((), dtype=dtype, device=logits.device)
     # Where rows are not active their logits may be anything, and must not reach the gradient.
     x = torch.where(active[:, None], logits.to(dtype), zero)
+    if softcap:
+        x = _of_capped(x, softcap)
+    empty = torch.zeros_like(active)
+    if sharded:
+        empty = (x == -torch.inf).all(-1)
+        x = torch.where(empty[:, None], zero, x)
     x = x / torch.where(active, temperature.to(dtype), 1.0)[:, None]
     log_p = torch.log_softmax(x, dim=-1)
     known = (token_ids >= 0) & (token_ids < n_cols)
     picked = torch.where(known, token_ids, 0)
     logps = log_p.gather(-1, picked[:, None]).squeeze(-1)
-    logps = torch.where(active, torch.where(known, logps, torch.nan), zero)
+    absent = -torch.inf if sharded else torch.nan
+    logps = torch.where(active, torch.where(known & ~empty, logps, absent), zero)
     lse = logps.new_empty(0)
     if with_lse:
-        lse = torch.where(active, x.detach().logsumexp(-1) * temperature, zero)
+        lse = (x if sharded else x.detach()).logsumexp(-1) * temperature
+        lse = torch.where(active, torch.where(empty, -torch.inf, lse), zero)
     if not with_entropy:
         return logps, logps.new_empty(0), lse
     banned = log_p == -torch.inf  # p log p is 0 there
     entropy = -(log_p.exp() * torch.where(banned, zero, log_p)).sum(-1)
-    return logps, torch.where(active, entropy, zero), lse
+    return logps, torch.where(active & ~empty, entropy, zero), lse
+
+
+def _of_capped(y: Tensor, softcap: float) -> Tensor:
+    """y = softcap * tanh(z / softcap) itself, with the gradient of z; once."""
+    slope = (1 - (y.detach() / softcap).square()).clamp(min=0)
+    finite = torch.where(y.isinf(), 0, y)
+    return y.detach() + slope * (finite - finite.detach())
+
+
+def token_logps_backward_(
+    rows: KernelRows,
+    lse: Tensor,
+    entropy: Tensor | None,
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+) -> None:
+    """Overwrites the logits (N, V) with the gradient of sum(dlogps * logps + dentropy * entropy).
+
+    Args:
+        rows: with ``sharded`` some columns of rows that the other arguments, all (N,), are of.
+    """
+    logits, n_cols = rows.logits, rows.logits.shape[-1]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    idle = (rows.weights == 0) | ((dlogps == 0) & (True if dentropy is None else dentropy == 0))
+    x = torch.where(idle[:, None], 0.0, logits.to(dtype))
+    temperature = torch.where(idle, 1.0, rows.temperature)
+    log_p = ((x.double() - lse[:, None]) / temperature[:, None]).to(dtype)
+    p = log_p.exp()
+    gradient = -dlogps[:, None] * p
+    if dentropy is not None:
+        assert entropy is not None  # its caller
+        of_entropy = torch.where(p == 0, 0.0, p * (log_p + entropy[:, None]))
+        gradient = gradient - dentropy[:, None] * of_entropy
+    here = (rows.token_ids >= 0) & (rows.token_ids < n_cols)
+    column = torch.where(here, rows.token_ids, 0)[:, None]
+    at_token = gradient.gather(1, column) + torch.where(here, dlogps, 0.0)[:, None]
+    gradient = gradient.scatter(1, column, at_token) / temperature[:, None]
+    if rows.softcap:
+        gradient = gradient * (1 - (x / rows.softcap) ** 2)
+    logits.copy_(torch.where(idle[:, None], 0.0, gradient))

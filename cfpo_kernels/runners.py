@@ -14,7 +14,9 @@ from torch import Tensor
 from . import backends, ops, reference
 from .autograd import CFPOFunction, TokenLogpsFunction
 from .formula import loss_of_logps
+from .tiles import Tiles
 from .validation import LossTerms, Rows, values
+from .vocab_parallel import ShardedLogpsFunction, Shards
 
 
 class Runner(Protocol):
@@ -23,6 +25,8 @@ class Runner(Protocol):
     takes_float64: ClassVar[bool]
     # The gradient may take the logits' memory.
     overwrites: ClassVar[bool]
+    # It has a loss of its own; otherwise one is made of the scores.
+    one_pass: ClassVar[bool]
     # Autograd goes through it as often as wanted, forwards too.
     differentiates_twice: ClassVar[bool]
 
@@ -47,6 +51,7 @@ class KernelRunner:
 
     takes_float64: ClassVar[bool] = False
     overwrites: ClassVar[bool] = True
+    one_pass: ClassVar[bool] = True
     differentiates_twice: ClassVar[bool] = False
 
     kernels: str  # a name that backends.kernels takes
@@ -100,6 +105,7 @@ class ReferenceRunner:
 
     takes_float64: ClassVar[bool] = True
     overwrites: ClassVar[bool] = False
+    one_pass: ClassVar[bool] = True
     differentiates_twice: ClassVar[bool] = True
 
     @property
@@ -125,6 +131,47 @@ class ReferenceRunner:
         logps, entropy, _ = self.score(rows, inplace, with_entropy)
         loss = loss_of_logps(logps, entropy, terms.weights, terms.inputs, terms.settings)
         return loss, logps, entropy
+
+
+@dataclass(frozen=True)
+class ShardedRunner:
+    """Over the stages, with an exchange between the first and the second."""
+
+    takes_float64: ClassVar[bool] = False
+    overwrites: ClassVar[bool] = True
+    one_pass: ClassVar[bool] = False
+    differentiates_twice: ClassVar[bool] = False
+
+    tiles: Tiles
+    shards: Shards
+
+    @property
+    def runs_triton(self) -> bool:
+        return False  # no objective that needs one pass
+
+    def score(
+        self, rows: Rows, inplace: bool, with_entropy: bool, with_lse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if values.can_be_checked(rows.token_ids):
+            values.check_token_range(
+                rows.token_ids, rows.active, self.shards.vocab_size, rows.shape
+            )
+        logits = rows.logits.reshape(-1, rows.logits.shape[-1])[:, : self.shards.n_cols]
+        return ShardedLogpsFunction.apply(
+            logits,
+            inplace,
+            rows.token_ids - self.shards.start,
+            rows.active.to(rows.dtype),
+            rows.temperature,
+            with_entropy,
+            self.tiles,
+            self.shards,
+        )
+
+    def loss(
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError("one_pass is False")
 
 
 _REFERENCE = ReferenceRunner()

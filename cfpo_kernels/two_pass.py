@@ -128,6 +128,17 @@ class SequenceRatio:
     by_token: bool  # GSPO-token: a token's own log-prob is all that its loss is differentiated by
     group: Any = None  # the process group over which sequences are split
 
+    def any(self, chosen: Tensor) -> Tensor:
+        """Whether one of a token's sequence is chosen; (N,) bool from (N,)."""
+        counts = sequence_totals(chosen.to(torch.int64), self.index, self.n_sequences, self.longest)
+        return counts[self.index] > 0
+
+    def of(self, take: Callable[[Tensor], Tensor]) -> SequenceRatio:
+        """That of some rows, which `take` takes of (N,) tensors in order; of whole sequences."""
+        kept, index = torch.unique_consecutive(take(self.index), return_inverse=True)
+        n_sequences = kept.shape[0]
+        return SequenceRatio(index, n_sequences, self.longest, self.by_token, self.group)
+
     def mean(self, log_ratio: Tensor, active: Tensor) -> Tensor:
         """(N,) from (N,); 0 where not active."""
         values = torch.where(active, log_ratio, torch.zeros_like(log_ratio)).double()

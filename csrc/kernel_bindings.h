@@ -45,9 +45,14 @@ inline Rows make_rows(const std::optional<RowsTuple>& given) {
 
 inline Problem make_problem(const RowsTuple& logits, std::uintptr_t token_ids,
                             std::uintptr_t temperature, std::int64_t temperature_stride,
-                            std::uintptr_t weights) {
-  return {make_rows(logits), pointer<const std::int64_t>(token_ids),
-          pointer<const float>(temperature), temperature_stride, pointer<const float>(weights)};
+                            std::uintptr_t weights, bool sharded, double softcap) {
+  return {make_rows(logits),
+          pointer<const std::int64_t>(token_ids),
+          pointer<const float>(temperature),
+          temperature_stride,
+          pointer<const float>(weights),
+          sharded,
+          softcap == 0.0 ? 0.0f : static_cast<float>(1.0 / softcap)};
 }
 
 template <class T>
@@ -106,14 +111,15 @@ inline Policy make_policy(const std::string& shape, const std::vector<double>& n
 template <class Kernels, class... Where>
 void policy_loss(const RowsTuple& logits, const std::optional<RowsTuple>& dlogits,
                  std::uintptr_t token_ids, std::uintptr_t temperature,
-                 std::int64_t temperature_stride, std::uintptr_t weights,
-                 const std::vector<std::uintptr_t>& columns, const std::string& shape,
-                 const std::vector<double>& numbers, const std::string& estimator,
-                 bool kl_ratio_weighted, double kl_coef, double entropy_coef,
-                 std::uintptr_t grad_scale, std::uintptr_t loss, std::uintptr_t logps,
-                 std::uintptr_t entropy, Where... where) {
+                 std::int64_t temperature_stride, std::uintptr_t weights, bool sharded,
+                 double softcap, const std::vector<std::uintptr_t>& columns,
+                 const std::string& shape, const std::vector<double>& numbers,
+                 const std::string& estimator, bool kl_ratio_weighted, double kl_coef,
+                 double entropy_coef, std::uintptr_t grad_scale, std::uintptr_t loss,
+                 std::uintptr_t logps, std::uintptr_t entropy, Where... where) {
   PolicyLossParams params;
-  params.problem = make_problem(logits, token_ids, temperature, temperature_stride, weights);
+  params.problem =
+      make_problem(logits, token_ids, temperature, temperature_stride, weights, sharded, softcap);
   params.dlogits = make_rows(dlogits);
   fill(params.columns, kTokenColumns, columns, pointer<const float>);
   params.policy = make_policy(shape, numbers);
@@ -127,10 +133,11 @@ void policy_loss(const RowsTuple& logits, const std::optional<RowsTuple>& dlogit
 
 template <class Kernels, class... Where>
 void token_logps(const RowsTuple& logits, std::uintptr_t token_ids, std::uintptr_t temperature,
-                 std::int64_t temperature_stride, std::uintptr_t weights, std::uintptr_t logps,
-                 std::uintptr_t lse, std::uintptr_t entropy, Where... where) {
+                 std::int64_t temperature_stride, std::uintptr_t weights, bool sharded,
+                 double softcap, std::uintptr_t logps, std::uintptr_t lse, std::uintptr_t entropy,
+                 Where... where) {
   const TokenLogpsParams params{
-      make_problem(logits, token_ids, temperature, temperature_stride, weights),
+      make_problem(logits, token_ids, temperature, temperature_stride, weights, sharded, softcap),
       pointer<float>(logps), pointer<double>(lse), pointer<float>(entropy)};
   Kernels::token_logps(params, Kernels::execution(where...));
 }
@@ -138,11 +145,11 @@ void token_logps(const RowsTuple& logits, std::uintptr_t token_ids, std::uintptr
 template <class Kernels, class... Where>
 void token_logps_backward(const RowsTuple& logits, const RowsTuple& dlogits,
                           std::uintptr_t token_ids, std::uintptr_t temperature,
-                          std::int64_t temperature_stride, std::uintptr_t weights,
-                          std::uintptr_t lse, std::uintptr_t entropy, std::uintptr_t dlogps,
-                          std::uintptr_t dentropy, Where... where) {
+                          std::int64_t temperature_stride, std::uintptr_t weights, bool sharded,
+                          double softcap, std::uintptr_t lse, std::uintptr_t entropy,
+                          std::uintptr_t dlogps, std::uintptr_t dentropy, Where... where) {
   const TokenLogpsBackwardParams params{
-      make_problem(logits, token_ids, temperature, temperature_stride, weights),
+      make_problem(logits, token_ids, temperature, temperature_stride, weights, sharded, softcap),
       make_rows(dlogits),
       pointer<const double>(lse),
       pointer<const float>(entropy),
@@ -164,18 +171,18 @@ void bind_kernels(py::module_& m, const Arguments&... where) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("policy_loss", &policy_loss<Kernels, Where...>, Unlocked(), py::kw_only(),
         py::arg("logits"), py::arg("dlogits"), py::arg("token_ids"), py::arg("temperature"),
-        py::arg("temperature_stride"), py::arg("weights"), py::arg("columns"), py::arg("shape"),
-        py::arg("numbers"), py::arg("kl_estimator"), py::arg("kl_ratio_weighted"),
-        py::arg("kl_coef"), py::arg("entropy_coef"), py::arg("grad_scale"), py::arg("loss"),
-        py::arg("logps"), py::arg("entropy"), where...);
+        py::arg("temperature_stride"), py::arg("weights"), py::arg("sharded"), py::arg("softcap"),
+        py::arg("columns"), py::arg("shape"), py::arg("numbers"), py::arg("kl_estimator"),
+        py::arg("kl_ratio_weighted"), py::arg("kl_coef"), py::arg("entropy_coef"),
+        py::arg("grad_scale"), py::arg("loss"), py::arg("logps"), py::arg("entropy"), where...);
   m.def("token_logps", &token_logps<Kernels, Where...>, Unlocked(), py::kw_only(),
         py::arg("logits"), py::arg("token_ids"), py::arg("temperature"),
-        py::arg("temperature_stride"), py::arg("weights"), py::arg("logps"), py::arg("lse"),
-        py::arg("entropy"), where...);
+        py::arg("temperature_stride"), py::arg("weights"), py::arg("sharded"), py::arg("softcap"),
+        py::arg("logps"), py::arg("lse"), py::arg("entropy"), where...);
   m.def("token_logps_backward", &token_logps_backward<Kernels, Where...>, Unlocked(), py::kw_only(),
         py::arg("logits"), py::arg("dlogits"), py::arg("token_ids"), py::arg("temperature"),
-        py::arg("temperature_stride"), py::arg("weights"), py::arg("lse"), py::arg("entropy"),
-        py::arg("dlogps"), py::arg("dentropy"), where...);
+        py::arg("temperature_stride"), py::arg("weights"), py::arg("sharded"), py::arg("softcap"),
+        py::arg("lse"), py::arg("entropy"), py::arg("dlogps"), py::arg("dentropy"), where...);
   m.def("multiply_rows", &multiply_rows<Kernels, Where...>, Unlocked(), py::kw_only(),
         py::arg("rows"), py::arg("factors"), py::arg("factor_stride"), where...);
 }

@@ -34,6 +34,8 @@ def problem(rows: KernelRows, logits: Tensor, first: int) -> dict[str, Any]:
         "temperature": address(rows.temperature, first * per_row),
         "temperature_stride": per_row,
         "weights": address(rows.weights, first),
+        "sharded": rows.sharded,
+        "softcap": rows.softcap,
     }
 
 

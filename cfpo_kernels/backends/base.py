@@ -16,6 +16,16 @@ class KernelRows(NamedTuple):
     token_ids: Tensor  # (N,) int64
     weights: Tensor  # (N,) float32, 0: the row is not read
     temperature: Tensor  # (N,) or (1,) float32
+    # They are some columns of longer rows, and a token outside [0, V) is among the others: it is no
+    # error, and its log-prob is -inf. Not for a loss, which takes all columns.
+    sharded: bool = False
+    # The logits are y = softcap * tanh(z / softcap); gradients are those of z, from the y that are
+    # there. 0: no softcap.
+    softcap: float = 0.0
+
+    def check_whole(self) -> None:
+        if self.sharded:
+            raise ValueError("a policy loss takes whole rows, not columns of them (sharded=True)")
 
 
 class KernelTerms(NamedTuple):
@@ -39,12 +49,22 @@ class Backend(Protocol):
         entropy: Tensor | None,
         dlogits: Tensor | None,
     ) -> None:
-        """Stages 1 and 2, and 3 where `dlogits` is given; it may be ``rows.logits``."""
+        """Stages 1 and 2, and 3 where `dlogits` is given; it may be ``rows.logits``.
+
+        Raises:
+            ValueError: ``rows.sharded``.
+        """
 
     def token_logps(
         self, rows: KernelRows, *, logps: Tensor, lse: Tensor, entropy: Tensor | None
     ) -> None:
-        """Stage 1. `lse` is float64: T * logsumexp(logits / T)."""
+        """Stage 1. `lse` is float64: T * logsumexp(logits / T).
+
+        Of sharded rows `lse` and `entropy` are those of the columns that are there: -inf and 0
+        where these are -inf throughout. The shards r of a row merge into
+        lse = T * logsumexp(lse_r / T) and, over those whose lse_r is finite,
+        entropy = sum_r w_r (entropy_r + (lse - lse_r) / T) with w_r = exp((lse_r - lse) / T).
+        """
 
     def token_logps_backward(
         self,
@@ -56,7 +76,11 @@ class Backend(Protocol):
         dentropy: Tensor | None,
         dlogits: Tensor,
     ) -> None:
-        """Stage 3. `dlogits` may be ``rows.logits``."""
+        """Stage 3. `dlogits` may be ``rows.logits``.
+
+        Of sharded rows `lse` and `entropy` are those of the whole row, and `dlogits` has the
+        gradient of the columns that are there.
+        """
 
     def multiply_rows(self, x: Tensor, factors: Tensor) -> None:
         """x[i] *= factors[i] in place, for x (..., V) and factors (N,); factor 1 costs nothing."""

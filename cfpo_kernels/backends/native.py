@@ -28,7 +28,7 @@ class NativeBackend:
     def check_tokens(rows: KernelRows) -> None:
         # Here rather than with the other arguments, since compiled and direct calls of an operator
         # get past those. On a GPU only with CFPO_KERNELS_DEBUG: its kernels read no wrong address.
-        if values.can_be_checked(rows.token_ids):
+        if not rows.sharded and values.can_be_checked(rows.token_ids):
             logits = rows.logits
             active = rows.weights != 0
             values.check_token_range(rows.token_ids, active, logits.shape[-1], logits.shape[:-1])
@@ -43,6 +43,7 @@ class NativeBackend:
         entropy: Tensor | None,
         dlogits: Tensor | None,
     ) -> None:
+        rows.check_whole()
         self.check_tokens(rows)
         pieces = [rows.logits] if dlogits is None else [rows.logits, dlogits]
         for first, (logits, *gradient) in row_blocks(*pieces):

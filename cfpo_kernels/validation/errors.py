@@ -13,7 +13,7 @@ def type_error(name: str, got: object, accepted: str) -> TypeError:
 
 
 def shape_error(name: str, got: Tensor, tokens: PerToken, also: str = "") -> ValueError:
-    like = "token_ids" if tokens.name == "logits" else tokens.name
+    like = "token_ids" if tokens.columns else tokens.name
     return ValueError(
         f"{name} must have the shape of {like}, {tuple(tokens.shape)}{also}, got {tuple(got.shape)}"
     )

@@ -38,6 +38,19 @@ def check_rows(
     return rows
 
 
+def check_hidden_rows(
+    hidden: Tensor,
+    token_ids: object,
+    *,
+    mask: object,
+    temperature: object,
+) -> Rows:
+    """The same from hidden states (..., H), which were checked before."""
+    ids = _token_ids(token_ids, hidden, "hidden", "H")
+    active = active_rows(mask, PerToken("hidden", hidden))
+    return Rows("hidden", hidden, ids, _temperature(temperature, hidden, active), active)
+
+
 def check_logps(logps: object, *, entropy: object | None, mask: object) -> Logps:
     """The checks of the entry points that take log-probs."""
     accepted = "a floating-point tensor of shape (...)"
@@ -78,14 +91,15 @@ def _logits(logits: object, takes_float64: bool) -> Tensor:
     return logits
 
 
-def _token_ids(token_ids: object, logits: Tensor) -> Tensor:
-    ids = check_tensor("token_ids", token_ids, logits, "an int64 or int32 tensor")
+def _token_ids(token_ids: object, like: Tensor, name: str = "logits", columns: str = "V") -> Tensor:
+    ids = check_tensor("token_ids", token_ids, like, "an int64 or int32 tensor", name)
     if ids.dtype not in (torch.int64, torch.int32):
         raise type_error("token_ids", ids, "an int64 or int32 tensor")
-    if ids.shape != logits.shape[:-1]:
+    if ids.shape != like.shape[:-1]:
+        source = "hidden" if name == "hidden" else "the logits"
         raise ValueError(
-            f"token_ids must have the shape of the logits without V, {tuple(logits.shape[:-1])}, "
-            f"got {tuple(ids.shape)}"
+            f"token_ids must have the shape of {source} without {columns}, "
+            f"{tuple(like.shape[:-1])}, got {tuple(ids.shape)}"
         )
     return ids.reshape(-1).to(torch.int64).contiguous()
 

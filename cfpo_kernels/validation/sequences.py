@@ -23,7 +23,7 @@ def sequence_index_of(
     """
     source, shape, name = tokens.source, tokens.shape, tokens.name
     got = f"got {name} of shape {tuple(source.shape)}"
-    padded, packed = ("(B, T, V)", "(N, V)") if name == "logits" else ("(B, T)", "(N,)")
+    padded, packed = tokens.shape_of("(B, T)"), tokens.shape_of("(N,)")
     if cu_seqlens is not None:
         bounds = check_tensor("cu_seqlens", cu_seqlens, source, "an integer tensor", name)
         if bounds.dtype not in (torch.int64, torch.int32):
@@ -72,7 +72,7 @@ def check_sequences(
     tokens = PerToken(name, source)
     active = active_rows(mask, tokens)
     if cu_seqlens is None and len(tokens.shape) < 2:
-        padded, packed = ("(B, T, V)", "(N, V)") if name == "logits" else ("(B, T)", "(N,)")
+        padded, packed = tokens.shape_of("(B, T)"), tokens.shape_of("(N,)")
         raise ValueError(
             f"{name} must be {padded}, or packed {packed} with cu_seqlens, "
             f"got shape {tuple(source.shape)}"

@@ -19,12 +19,23 @@ AnyObjective = Objective | Callable[[TokenTerms], Tensor]
 class PerToken:
     """The tensor whose shape, dtype and device the per-token arguments must have; N tokens."""
 
-    name: str  # of `source`: "logits", (..., V), or "logps", (...)
+    name: str  # of `source`: "logits", (..., V), "hidden", (..., H), or "logps", (...)
     source: Tensor
 
     @property
+    def columns(self) -> str:
+        """What the last dimension of the source is, which the tokens do not have."""
+        return {"logits": "V", "hidden": "H"}.get(self.name, "")
+
+    @property
     def shape(self) -> torch.Size:
-        return self.source.shape[:-1] if self.name == "logits" else self.source.shape
+        return self.source.shape[:-1] if self.columns else self.source.shape
+
+    def shape_of(self, dimensions: str) -> str:
+        """How the source's shape is written, from that of the tokens: "(B, T)", "(N,)"."""
+        if not self.columns:
+            return dimensions
+        return f"{dimensions.rstrip(',)')}, {self.columns})"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -34,9 +45,9 @@ class PerToken:
 
 @dataclass
 class Rows(PerToken):
-    """The arguments that every entry point with logits has.
+    """The arguments that every entry point with logits or hidden states has.
 
-    ``logits`` stays as it came: (..., V), any leading strides. The rest is contiguous.
+    The source stays as it came: (..., V) or (..., H), any leading strides. The rest is contiguous.
     """
 
     token_ids: Tensor  # (N,) int64

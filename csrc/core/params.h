@@ -4,6 +4,7 @@
 // be null where the comment says so. Rows with weight 0 are never read.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -39,6 +40,21 @@ struct Problem {
   const float* temperature;         // (N) or one for all
   std::int64_t temperature_stride;  // 1 or 0
   const float* weights;             // (N), 0: not part of the loss
+  // The rows are some columns of longer ones, and a token outside [0, V) is among the others. If
+  // not, such a token makes its row NaN.
+  bool sharded = false;
+  // 1 / softcap where the logits are softcap * tanh(z / softcap), and gradients are those of z; 0:
+  // not capped.
+  float inverse_softcap = 0.0f;
+
+  // The row's token, or -1 where it is none of its columns.
+  template <class Index>
+  CFPO_HOST_DEVICE std::int64_t column(Index row) const {
+    const std::int64_t token = token_ids[row];
+    return token >= 0 && token < logits.n_cols ? token : -1;
+  }
+  // What stands for the logit of a token that is none of the columns.
+  CFPO_HOST_DEVICE float absent_logit() const { return sharded ? -INFINITY : NAN; }
 };
 
 // What a token brings to a policy loss beside its row; each (N).

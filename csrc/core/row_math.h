@@ -70,9 +70,23 @@ struct RowSum {
   }
 };
 
+// dy/dz of y = softcap tanh(z / softcap), from y; 0 for a ban by -inf, whose p is 0 too.
+CFPO_HOST_DEVICE inline float softcap_slope(float y, float inverse_softcap) {
+  const float t = y * inverse_softcap;
+  return std::fmax(std::fma(-t, t, 1.0f), 0.0f);
+}
+
+// A shard without any mass: bans alone, as low as those that are zeros beside any other row.
+CFPO_HOST_DEVICE inline bool is_empty(float scale, float target, const RowSum& rest) {
+  const double top = std::fmax(rest.ref, static_cast<double>(target) * scale);
+  return top <= -kLargestRef && target == target && rest.sum == rest.sum;
+}
+
 // Joins the target, which the sums leave out, with the rest of its row. That way 1 - p and log p
 // of a likely token keep their relative accuracy.
-CFPO_HOST_DEVICE inline RowStats join_target(float scale, float target, RowSum rest) {
+CFPO_HOST_DEVICE inline RowStats join_target(float scale, float target, RowSum rest,
+                                             bool sharded = false) {
+  if (sharded && is_empty(scale, target, rest)) return {scale, 0.0f, 0.0, -INFINITY, 1.0, 0.0};
   const double u = static_cast<double>(target) * scale;
   // A float, because that is what stage 3 takes; any reference near the largest u is exact. A
   // float beyond 2^31 need not be near: such a row is given up rather than got wrong.

@@ -23,6 +23,11 @@ constexpr std::int64_t kSegment = 8192;        // elements
 constexpr std::int64_t kHintColumns = 512;     // how many decide the first reference
 constexpr std::int64_t kItemElements = 16384;  // short rows are handed out several at a time
 
+inline float target_logit(const SegmentOps& ops, const Problem& problem, std::int64_t row) {
+  const std::int64_t column = problem.column(row);
+  return column < 0 ? problem.absent_logit() : ops.load(problem.logits.row(row), column);
+}
+
 class RowSummer {
  public:
   RowSummer(const SegmentOps& ops, const Problem& problem, std::int64_t row, bool entropy)
@@ -30,8 +35,9 @@ class RowSummer {
         data_(static_cast<const char*>(problem.logits.row(row))),
         n_cols_(problem.logits.n_cols),
         size_(dtype_size(problem.logits.dtype)),
-        target_(problem.token_ids[row]),
-        target_logit_(ops.load(data_, target_)),
+        target_(problem.column(row)),
+        target_logit_(target_logit(ops, problem, row)),
+        sharded_(problem.sharded),
         scale_(row_scale(problem, row)),
         hint_(std::ceil(ops.max(data_, std::min(n_cols_, kHintColumns), target_) * scale_)) {}
 
@@ -47,7 +53,7 @@ class RowSummer {
       const PartialSum part = partial_of(s);
       rest.add({part.ref, part.sum, part.weighted});
     }
-    return join_target(scale_, target_logit_, rest);
+    return join_target(scale_, target_logit_, rest, sharded_);
   }
 
  private:
@@ -57,6 +63,7 @@ class RowSummer {
   std::int64_t size_;
   std::int64_t target_;
   float target_logit_;
+  bool sharded_;
   float scale_;
   float hint_;
 };
@@ -66,11 +73,19 @@ inline void write_columns(const SegmentOps& ops, const Problem& problem, const R
                           std::int64_t row, std::int64_t begin, std::int64_t n,
                           const RowGradient& g, const void* prefetch) {
   const std::int64_t offset = begin * dtype_size(dlogits.dtype);
+  const char* x = static_cast<const char*>(problem.logits.row(row)) + offset;
   char* out = static_cast<char*>(dlogits.row(row)) + offset;
-  ops.gradient(static_cast<const char*>(problem.logits.row(row)) + offset, out, n, g.coefs,
-               prefetch);
-  const std::int64_t target = problem.token_ids[row] - begin;
-  if (target >= 0 && target < n) ops.store(out, target, g.target);
+  const std::int64_t target = problem.column(row) - begin;
+  const bool has_target = target >= 0 && target < n;
+  float of_target = g.target;
+  if (problem.inverse_softcap == 0.0f) {
+    ops.gradient(x, out, n, g.coefs, prefetch);
+  } else {
+    // Before the logit is overwritten.
+    if (has_target) of_target *= softcap_slope(ops.load(x, target), problem.inverse_softcap);
+    ops.capped_gradient(x, out, n, g.coefs, problem.inverse_softcap, prefetch);
+  }
+  if (has_target) ops.store(out, target, of_target);
 }
 
 inline void write_zeros(const Rows& dlogits, std::int64_t row) {
@@ -151,7 +166,7 @@ class RowDriver {
       const RowSummer sums = summer(row);
       return sums.merge([&](std::int64_t s) { return sums.segment(s); });
     } else {
-      return stage2_.stats(row, ops_.load(problem_.logits.row(row), problem_.token_ids[row]));
+      return stage2_.stats(row, target_logit(ops_, problem_, row));
     }
   }
 

@@ -199,9 +199,9 @@ PartialSum sum_segment(const void* x_raw, std::int64_t n, std::int64_t skip, flo
   return sum_with_reference<Isa, T, kWeighted>(x, n, skip, scale, ref);
 }
 
-template <class Isa, class T, bool kLinear>
+template <class Isa, class T, bool kLinear, bool kCapped>
 void gradient_with(const T* x, T* out, std::int64_t n, const GradientCoefs& coefs,
-                   const T* prefetch) {
+                   float inverse_softcap, const T* prefetch) {
   using Vec = typename Isa::Vec;
   constexpr int kBlock = 4 * Isa::kLanes;
   const typename Isa::template Exp2<kGradientDegree<T>, false> exp2(
@@ -209,14 +209,20 @@ void gradient_with(const T* x, T* out, std::int64_t n, const GradientCoefs& coef
   const typename Isa::Affine affine(coefs.scale, coefs.ref);
   const Vec lowest = Isa::set1(-1024.0f);
   const Vec constant = Isa::set1(coefs.constant), linear = Isa::set1(coefs.linear);
+  const Vec zero = Isa::set1(0.0f), one = Isa::set1(1.0f);
+  const Vec inverse = Isa::set1(inverse_softcap), minus_inverse = Isa::set1(-inverse_softcap);
   auto block = [&](const T* in, T* to) CFPO_INLINE_LAMBDA {
     Vec v[4];
     Isa::load2(in, v[0], v[1]);
     Isa::load2(in + 2 * Isa::kLanes, v[2], v[3]);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      const Vec e = exp2(v[k]);
-      v[k] = kLinear ? Isa::mul(e, Isa::fma(linear, Isa::max(lowest, affine(v[k])), constant)) : e;
+      const Vec x = v[k], e = exp2(x);
+      v[k] = kLinear ? Isa::mul(e, Isa::fma(linear, Isa::max(lowest, affine(x)), constant)) : e;
+      if (kCapped) {  // softcap_slope, of every element
+        const Vec slope = Isa::fma(Isa::mul(x, minus_inverse), Isa::mul(x, inverse), one);
+        v[k] = Isa::mul(v[k], Isa::max(zero, slope));
+      }
     }
     Isa::store2(to, v[0], v[1]);
     Isa::store2(to + 2 * Isa::kLanes, v[2], v[3]);
@@ -254,9 +260,19 @@ void gradient_with(const T* x, T* out, std::int64_t n, const GradientCoefs& coef
 template <class Isa, class T>
 void gradient_segment(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
                       const void* prefetch) {
+  const auto run = coefs.linear != 0.0f ? gradient_with<Isa, T, true, false>
+                                        : gradient_with<Isa, T, false, false>;
+  run(static_cast<const T*>(x), static_cast<T*>(out), n, coefs, 0.0f,
+      static_cast<const T*>(prefetch));
+}
+
+template <class Isa, class T>
+void capped_gradient_segment(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
+                             float inverse_softcap, const void* prefetch) {
   const auto run =
-      coefs.linear != 0.0f ? gradient_with<Isa, T, true> : gradient_with<Isa, T, false>;
-  run(static_cast<const T*>(x), static_cast<T*>(out), n, coefs, static_cast<const T*>(prefetch));
+      coefs.linear != 0.0f ? gradient_with<Isa, T, true, true> : gradient_with<Isa, T, false, true>;
+  run(static_cast<const T*>(x), static_cast<T*>(out), n, coefs, inverse_softcap,
+      static_cast<const T*>(prefetch));
 }
 
 template <class Isa, class T>
@@ -294,8 +310,13 @@ void store_element(void* x, std::int64_t i, float value) {
 
 template <class Isa, class T>
 constexpr SegmentOps segment_ops() {
-  return {max_segment<Isa, T>,      sum_segment<Isa, T, false>, sum_segment<Isa, T, true>,
-          gradient_segment<Isa, T>, multiply_segment<Isa, T>,   load_element<Isa, T>,
+  return {max_segment<Isa, T>,
+          sum_segment<Isa, T, false>,
+          sum_segment<Isa, T, true>,
+          gradient_segment<Isa, T>,
+          capped_gradient_segment<Isa, T>,
+          multiply_segment<Isa, T>,
+          load_element<Isa, T>,
           store_element<Isa, T>};
 }
 

@@ -24,6 +24,9 @@ struct SegmentOps {
   // into the L2 cache: this sweep works in cache and leaves the memory idle.
   void (*gradient)(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
                    const void* prefetch);
+  // Times the slope 1 - (x * inverse_softcap)^2 of a softcap.
+  void (*capped_gradient)(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
+                          float inverse_softcap, const void* prefetch);
   void (*multiply)(void* x, std::int64_t n, float factor);
   float (*load)(const void* x, std::int64_t i);
   void (*store)(void* x, std::int64_t i, float value);

@@ -1,0 +1,139 @@
+"""The checks of what a loss from hidden states is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..validation.errors import type_error
+from ..validation.rows import KERNEL_DTYPES
+from .batch import Parameters
+
+QUANTISED = (
+    "a head that is quantised or computed from other parameters has no weight that could be "
+    "multiplied here: leave it out of the quantisation (llm_int8_skip_modules=['lm_head'] in "
+    "bitsandbytes, a filter_fn in torchao), or pass a dequantised copy"
+)
+SHARDED = (
+    "it is sharded over processes (FSDP): only inside the head's forward is it whole; use "
+    "LinearCFPOLoss(head=lm_head), which calls that. A head that is sharded over the vocabulary "
+    "(tensor parallel) goes with hidden states that are DTensors of the same mesh, or with "
+    "vocab_parallel="
+)
+EMPTY = (
+    "it has no elements, as DeepSpeed's ZeRO-3 leaves it outside the head's forward: use "
+    "LinearCFPOLoss(head=lm_head), which calls that, or deepspeed.zero.GatheredParameters"
+)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of the products' operands, and of the logits."""
+
+    operands: torch.dtype
+    logits: torch.dtype
+
+
+def check_parameters(
+    hidden: object, weight: object, bias: object, lora: object, takes_float64: bool
+) -> tuple[Parameters, torch.Size]:
+    """As matrices, and the shape of the tokens."""
+    accepted = "a float32, bfloat16 or float16 tensor of shape (..., H)"
+    if not isinstance(hidden, Tensor):
+        raise type_error("hidden", hidden, accepted)
+    dtypes = (*KERNEL_DTYPES, torch.float64) if takes_float64 else KERNEL_DTYPES
+    if hidden.dtype not in dtypes:
+        more = "; float64 needs backend='reference'" if hidden.dtype == torch.float64 else ""
+        raise TypeError(f"hidden must be {accepted}, got a tensor of {hidden.dtype}{more}")
+    if hidden.layout != torch.strided:
+        raise TypeError(f"hidden must be {accepted}, got one of layout {hidden.layout}")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(
+            f"hidden must have shape (..., H) with H >= 1, got shape {tuple(hidden.shape)}"
+        )
+    checked = check_weight(weight, hidden.device)
+    n_cols, size = checked.shape
+    if hidden.shape[-1] != size:
+        raise ValueError(
+            f"hidden must have the weight's H, {size}, as last dimension, "
+            f"got shape {tuple(hidden.shape)}"
+        )
+    rows = hidden.reshape(-1, size)
+    one = None if bias is None else _matrix("bias", bias, (n_cols,), hidden.device)
+    if lora is None:
+        return Parameters(rows, checked, one), hidden.shape[:-1]
+    if not isinstance(lora, (tuple, list)) or len(lora) != 2:
+        raise type_error(
+            "lora", lora, "a pair (u, B): u = scale * dropout(hidden) A^T (..., r), B (V, r)"
+        )
+    rank = lora[0].shape[-1] if isinstance(lora[0], Tensor) and lora[0].dim() else 0
+    u = _matrix("lora[0]", lora[0], (*hidden.shape[:-1], rank), hidden.device)
+    b = _matrix("lora[1]", lora[1], (n_cols, rank), hidden.device)
+    return Parameters(rows, checked, one, u.reshape(-1, rank), b), hidden.shape[:-1]
+
+
+def check_weight(weight: object, device: torch.device) -> Tensor:
+    accepted = "a float32, bfloat16 or float16 tensor of shape (V, H)"
+    if not isinstance(weight, Tensor):
+        raise type_error("weight", weight, accepted)
+    if is_dtensor(weight):
+        raise ValueError(f"weight must be {accepted}, got a DTensor: {SHARDED}")
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        name = f"{type(weight).__name__} of {weight.dtype}"
+        raise TypeError(f"weight must be {accepted}, got a {name}: {QUANTISED}")
+    if weight.numel() == 0:
+        raise ValueError(f"weight must be {accepted}, got shape {tuple(weight.shape)}: {EMPTY}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape (V, H), got shape {tuple(weight.shape)}")
+    return _matrix("weight", weight, tuple(weight.shape), device)
+
+
+def _matrix(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise type_error(name, value, "a floating-point tensor")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of hidden, {device}, got {value.device}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    return value
+
+
+def is_dtensor(x: object) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def precision(parameters: Parameters, logits_dtype: object, softcap: float | None) -> Precision:
+    """What F.linear would multiply in, unless told otherwise.
+
+    Under autocast operands have its dtype, and logits too; with ``logits_dtype=torch.float32``
+    operands keep the weight's.
+    """
+    hidden, weight = parameters.hidden.dtype, parameters.weight.dtype
+    device = parameters.hidden.device.type
+    wide = torch.promote_types(weight, torch.float32)
+    if logits_dtype is not None and logits_dtype not in (weight, wide):
+        raise ValueError(
+            f"logits_dtype must be None, the weight's dtype, {weight}, or {wide}, "
+            f"got {logits_dtype}"
+        )
+    if logits_dtype is None and torch.is_autocast_enabled(device):
+        operands = torch.get_autocast_dtype(device)
+    elif hidden == weight or (logits_dtype == wide and weight == wide):
+        operands = weight
+    else:
+        raise TypeError(
+            f"hidden must have the weight's dtype, {weight}, outside of autocast, got {hidden}; "
+            "logits_dtype=torch.float32 lets a float32 head take it as it is"
+        )
+    logits: Any = logits_dtype
+    if logits is None:
+        # A cap in a lower precision would make ratios of 1 differ by some percent.
+        logits = operands if softcap is None else torch.promote_types(operands, torch.float32)
+    return Precision(operands, logits)

@@ -1,0 +1,182 @@
+"""Log-probs and entropies, differentiable: the losses that are not known when a tile's rows are.
+
+Backward goes over the vocabulary in slices, so that the gradient of each is written once, in its
+final dtype; logits are multiplied again, all but the last tile's. Where only the hidden states are
+differentiated, and by the log-probs only, forward multiplies the gradient of each, and backward
+scales the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autograd import begin_only_backward
+from ..tiles import Scores
+from .batch import Batch, Parameters, Sums
+from .head import SLICE, Head
+from .plan import Chunk
+from .products import slices
+
+
+class _All:
+    """The scores of all rows, (N,); zeros where none are wanted."""
+
+    def __init__(self, batch: Batch, with_entropy: bool) -> None:
+        like = batch.rows.active.new_empty(0, dtype=batch.rows.dtype)
+        self.logps = like.new_zeros(batch.n_rows)
+        self.entropy = like.new_zeros(batch.n_rows if with_entropy else 0)
+        self.lse = like.new_zeros(batch.n_rows, dtype=torch.float64)
+
+    def write(self, chunk: Chunk, scores: Scores) -> None:
+        chunk.write(self.logps, scores.logps)
+        chunk.write(self.lse, scores.lse)
+        if scores.entropy is not None:
+            chunk.write(self.entropy, scores.entropy)
+
+
+def _score_all(
+    batch: Batch, head: Head, parameters: Parameters, with_entropy: bool
+) -> tuple[_All, Tensor]:
+    """And the tile of the last wanted chunk."""
+    found, tile = _All(batch, with_entropy), batch.new_tile(head.n_cols)
+    waiting = []
+    for chunk in (*batch.scored, *batch.wanted):
+        head.project(tile, *batch.operands(chunk, parameters), slice(0, head.n_cols))
+        waiting.append((chunk, batch.score(tile, chunk, with_entropy)))
+    for chunk, scores in waiting:
+        found.write(chunk, scores())
+    return found, tile
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, batch: Batch, with_entropy: bool, *given: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parameters = Parameters(*given)  # type: ignore[arg-type]
+        found, ctx.tile = _score_all(batch, batch.head(parameters), parameters, with_entropy)
+        ctx.save_for_backward(found.logps, found.lse, found.entropy, *given)
+        ctx.batch, ctx.spent = batch, False
+        ctx.mark_non_differentiable(found.lse)
+        ctx.set_materialize_grads(False)
+        return found.logps, found.entropy, found.lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any
+    ) -> tuple[Tensor | None, ...]:
+        dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy
+        if dlogps is None and dentropy is None:
+            return (None,) * 7
+        begin_only_backward(ctx)
+        logps, lse, entropy, *given = ctx.saved_tensors
+        batch, parameters = ctx.batch, Parameters(*given)
+        tile, ctx.tile = ctx.tile, None
+        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps
+        scores = Scores(logps, lse, entropy if dentropy is not None else None)
+        with torch.autocast(logps.device.type, enabled=False):
+            head = batch.head(parameters)
+            sums = Sums(batch, head, parameters, ctx.needs_input_grad[2:])
+            _add_slices(batch, head, parameters, sums, tile, scores, dlogps, dentropy)
+        return None, None, *sums.gradients()
+
+
+def _add_slices(
+    batch: Batch,
+    head: Head,
+    parameters: Parameters,
+    sums: Sums,
+    kept: Tensor,
+    scores: Scores,
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+) -> None:
+    """`kept`: the logits of the last of the batch's chunks."""
+    chunks = batch.wanted
+    several = len(chunks) > 1
+    operands = [batch.operands(chunk, parameters) for chunk in chunks]
+    of_rows = [sums.of_rows(all_columns=not several) for _ in chunks]
+    active = batch.rows.active.to(batch.rows.dtype)
+    step = SLICE if several else head.n_cols
+    fresh = batch.new_tile(min(step, head.n_cols)) if several else kept
+    for columns in slices(head.n_cols, step):
+        of_columns = sums.of_columns(columns.stop - columns.start, several=several)
+        for i, (chunk, (x, u)) in enumerate(zip(chunks, operands, strict=True)):
+            if i == len(chunks) - 1:
+                tile = kept[:, columns]
+            else:
+                tile = fresh[:, : columns.stop - columns.start]
+                head.project(tile, x, u, columns)
+            rows = batch.kernel_rows(tile, chunk, active, columns if several else None)
+            of_chunk = scores.each(chunk.of)
+            of_entropy = None if dentropy is None else chunk.of(dentropy).contiguous()
+            batch.tiles.gradient_(rows, of_chunk, chunk.of(dlogps).contiguous(), of_entropy)
+            tile[chunk.size :] = 0
+            to = of_columns._replace(x=of_rows[i].x, u=of_rows[i].u)
+            head.add_gradients(tile, x, u, columns, to)
+        sums.put_columns(columns.start, of_columns)
+    for chunk, total in zip(chunks, of_rows, strict=True):
+        sums.put_rows(chunk, total)
+
+
+class _LateScores(torch.autograd.Function):
+    """Log-probs only, of which only hidden states (and an adapter's A) are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, batch: Batch, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+        parameters = Parameters(*given)  # type: ignore[arg-type]
+        head, found = batch.head(parameters), _All(batch, False)
+        sums = Sums(batch, head, parameters, ctx.needs_input_grad[1:])
+        tile = batch.new_tile(head.n_cols)
+        columns = slice(0, head.n_cols)
+        active = batch.rows.active.to(batch.rows.dtype)
+        for chunk in batch.scored:
+            head.project(tile, *batch.operands(chunk, parameters), columns)
+            found.write(chunk, batch.score(tile, chunk, False)())
+        for chunk in batch.wanted:
+            x, u = batch.operands(chunk, parameters)
+            head.project(tile, x, u, columns)
+            scores = batch.score(tile, chunk, False)()
+            found.write(chunk, scores)
+            rows = batch.kernel_rows(tile, chunk, active)
+            batch.tiles.gradient_(rows, scores, chunk.of(active), None)
+            tile[chunk.size :] = 0
+            to = sums.of_rows(all_columns=True)
+            head.add_gradients(tile, x, u, columns, to)
+            sums.put_rows(chunk, to)
+        ctx.save_for_backward(*sums.gradients())
+        ctx.tiles, ctx.spent = batch.tiles, False
+        ctx.mark_non_differentiable(found.lse)
+        ctx.set_materialize_grads(False)
+        return found.logps, found.lse
+
+    @staticmethod
+    def backward(ctx: Any, dlogps: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if dlogps is None:
+            return (None,) * 6
+        begin_only_backward(ctx)
+        gradients = ctx.saved_tensors
+        for gradient in gradients:
+            if gradient is not None:
+                ctx.tiles.multiply_rows_(gradient.detach(), dlogps)
+        return None, *gradients
+
+
+def scores_of(
+    batch: Batch, parameters: Parameters, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logps and entropy, differentiable; T * logsumexp(z / T); all (N,)."""
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters]
+    with torch.autocast(parameters.hidden.device.type, enabled=False):
+        if not any(needs):
+            with torch.no_grad():
+                found, _ = _score_all(batch, batch.head(parameters), parameters, with_entropy)
+            return found.logps, found.entropy, found.lse
+        of_head = needs[1] or needs[2] or needs[4]
+        if of_head or with_entropy:
+            return _Scores.apply(batch, with_entropy, *parameters)
+        logps, lse = _LateScores.apply(batch, *parameters)
+        return logps, logps.new_empty(0), lse

@@ -1,0 +1,347 @@
+"""A vocabulary that is split over the processes of a group, each with some of the head's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .autograd import refuse_create_graph
+from .backends.base import KernelRows
+from .tiles import Scores, Tiles
+from .validation.errors import type_error
+
+REDUCTIONS = ("all_reduce", "reduce_scatter", "none")
+
+
+@dataclass(frozen=True)
+class VocabParallel:
+    """How the vocabulary is split over a process group.
+
+    Args:
+        group: of ``torch.distributed``; all of its processes make the same calls with the same
+            token ids, masks and numbers.
+        start: the first token id of this process's part of the vocabulary; any number of columns.
+        vocab_size: of all processes together. Columns from there on are padding: they are no part
+            of the softmax, and their gradient is 0.
+        reduce_hidden_grad: how the parts of the hidden states' gradient, one a process, become
+            that of the sum. "all_reduce": here, and each process gets all of it. "reduce_scatter":
+            the hidden states given are this process's tokens only (sequence parallel), split in
+            order along the first dimension; they are gathered here, and their gradient is summed
+            and split. "none": by the caller, as after Megatron's
+            ``copy_to_tensor_model_parallel_region`` or with a DTensor's partial placement.
+    """
+
+    group: Any
+    start: int
+    vocab_size: int
+    reduce_hidden_grad: str = "all_reduce"
+
+    def __post_init__(self) -> None:
+        for name in ("start", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise type_error(name, value, "an integer")
+        if self.vocab_size < 1 or self.start < 0:
+            raise ValueError(
+                "VocabParallel needs start >= 0 and vocab_size >= 1, "
+                f"got {self.start} and {self.vocab_size}"
+            )
+        if self.reduce_hidden_grad not in REDUCTIONS:
+            raise ValueError(
+                f"reduce_hidden_grad must be one of {', '.join(map(repr, REDUCTIONS))}, "
+                f"got {self.reduce_hidden_grad!r}"
+            )
+
+
+# Where all shards begin on a multiple of this, rows have the bits of any other such split.
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Shards:
+    """This process's columns [start, start + n_cols) of a vocabulary of `vocab_size`.
+
+    Attributes:
+        block: columns of a block; blocks are summed one by one and merged in order.
+        counts: how many blocks each rank has.
+        order: (blocks,) int64, where each block of the vocabulary, in order, stands among those of
+            all ranks, of which each brings as many as the one that has most.
+    """
+
+    group: Any
+    start: int
+    n_cols: int
+    vocab_size: int
+    block: int
+    counts: tuple[int, ...]
+    order: Tensor
+
+    @staticmethod
+    def of(given: object, n_cols: int, device: torch.device) -> Shards:
+        """Of a VocabParallel, and as many columns as this process has with padding.
+
+        All processes of the group have to call this: they tell each other their columns.
+        """
+        if not isinstance(given, VocabParallel):
+            raise type_error("vocab_parallel", given, "a VocabParallel")
+        kept = max(0, min(n_cols, given.vocab_size - given.start))
+        # Asked for once: it waits for the other processes, and for the device.
+        known = _KNOWN.setdefault(given.group, {})
+        key = (given.start, kept, given.vocab_size, device)
+        if key not in known:
+            ranges = _ranges(given.group, given.start, kept, device)
+            known[key] = Shards._from_ranges(given, kept, ranges, device)
+        return known[key]
+
+    @staticmethod
+    def _from_ranges(
+        given: VocabParallel, kept: int, ranges: list[tuple[int, int]], device: torch.device
+    ) -> Shards:
+        end = 0
+        for start, size in sorted(ranges):
+            if start != end or size == 0:
+                end = -1
+                break
+            end += size
+        if end != given.vocab_size:
+            described = ", ".join(f"[{start}, {start + size})" for start, size in ranges)
+            raise ValueError(
+                "vocab_parallel: the columns of all processes must be the vocabulary, each of them "
+                f"once, and some on each process; got {described} of vocab_size={given.vocab_size}"
+            )
+        aligned = all(start % BLOCK == 0 for start, _ in ranges)
+        block = BLOCK if aligned else max(size for _, size in ranges)
+        counts = tuple(-(-size // block) for _, size in ranges)
+        order = [
+            rank * max(counts) + i
+            for rank in sorted(range(len(ranges)), key=lambda r: ranges[r])
+            for i in range(counts[rank])
+        ]
+        where = torch.tensor(order, device=device)
+        return Shards(given.group, given.start, kept, given.vocab_size, block, counts, where)
+
+    def score(self, tiles: Tiles, rows: KernelRows, with_entropy: bool) -> Callable[[], Scores]:
+        """Stage 1 of this shard's (n, n_cols) logits, sent to the others; what it returns waits for
+        theirs and merges all, in the order of the vocabulary, so that all processes have the same
+        bits.
+        """
+        active = rows.weights != 0
+        temperature = torch.where(active, rows.temperature, 1.0).double()
+        here = (rows.token_ids >= 0) & (rows.token_ids < self.n_cols)
+        ids = rows.token_ids + self.start
+        picked = rows.logits.gather(1, torch.where(here, rows.token_ids, 0)[:, None]).squeeze(1)
+        logit = torch.where(here, picked.double() / temperature, -torch.inf)
+        lse, entropy = self._of_blocks(tiles, rows, with_entropy)
+        mine = torch.cat([lse / temperature, entropy, logit[None]])
+        everyone = [torch.empty_like(mine) for _ in self.counts]
+        work = torch.distributed.all_gather(everyone, mine, group=self.group, async_op=True)
+
+        def merged() -> Scores:
+            work.wait()
+            most = max(self.counts)
+            of_blocks = torch.stack([x[:-1].unflatten(0, (-1, most)) for x in everyone], 1)
+            lses, *entropies = of_blocks.flatten(1, 2)[:, self.order]
+            highest = lses.amax(0)
+            # A NaN or an infinity is all that counts, and a row of -inf is nothing.
+            above = torch.where(highest.isfinite(), lses - highest, lses)
+            lse = highest + _in_order(above.exp()).log()
+            logps = torch.stack([x[-1] for x in everyone]).amax(0) - lse
+            known = (ids >= 0) & (ids < self.vocab_size)
+            logps = torch.where(active, torch.where(known, logps, torch.nan), 0.0)
+            dtype = rows.weights.dtype
+            entropy = None
+            if with_entropy:
+                share = (lses - lse).exp()
+                parts = torch.where(share == 0, 0.0, share * (entropies[0] + (lse - lses)))
+                entropy = torch.where(active, _in_order(parts), 0.0).to(dtype)
+            return Scores(logps.to(dtype), torch.where(active, lse * temperature, 0.0), entropy)
+
+        return merged
+
+    def _of_blocks(
+        self, tiles: Tiles, rows: KernelRows, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """T * logsumexp (blocks, n) and, if asked for, entropy (blocks, n), float64; -inf and 0
+        where another rank has a block more.
+        """
+        n_rows, most = rows.logits.shape[0], max(self.counts)
+        temperature = rows.temperature
+        lse = torch.full((most, n_rows), -torch.inf, dtype=torch.float64, device=rows.logits.device)
+        entropy = torch.zeros_like(lse if with_entropy else lse[:0])
+        whole = self.n_cols // self.block
+        for first, count, size in (
+            (0, whole, self.block),
+            (whole, 1, self.n_cols - whole * self.block),
+        ):
+            if count == 0 or size == 0:
+                continue
+            columns = slice(first * self.block, first * self.block + count * size)
+            logits = rows.logits[:, columns].unflatten(1, (count, size))
+            begins = torch.arange(columns.start, columns.stop, size, device=logits.device)
+
+            def of_block(x: Tensor, count: int = count) -> Tensor:
+                return x[:, None].expand(-1, count).reshape(-1).contiguous()
+
+            found = tiles.score(
+                rows._replace(
+                    logits=logits,
+                    token_ids=(rows.token_ids[:, None] - begins).reshape(-1),
+                    weights=of_block(rows.weights),
+                    temperature=temperature if temperature.numel() == 1 else of_block(temperature),
+                ),
+                with_entropy,
+            )
+            blocks = slice(first, first + count)
+            lse[blocks] = found.lse.reshape(n_rows, count).t()
+            if found.entropy is not None:
+                entropy[blocks] = found.entropy.reshape(n_rows, count).t()
+        return lse, entropy
+
+
+_KNOWN: WeakKeyDictionary[Any, dict[tuple[int, int, int, torch.device], Shards]] = (
+    WeakKeyDictionary()
+)
+
+
+def _ranges(group: Any, start: int, n_cols: int, device: torch.device) -> list[tuple[int, int]]:
+    """The first column and the number of columns of each rank."""
+    mine = torch.tensor([start, n_cols], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    torch.distributed.all_gather(everyone, mine, group=group)
+    return [(int(x[0]), int(x[1])) for x in everyone]
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    """The sum of (k, n) over k, by halves: elementwise, so that n changes no bit."""
+    while parts.shape[0] > 1:
+        half = parts.shape[0] // 2
+        sums = parts[0 : 2 * half : 2] + parts[1 : 2 * half : 2]
+        parts = torch.cat([sums, parts[2 * half :]])
+    return parts[0]
+
+
+class ShardedLogpsFunction(torch.autograd.Function):
+    """As ``autograd.TokenLogpsFunction``, for one shard of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        inplace: bool,
+        token_ids: Tensor,
+        weights: Tensor,
+        temperature: Tensor,
+        with_entropy: bool,
+        tiles: Tiles,
+        shards: Shards,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = KernelRows(logits.detach(), token_ids, weights, temperature, sharded=True)
+        logps, lse, entropy = shards.score(tiles, rows, with_entropy)()
+        entropy = logps.new_empty(0) if entropy is None else entropy
+        ctx.save_for_backward(logits, *rows[1:4], logps, lse, entropy)
+        ctx.inplace, ctx.tiles = inplace, tiles
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return logps, entropy, lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any
+    ) -> tuple[Tensor | None, ...]:
+        dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy
+        if dlogps is None and dentropy is None:
+            return (None,) * 8
+        refuse_create_graph()
+        logits, token_ids, weights, temperature, logps, lse, entropy = ctx.saved_tensors
+        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
+        dlogits = logits.detach() if ctx.inplace else logits.detach().clone()
+        ctx.tiles.gradient_(
+            KernelRows(dlogits, token_ids, weights, temperature, sharded=True),
+            Scores(logps, lse, None if dentropy is None else entropy),
+            dlogps,
+            None if dentropy is None else dentropy.contiguous(),
+        )
+        return dlogits, *(None,) * 7
+
+
+class _Copied(torch.autograd.Function):
+    """Each process uses the same tensor; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        total = dx.to(torch.promote_types(dx.dtype, torch.float32), copy=True)
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total.to(dx.dtype), None
+
+
+class _Gathered(torch.autograd.Function):
+    """Each process has some rows and uses all; its rows' gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        total = dx.to(torch.promote_types(dx.dtype, torch.float32)).contiguous()
+        mine = total.new_empty(dx.shape[0] // ctx.group.size(), *dx.shape[1:])
+        torch.distributed.reduce_scatter(mine, list(total.chunk(ctx.group.size())), group=ctx.group)
+        return mine.to(dx.dtype), None
+
+
+def shared_by_all(hidden: Tensor, given: VocabParallel) -> Tensor:
+    """The hidden states of all tokens, with the gradient that ``reduce_hidden_grad`` asks for."""
+    if given.reduce_hidden_grad == "all_reduce":
+        return _Copied.apply(hidden, given.group)
+    if given.reduce_hidden_grad == "reduce_scatter":
+        return _Gathered.apply(hidden, given.group)
+    return hidden
+
+
+def from_dtensors(
+    hidden: Any, weight: Any, bias: Any
+) -> tuple[Tensor, Tensor, Tensor | None, VocabParallel]:
+    """The local tensors of a head that is split over the rows of a tensor-parallel mesh.
+
+    The hidden states, whole on each process or split by tokens, get gradients of their own
+    placement; so do the weight and the bias.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    mesh = weight.device_mesh
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is not None and (
+            not isinstance(x, DTensor) or x.device_mesh != mesh or mesh.ndim != 1
+        ):
+            raise ValueError(
+                f"{name} must be a DTensor on the weight's mesh, and that of one dimension; "
+                "otherwise pass local tensors and vocab_parallel="
+            )
+        if name != "hidden" and x is not None and tuple(x.placements) != (Shard(0),):
+            raise ValueError(
+                f"{name} must be split over the vocabulary, Shard(0), got {x.placements}"
+            )
+    replicated = hidden.redistribute(placements=[Replicate()])
+    group, vocab_size = mesh.get_group(), weight.shape[0]
+    # As torch.chunk splits: all parts but the last ones have as many rows.
+    each = -(-vocab_size // mesh.size())
+    start = min(mesh.get_local_rank() * each, vocab_size)
+    return (
+        replicated.to_local(grad_placements=[Partial()]),
+        weight.to_local(),
+        None if bias is None else bias.to_local(),
+        VocabParallel(group, start, vocab_size, "none"),
+    )

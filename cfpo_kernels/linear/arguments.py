@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..validation.errors import type_error
 from ..validation.rows import KERNEL_DTYPES
@@ -81,7 +82,7 @@ def check_weight(weight: object, device: torch.device) -> Tensor:
         raise type_error("weight", weight, accepted)
     if is_dtensor(weight):
         raise ValueError(f"weight must be {accepted}, got a DTensor: {SHARDED}")
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+    if type(weight) not in (Tensor, nn.Parameter, FakeTensor) or not weight.is_floating_point():
         name = f"{type(weight).__name__} of {weight.dtype}"
         raise TypeError(f"weight must be {accepted}, got a {name}: {QUANTISED}")
     if weight.numel() == 0:

@@ -89,7 +89,11 @@ class _Fused:
             )
         else:
             scores, ratio = tile.scores(), terms.beyond.ratio
-            beyond = terms.beyond._replace(ratio=None if ratio is None else ratio.of(chunk.of))
+            if ratio is not None:
+                # Of tokens that are left out nothing is known, but on a CPU.
+                n_sequences = None if chunk.index is not None else chunk.size // ratio.longest
+                ratio = ratio.of(chunk.of, n_sequences)
+            beyond = terms.beyond._replace(ratio=ratio)
             loss, dlogps, dentropy = loss_and_slopes(
                 scores, rows.weights, inputs, terms.settings, beyond, terms.grad_scale
             )

@@ -123,6 +123,9 @@ def precision(parameters: Parameters, logits_dtype: object, softcap: float | Non
             f"logits_dtype must be None, the weight's dtype, {weight}, or {wide}, "
             f"got {logits_dtype}"
         )
+    if softcap is not None and logits_dtype not in (None, wide):
+        # Ratios that should be 1 would differ from it by some percent.
+        raise ValueError(f"logits_dtype must be None or {wide} with softcap, got {logits_dtype}")
     if logits_dtype is None and torch.is_autocast_enabled(device):
         operands = torch.get_autocast_dtype(device)
     elif hidden == weight or (logits_dtype == wide and weight == wide):
@@ -134,6 +137,5 @@ def precision(parameters: Parameters, logits_dtype: object, softcap: float | Non
         )
     logits: Any = logits_dtype
     if logits is None:
-        # A cap in a lower precision would make ratios of 1 differ by some percent.
         logits = operands if softcap is None else torch.promote_types(operands, torch.float32)
     return Precision(operands, logits)

@@ -120,7 +120,7 @@ class _FusedLoss(torch.autograd.Function):
         given = Parameters(*parameters)  # type: ignore[arg-type]
         run = _Fused(batch, terms, given, ctx.needs_input_grad[3:], with_entropy)
         run.run()
-        ctx.save_for_backward(terms.grad_scale, *run.sums.gradients())
+        ctx.save_for_backward(terms.grad_scale, terms.weights, *run.sums.gradients())
         ctx.tiles, ctx.spent = batch.tiles, False
         ctx.mark_non_differentiable(run.logps, run.entropy)
         ctx.set_materialize_grads(False)
@@ -131,12 +131,16 @@ class _FusedLoss(torch.autograd.Function):
         if dloss is None:
             return (None,) * 8
         begin_only_backward(ctx)
-        grad_scale, *gradients = ctx.saved_tensors
+        grad_scale, weights, *gradients = ctx.saved_tensors
         factor = dloss if grad_scale is None else dloss / grad_scale
-        for gradient in gradients:
+        # What masked rows gave stays 0, also for inf and NaN.
+        factor = torch.where((weights != 0).any(), factor, 1.0)
+        of_rows = torch.where(weights == 0, 1.0, factor)
+        for name, gradient in zip(Parameters._fields, gradients, strict=True):
             if gradient is not None:
                 rows = gradient.detach().reshape(-1, gradient.shape[-1])
-                ctx.tiles.multiply_rows_(rows, factor.expand(rows.shape[0]))
+                factors = of_rows if name in ("hidden", "u") else factor.expand(rows.shape[0])
+                ctx.tiles.multiply_rows_(rows, factors)
         return None, None, None, *gradients
 
 

@@ -147,7 +147,7 @@ class _LateScores(torch.autograd.Function):
             to = sums.of_rows(all_columns=True)
             head.add_gradients(tile, x, u, columns, to)
             sums.put_rows(chunk, to)
-        ctx.save_for_backward(*sums.gradients())
+        ctx.save_for_backward(batch.rows.active, *sums.gradients())
         ctx.tiles, ctx.spent = batch.tiles, False
         ctx.mark_non_differentiable(found.lse)
         ctx.set_materialize_grads(False)
@@ -158,10 +158,11 @@ class _LateScores(torch.autograd.Function):
         if dlogps is None:
             return (None,) * 6
         begin_only_backward(ctx)
-        gradients = ctx.saved_tensors
+        active, *gradients = ctx.saved_tensors
+        factors = torch.where(active, dlogps, 1.0)  # a masked row's zeros, also for inf and NaN
         for gradient in gradients:
             if gradient is not None:
-                ctx.tiles.multiply_rows_(gradient.detach(), dlogps)
+                ctx.tiles.multiply_rows_(gradient.detach(), factors)
         return None, *gradients
 
 

@@ -23,7 +23,7 @@ from ..vocab_parallel import Shards, VocabParallel, from_dtensors, shared_by_all
 from .arguments import check_parameters, is_dtensor, precision
 from .batch import Batch, Parameters
 from .fused import fused_loss
-from .plan import Chunk, Selection, by_sequence, default_chunk, in_order, select
+from .plan import LEAST_ROWS, Chunk, Selection, by_sequence, default_chunk, in_order, select
 from .scores import scores_of
 from .support import check_support, positions, support_logits
 
@@ -227,9 +227,9 @@ def linear_cfpo_loss(
             sampled token has to be among them. No product over the vocabulary is made at all.
         vocab_parallel: weight and bias are one process's part of the vocabulary, see
             :class:`VocabParallel`.
-        chunk_tokens: rows of each product. The last one is filled up with zeros, so that a token's
-            bits do not depend on the others: use one number for scoring and for training. None:
-            from V, dtype and kind of device, 128 on a CPU.
+        chunk_tokens: rows of each product. The last one is filled up with zeros (and all to 16), so
+            that a token's bits do not depend on the others: use one number for scoring and for
+            training. None: from V, dtype and kind of device, 128 on a CPU.
         active_tokens: at least as many tokens as are unmasked, where the mask is on a GPU: only so
             many are multiplied, without waiting for the device. More unmasked tokens than that make
             the loss NaN. None: on a GPU all tokens are multiplied.
@@ -458,7 +458,7 @@ class _Head:
             dtype=self.dtypes.operands,
             tile_dtype=self.dtypes.logits,
             softcap=0.0 if self.softcap is None else self.softcap / self.scale,
-            chunk=self.chunk,
+            chunk=max(self.chunk, LEAST_ROWS),
             wanted=wanted,
             scored=in_order(selection.scored, 0, self.chunk),
             has_masked=selection.has_masked,

@@ -87,7 +87,8 @@ class KernelTiles:
         )
 
     def multiply_rows_(self, x: Tensor, factors: Tensor) -> None:
-        backends.kernels(self.kernels).multiply_rows(x, factors)
+        if x.numel():
+            backends.kernels(self.kernels).multiply_rows(x, factors.contiguous())
 
 
 @dataclass(frozen=True)

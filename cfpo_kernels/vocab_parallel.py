@@ -266,6 +266,8 @@ class ShardedLogpsFunction(torch.autograd.Function):
             dlogps,
             None if dentropy is None else dentropy.contiguous(),
         )
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
         return dlogits, *(None,) * 7
 
 
@@ -312,36 +314,47 @@ def shared_by_all(hidden: Tensor, given: VocabParallel) -> Tensor:
 
 
 def from_dtensors(
-    hidden: Any, weight: Any, bias: Any
-) -> tuple[Tensor, Tensor, Tensor | None, VocabParallel]:
+    hidden: Any, weight: Any, bias: Any, lora: Any
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None, VocabParallel]:
     """The local tensors of a head that is split over the rows of a tensor-parallel mesh.
 
-    The hidden states, whole on each process or split by tokens, get gradients of their own
-    placement; so do the weight and the bias.
+    The hidden states (and an adapter's u), whole on each process or split by tokens, get gradients
+    of their own placement; so do the weight and the bias (and the adapter's B).
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    mesh = weight.device_mesh
-    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if x is not None and (
-            not isinstance(x, DTensor) or x.device_mesh != mesh or mesh.ndim != 1
-        ):
+    mesh, vocab_size = weight.device_mesh, weight.shape[0]
+
+    def checked(name: str, x: Any) -> Any:
+        if not isinstance(x, DTensor) or x.device_mesh != mesh or mesh.ndim != 1:
             raise ValueError(
                 f"{name} must be a DTensor on the weight's mesh, and that of one dimension; "
                 "otherwise pass local tensors and vocab_parallel="
             )
-        if name != "hidden" and x is not None and tuple(x.placements) != (Shard(0),):
+        return x
+
+    def of_tokens(name: str, x: Any) -> Tensor:
+        replicated = checked(name, x).redistribute(placements=[Replicate()])
+        return replicated.to_local(grad_placements=[Partial()])
+
+    def of_columns(name: str, x: Any) -> Tensor:
+        if tuple(checked(name, x).placements) != (Shard(0),):
             raise ValueError(
                 f"{name} must be split over the vocabulary, Shard(0), got {x.placements}"
             )
-    replicated = hidden.redistribute(placements=[Replicate()])
-    group, vocab_size = mesh.get_group(), weight.shape[0]
+        return x.to_local()
+
     # As torch.chunk splits: all parts but the last ones have as many rows.
     each = -(-vocab_size // mesh.size())
-    start = min(mesh.get_local_rank() * each, vocab_size)
+    if each * (mesh.size() - 1) >= vocab_size:
+        raise ValueError(
+            f"weight must have rows on each of {mesh.size()} processes, got {vocab_size} in all"
+        )
+    local = of_columns("weight", weight)
     return (
-        replicated.to_local(grad_placements=[Partial()]),
-        weight.to_local(),
-        None if bias is None else bias.to_local(),
-        VocabParallel(group, start, vocab_size, "none"),
+        of_tokens("hidden", hidden),
+        local,
+        None if bias is None else of_columns("bias", bias),
+        None if lora is None else (of_tokens("lora[0]", lora[0]), of_columns("lora[1]", lora[1])),
+        VocabParallel(mesh.get_group(), mesh.get_local_rank() * each, vocab_size, "none"),
     )

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..validation.errors import type_error
 from ..validation.rows import KERNEL_DTYPES
 from .batch import Parameters
+from .products import autocast_dtype
 
 QUANTISED = (
     "a head that is quantised or computed from other parameters has no weight that could be "
@@ -117,15 +118,18 @@ def precision(parameters: Parameters, logits_dtype: object, softcap: float | Non
     operands keep the weight's.
     """
     hidden, weight = parameters.hidden.dtype, parameters.weight.dtype
-    device = parameters.hidden.device.type
+    autocast = autocast_dtype(parameters.hidden.device)
     wide = torch.promote_types(weight, torch.float32)
     if logits_dtype is not None and logits_dtype not in (weight, wide):
         raise ValueError(
             f"logits_dtype must be None, the weight's dtype, {weight}, or {wide}, "
             f"got {logits_dtype}"
         )
-    if logits_dtype is None and torch.is_autocast_enabled(device):
-        operands = torch.get_autocast_dtype(device)
+    if softcap is not None and logits_dtype not in (None, wide):
+        # Ratios that should be 1 would differ from it by some percent.
+        raise ValueError(f"logits_dtype must be None or {wide} with softcap, got {logits_dtype}")
+    if logits_dtype is None and autocast is not None:
+        operands = autocast
     elif hidden == weight or (logits_dtype == wide and weight == wide):
         operands = weight
     else:
@@ -135,6 +139,5 @@ def precision(parameters: Parameters, logits_dtype: object, softcap: float | Non
         )
     logits: Any = logits_dtype
     if logits is None:
-        # A cap in a lower precision would make ratios of 1 differ by some percent.
         logits = operands if softcap is None else torch.promote_types(operands, torch.float32)
     return Precision(operands, logits)

@@ -122,7 +122,7 @@ class Sums:
         self.batch, self.head, self.parameters = batch, head, parameters
         self.needs = Parameters(*needs)  # type: ignore[arg-type]
         hidden, u = (
-            torch.zeros_like(x) if x is not None and needed else None
+            _zeros(x) if x is not None and needed else None
             for x, needed in ((parameters.hidden, needs[0]), (parameters.u, needs[3]))
         )
         self.found: list[Tensor | None] = [hidden, None, None, u, None]
@@ -181,7 +181,7 @@ class Sums:
                 self.found[place] = given.pieces[0].to(like.dtype)
                 continue
             if gradient is None:  # columns that nobody asks for are 0
-                gradient = self.found[place] = torch.zeros_like(like)
+                gradient = self.found[place] = _zeros(like)
             while given.pieces:
                 piece = given.pieces.pop(0)
                 gradient[first : first + piece.shape[0]] = piece
@@ -189,6 +189,11 @@ class Sums:
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         return tuple(
-            torch.zeros_like(x) if found is None and needed and x is not None else found
+            _zeros(x) if found is None and needed and x is not None else found
             for found, needed, x in zip(self.found, self.needs, self.parameters, strict=True)
         )
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Rows that kernels take, whatever the strides of `like`."""
+    return torch.zeros_like(like, memory_format=torch.contiguous_format)

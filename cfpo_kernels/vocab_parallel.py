@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +20,9 @@ REDUCTIONS = ("all_reduce", "reduce_scatter", "none")
 @dataclass(frozen=True)
 class VocabParallel:
     """How the vocabulary is split over a process group.
+
+    Make it once: the first call with it asks the other processes for their parts, and waits for
+    the device.
 
     Args:
         group: of ``torch.distributed``; all of its processes make the same calls with the same
@@ -40,6 +42,8 @@ class VocabParallel:
     start: int
     vocab_size: int
     reduce_hidden_grad: str = "all_reduce"
+    # Not by value: another process's part may differ where this one's is the same.
+    known: dict[Any, Shards] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("start", "vocab_size"):
@@ -90,13 +94,10 @@ class Shards:
         if not isinstance(given, VocabParallel):
             raise type_error("vocab_parallel", given, "a VocabParallel")
         kept = max(0, min(n_cols, given.vocab_size - given.start))
-        # Asked for once: it waits for the other processes, and for the device.
-        known = _KNOWN.setdefault(given.group, {})
-        key = (given.start, kept, given.vocab_size, device)
-        if key not in known:
+        if (kept, device) not in given.known:
             ranges = _ranges(given.group, given.start, kept, device)
-            known[key] = Shards._from_ranges(given, kept, ranges, device)
-        return known[key]
+            given.known[kept, device] = Shards._from_ranges(given, kept, ranges, device)
+        return given.known[kept, device]
 
     @staticmethod
     def _from_ranges(
@@ -201,11 +202,6 @@ class Shards:
             if found.entropy is not None:
                 entropy[blocks] = found.entropy.reshape(n_rows, count).t()
         return lse, entropy
-
-
-_KNOWN: WeakKeyDictionary[Any, dict[tuple[int, int, int, torch.device], Shards]] = (
-    WeakKeyDictionary()
-)
 
 
 def _ranges(group: Any, start: int, n_cols: int, device: torch.device) -> list[tuple[int, int]]:
@@ -351,10 +347,16 @@ def from_dtensors(
             f"weight must have rows on each of {mesh.size()} processes, got {vocab_size} in all"
         )
     local = of_columns("weight", weight)
+    start = mesh.get_local_rank() * each
+    given = VocabParallel(mesh.get_group(), start, vocab_size, "none")
+    # Known without asking.
+    ranges = [(s, min(each, vocab_size - s)) for s in range(0, vocab_size, each)]
+    found = Shards._from_ranges(given, local.shape[0], ranges, local.device)
+    given.known[local.shape[0], local.device] = found
     return (
         of_tokens("hidden", hidden),
         local,
         None if bias is None else of_columns("bias", bias),
         None if lora is None else (of_tokens("lora[0]", lora[0]), of_columns("lora[1]", lora[1])),
-        VocabParallel(mesh.get_group(), mesh.get_local_rank() * each, vocab_size, "none"),
+        given,
     )

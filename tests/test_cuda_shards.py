@@ -1,4 +1,4 @@
-"""Shards of rows, and softcaps, on the CUDA kernels: see test_cuda_kernels.py for where these run."""
+"""Shards of rows, and softcaps, on the CUDA kernels; see test_cuda_kernels.py."""
 
 from __future__ import annotations
 

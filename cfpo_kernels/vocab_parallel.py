@@ -36,6 +36,17 @@ class VocabParallel:
             order along the first dimension; they are gathered here, and their gradient is summed
             and split. "none": by the caller, as after Megatron's
             ``copy_to_tensor_model_parallel_region`` or with a DTensor's partial placement.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value; at the first call, where the
+            processes' columns are not the vocabulary, each of them once.
+
+    Example:
+        >>> def loss_of(hidden, weight, group, rank):  # weight: rows rank * 512 to rank * 512 + 511
+        ...     where = cfpo_kernels.VocabParallel(group, start=rank * 512, vocab_size=1024)
+        ...     return cfpo_kernels.linear_cfpo_loss(
+        ...         hidden, weight, token_ids, advantages, old_logps, vocab_parallel=where
+        ...     )
     """
 
     group: Any

@@ -591,7 +591,7 @@ def test_compiled_code_breaks_its_graph_at_the_call(backend: str) -> None:
     (reason,) = torch._dynamo.utils.counters["graph_break"]
     assert "linear_policy_loss" in reason
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="linear_policy_loss.*torch.compiler.disable"):
+    with pytest.raises(Exception, match=r"linear_policy_loss.*torch.compiler.disable"):
         torch.compile(step, backend=backend, fullgraph=True)(**case.leaves())
 
 

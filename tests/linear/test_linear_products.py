@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from heads import HeadCase, is_noticed, linear, make, planted, use_slices
+from heads import HeadCase, is_noticed, linear, make, planted, pretend_speed, use_slices
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cfpo_kernels
 from cfpo_kernels import PPOClip
-from cfpo_kernels.linear import api, head, products
+from cfpo_kernels.linear import api, head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,9 +174,7 @@ def test_a_support_needs_no_product_over_the_vocabulary() -> None:
 def test_products_of_low_precision(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many where bfloat16 is slow, and then all of float32, never of whole operands."""
     use_slices(monkeypatch, 64)
-    monkeypatch.setattr(
-        products, "is_fast", lambda dtype, device: fast or dtype == torch.float32
-    )
+    pretend_speed(monkeypatch, fast)
     case = case_of(dtype=torch.bfloat16)
     for how in ({}, {"low_memory": True}, {"chunk_tokens": 128}):
         with Counter() as counter:

@@ -46,6 +46,7 @@ def check_parameters(
     accepted = "a float32, bfloat16 or float16 tensor of shape (..., H)"
     if not isinstance(hidden, Tensor):
         raise type_error("hidden", hidden, accepted)
+    _check_local("hidden", hidden)
     dtypes = (*KERNEL_DTYPES, torch.float64) if takes_float64 else KERNEL_DTYPES
     if hidden.dtype not in dtypes:
         more = "; float64 needs backend='reference'" if hidden.dtype == torch.float64 else ""
@@ -96,11 +97,21 @@ def check_weight(weight: object, device: torch.device) -> Tensor:
 def _matrix(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise type_error(name, value, "a floating-point tensor")
+    _check_local(name, value)
     if value.device != device:
         raise ValueError(f"{name} must be on the device of hidden, {device}, got {value.device}")
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     return value
+
+
+def _check_local(name: str, value: Tensor) -> None:
+    """Of a head whose weight is local; from_dtensors takes the others apart."""
+    if is_dtensor(value):
+        raise ValueError(
+            f"{name} must be a local tensor where the hidden states or the weight is one, "
+            "got a DTensor"
+        )
 
 
 def is_dtensor(x: object) -> bool:

@@ -47,7 +47,7 @@ class _Fused:
         self.head = batch.head(parameters)
         self.sums = Sums(batch, self.head, parameters, needs)
         several = len(batch.wanted) > 1
-        self.of_columns = self.sums.of_columns(self.head.n_cols, several=several)
+        self.of_columns = self.sums.of_columns(slice(0, self.head.n_cols), several=several)
         self.loss, self.logps, self.entropy = (torch.zeros_like(terms.weights) for _ in range(3))
 
     def run(self) -> None:
@@ -66,7 +66,11 @@ class _Fused:
             tile = self.project(tiles[0], chunk)
             scores = (tile.scores or self.batch.score(tile.logits, chunk, True))()
             self.keep(chunk, scores)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """After `run`, whose tiles need no memory any more."""
         self.sums.put_columns(0, self.of_columns)
+        return self.sums.gradients()
 
     def project(self, logits: Tensor, chunk: Chunk) -> _Tile:
         x, u = self.batch.operands(chunk, self.parameters)
@@ -125,7 +129,7 @@ class _FusedLoss(torch.autograd.Function):
         given = Parameters(*parameters)  # type: ignore[arg-type]
         run = _Fused(batch, terms, given, ctx.needs_input_grad[3:], with_entropy)
         run.run()
-        ctx.save_for_backward(terms.grad_scale, terms.weights, *run.sums.gradients())
+        ctx.save_for_backward(terms.grad_scale, terms.weights, *run.gradients())
         ctx.tiles, ctx.spent = batch.tiles, False
         ctx.mark_non_differentiable(run.logps, run.entropy)
         ctx.set_materialize_grads(False)

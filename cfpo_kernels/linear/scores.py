@@ -103,7 +103,7 @@ def _add_slices(
     step = SLICE if several else head.n_cols
     fresh = batch.new_tile(min(step, head.n_cols)) if several else kept
     for columns in slices(head.n_cols, step):
-        of_columns = sums.of_columns(columns.stop - columns.start, several=several)
+        of_columns = sums.of_columns(columns, several=several)
         for i, (chunk, (x, u)) in enumerate(zip(chunks, operands, strict=True)):
             if i == len(chunks) - 1:
                 tile = kept[:, columns]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cfpo_kernels
 from cfpo_kernels import CFPO
-from cfpo_kernels.linear import batch, head, scores
+from cfpo_kernels.linear import batch, head, products, scores, support
 
 NAMES = ("hidden", "weight", "bias", "u", "lora")
 OF_HEAD = ("logit_scale", "softcap")  # what a loss from logits knows nothing of
@@ -253,3 +253,9 @@ def use_slices(patch: pytest.MonkeyPatch, columns: int) -> None:
     """The vocabulary in slices of so many columns, which a small one does not fill otherwise."""
     for module in (batch, head, scores):
         patch.setattr(module, "SLICE", columns)
+
+
+def pretend_speed(patch: pytest.MonkeyPatch, fast: bool) -> None:
+    """A CPU with instructions for low precision, or without: its products are right either way."""
+    for module in (products, support):
+        patch.setattr(module, "is_fast", lambda dtype, device: fast or dtype == torch.float32)

@@ -591,7 +591,7 @@ def test_compiled_code_breaks_its_graph_at_the_call(backend: str) -> None:
     (reason,) = torch._dynamo.utils.counters["graph_break"]
     assert "linear_policy_loss" in reason
     torch._dynamo.reset()
-    with pytest.raises(Exception, match=r"linear_policy_loss.*torch.compiler.disable"):
+    with pytest.raises(Exception, match=r"linear_policy_loss.*torch\.compiler\.disable"):
         torch.compile(step, backend=backend, fullgraph=True)(**case.leaves())
 
 
@@ -668,7 +668,8 @@ def test_the_ratio_of_the_policy_that_scored_is_1(chunk: int | None, dtype: torc
 def test_tiles_of_few_rows_on_several_threads() -> None:
     """Where a row is in a tile of 7 decides about its bits, unless that is filled up."""
     is_one(make(N_SCORED, 203), chunk_tokens=7)
-    if torch.backends.mkl.is_available():
+    x, w = torch.randn(7, 16), torch.randn(203, 16)
+    if not torch.equal((x @ w.T).roll(3, 0), x.roll(3, 0) @ w.T):  # so it is with MKL
         with planted(api, "LEAST_ROWS", 1):
             is_noticed(lambda: is_one(make(N_SCORED, 203), chunk_tokens=7))
 

@@ -220,7 +220,9 @@ def linear_cfpo_loss(
         softcap: positive number c: logits are ``c * tanh(logits / c)``, after logit_scale and
             before the temperature (Gemma). In float32.
         logits_dtype: float32 keeps the logits of a head of lower dtype in float32, and keeps
-            autocast away from a float32 head. None: the dtype of the product.
+            autocast away from a float32 head. None: the dtype of the product. With a softcap None
+            is float32, and the dtype of the product rounds the logits to it before the cap, which
+            is in float32 then too: as a scorer has them that takes them from a head of that dtype.
         support: (..., k) int64 or int32, the token ids among which the sampler chose (top-k,
             top-p), -1 for padding: the softmax is over these alone, so that r is unbiased. The
             sampled token has to be among them. No product over the vocabulary is made at all.
@@ -436,6 +438,7 @@ class _Head:
         logits = support_logits(
             self.parameters, rows, ids, self.dtypes.operands, self.dtypes.logits
         )
+        logits = logits.to(self.dtypes.rounded).to(self.dtypes.logits)
         if self.softcap is not None:
             cap = self.softcap / self.scale
             logits = torch.where(ids < 0, logits, cap * torch.tanh(logits / cap))
@@ -454,6 +457,7 @@ class _Head:
             rows=rows,
             dtype=self.dtypes.operands,
             tile_dtype=self.dtypes.logits,
+            rounded=self.dtypes.rounded,
             softcap=0.0 if self.softcap is None else self.softcap / self.scale,
             chunk=self.chunk,
             wanted=wanted,

@@ -31,10 +31,12 @@ EMPTY = (
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of the products' operands, and of the logits."""
+    """The dtypes of the products' operands, of the logits, and which these are rounded to before a
+    softcap."""
 
     operands: torch.dtype
     logits: torch.dtype
+    rounded: torch.dtype
 
 
 def check_parameters(
@@ -118,13 +120,15 @@ def precision(parameters: Parameters, logits_dtype: object, softcap: float | Non
     hidden, weight = parameters.hidden.dtype, parameters.weight.dtype
     device = parameters.hidden.device.type
     wide = torch.promote_types(weight, torch.float32)
-    if logits_dtype is not None and logits_dtype not in (weight, wide):
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    accepted = {weight, wide} if autocast is None else {weight, wide, autocast}
+    if logits_dtype is not None and logits_dtype not in accepted:
         raise ValueError(
-            f"logits_dtype must be None, the weight's dtype, {weight}, or {wide}, "
-            f"got {logits_dtype}"
+            "logits_dtype must be None or, for this head, one of "
+            f"{', '.join(sorted(map(str, accepted)))}, got {logits_dtype}"
         )
-    if logits_dtype is None and torch.is_autocast_enabled(device):
-        operands = torch.get_autocast_dtype(device)
+    if autocast is not None and logits_dtype in (None, autocast):
+        operands = autocast
     elif hidden == weight or (logits_dtype == wide and weight == wide):
         operands = weight
     else:
@@ -132,8 +136,9 @@ def precision(parameters: Parameters, logits_dtype: object, softcap: float | Non
             f"hidden must have the weight's dtype, {weight}, outside of autocast, got {hidden}; "
             "logits_dtype=torch.float32 lets a float32 head take it as it is"
         )
-    logits: Any = logits_dtype
-    if logits is None:
-        # A cap in a lower precision would make ratios of 1 differ by some percent.
-        logits = operands if softcap is None else torch.promote_types(operands, torch.float32)
-    return Precision(operands, logits)
+    logits: Any = operands if logits_dtype is None else logits_dtype
+    if softcap is None:
+        return Precision(operands, logits, logits)
+    # A cap in a lower precision would make ratios of 1 differ by some percent.
+    capped = torch.promote_types(operands, torch.float32)
+    return Precision(operands, capped, capped if logits_dtype is None else logits)

@@ -29,11 +29,6 @@ class AfterHead(NamedTuple):
         z = z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
-    @property
-    def arguments(self) -> dict[str, float | None]:
-        """Of the package's functions."""
-        return {"logit_scale": self.scale, "softcap": self.softcap}
-
 
 UNCHANGED = AfterHead()
 
@@ -50,14 +45,21 @@ def after_head(model: Any) -> AfterHead:
     divisor = number(DIVISOR)
     if not scales and divisor:
         scales = [divisor if config.model_type == "hyperclovax" else 1 / divisor]
-    return AfterHead(*scales[:1] or (1.0,), number("final_logit_softcapping"))
+    return AfterHead(scales[0] if scales else 1.0, number("final_logit_softcapping"))
 
 
-def linear_head(model: Any) -> nn.Linear | None:
-    """The model's head where it is a linear layer of its own weight, without an adapter."""
-    head = model.get_output_embeddings()
-    linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    return head if linear else None
+def replaceable_head(model: Any, *, own_forward: bool = False) -> nn.Linear | None:
+    """The model's head where it is a linear layer of its own weight, without an adapter.
+
+    Args:
+        own_forward: the instance may have a forward of its own, which is known.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return None
+    # accelerate's hook, a forward of the instance, moves the head between devices.
+    known = "forward" not in vars(head) or (own_forward and not hasattr(head, "_hf_hook"))
+    return head if known and after_head(model).scale > 0 else None
 
 
 class HeadOutputChangedError(RuntimeError):

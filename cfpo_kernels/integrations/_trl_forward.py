@@ -19,7 +19,7 @@ from ._head import (
     UNCHANGED,
     HeadOutputChangedError,
     after_head,
-    linear_head,
+    replaceable_head,
     run_in_head,
 )
 from ._trl_loss import Scored, TokenLoss
@@ -56,8 +56,9 @@ def score(
         return forward(trainer, model, inputs, unwrapped)
 
     head = None
-    if logits_tokens is not None:
-        head = head_for_hidden_states(trainer, model, unwrapped)
+    # A compiled model has the head's code in it: another forward would be compiled at every step.
+    if logits_tokens is not None and not is_compiled(trainer, model):
+        head = replaceable_head(unwrapped, own_forward=trainer.args.cast_lm_head_to_fp32)
     if head is None or logits_tokens is None:
         with _as_precise_as_trl(trainer, model, unwrapped):
             outputs = run()
@@ -95,18 +96,6 @@ def unwrap(trainer: Any, model: Any) -> Any:
     return unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped  # PEFT
 
 
-def head_for_hidden_states(trainer: Any, model: Any, unwrapped: Any) -> nn.Linear | None:
-    """The model's head where the loss can be computed in its place; None: from logits only."""
-    # A compiled model has the head's code in it: another forward would be compiled at every step.
-    if is_compiled(trainer, model) or after_head(unwrapped).scale <= 0:
-        return None
-    head = linear_head(unwrapped)
-    if head is None or hasattr(head, "_hf_hook"):  # which moves it between devices
-        return None
-    own = "forward" not in vars(head) or trainer.args.cast_lm_head_to_fp32  # TRL's float32 head
-    return head if own else None
-
-
 def from_hidden_states(
     trainer: Any,
     run: Callable[[], Any],
@@ -133,7 +122,8 @@ def from_hidden_states(
                 head.weight,
                 bias=head.bias,
                 backend=backend,
-                **after.arguments,
+                logit_scale=after.scale,
+                softcap=after.softcap,
                 **products(loss_of.tokens.mask),
                 **_precision(trainer, head, hidden, capped=after.softcap is not None),
             )

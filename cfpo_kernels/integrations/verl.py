@@ -231,7 +231,7 @@ REPLACEMENTS: dict[Any, dict[str, Callable[..., Any]]] = {
         "entropy_from_logits": entropy_from_logits,
         "entropy_from_logits_with_chunking": entropy_from_logits,
     },
-    # What use_fused_kernels=true calls: on FSDP's engines by impl_backend, on Megatron's the latter.
+    # What use_fused_kernels=true calls: FSDP's engines one or the other, Megatron's the latter.
     verl_fused: {"FusedLinearForPPO": FusedLinearForPPO},
     verl_kernel: {"linear_cross_entropy": linear_cross_entropy},
 }

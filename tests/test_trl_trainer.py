@@ -338,14 +338,14 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# Of the 19 tokens of make_inputs, 8 at a time are three products of 8 rows.
-PRODUCTS: dict[str, tuple[dict[str, Any], int, int]] = {
-    "one pass": ({}, 3 * 24, 3 * 32),
-    "means of sequences, KL": ({"loss_type": "grpo", "beta": 0.3}, 3 * 24, 3 * 32),
-    "sequence ratios": ({"importance_sampling_level": "sequence"}, 11 * 8, 3 * 32),
-    "vespo": ({"loss_type": "vespo"}, 11 * 8, 3 * 32),
-    "entropy quantile": ({"top_entropy_quantile": 0.5}, 11 * 8, 3 * 32),
-    "off-policy mask": ({"off_policy_mask_threshold": 0.1}, 11 * 8, 3 * 32),
+# Of the 19 tokens of make_inputs, 16 at a time are two products of 16 rows, and all one of 32.
+PRODUCTS: dict[str, tuple[dict[str, Any], int]] = {
+    "one pass": ({}, 3 * 32),
+    "means of sequences, KL": ({"loss_type": "grpo", "beta": 0.3}, 3 * 32),
+    "sequence ratios": ({"importance_sampling_level": "sequence"}, 4 * 32 - 16),
+    "vespo": ({"loss_type": "vespo"}, 4 * 32 - 16),
+    "entropy quantile": ({"top_entropy_quantile": 0.5}, 4 * 32 - 16),
+    "off-policy mask": ({"off_policy_mask_threshold": 0.1}, 4 * 32 - 16),
 }
 
 
@@ -354,18 +354,18 @@ PRODUCTS: dict[str, tuple[dict[str, Any], int, int]] = {
 def test_rows_that_are_multiplied(tmp_path: Path, name: str, kind: str) -> None:
     """Three products a token, of which none has more than asked for; four, but three of the last
     chunk, where a token's loss depends on others."""
-    settings, of_chunks, at_once = PRODUCTS[name]
+    settings, of_chunks = PRODUCTS[name]
     trainer = trl_setup.make_trainer(tmp_path, kind, **settings)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     inputs = trl_setup.make_inputs(trainer)
     inputs["advantages"][:] = torch.tensor([1.0, -1.0, 2.0, -2.0])  # no row is without a gradient
     assert inputs["completion_mask"].sum() == 19
-    for logits_tokens, wanted in ((8, of_chunks), (1024, at_once)):
+    for logits_tokens, wanted in ((16, of_chunks), (1024, 3 * 32)):
         with Products() as products:
             loss = compute_cfpo_loss(trainer, trainer.model, inputs, logits_tokens=logits_tokens)
             loss.backward()
-        assert max(products.rows) <= max(logits_tokens, 8) and sum(products.rows) == wanted
+        assert max(products.rows) == min(logits_tokens, 32) and sum(products.rows) == wanted
 
 
 def test_a_compiled_model_gives_the_logits_of_completions(

@@ -30,9 +30,6 @@ class AfterHead(NamedTuple):
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
-UNCHANGED = AfterHead()
-
-
 def after_head(model: Any) -> AfterHead:
     """As the model's config has it; :func:`run_in_head` finds out whether it is true."""
     config = model.config.get_text_config()

@@ -16,7 +16,7 @@ from ..linear import linear_policy_loss
 from ..linear.module import forward_of
 from ..runners import may_overwrite
 from ._head import (
-    UNCHANGED,
+    AfterHead,
     HeadOutputChangedError,
     after_head,
     replaceable_head,
@@ -200,7 +200,7 @@ def _as_precise_as_trl(trainer: Any, model: Any, unwrapped: Any) -> Iterator[Non
 
     if trainer.args.cast_lm_head_to_fp32:
         own, forward = head.forward, without_autocast
-    elif after_head(unwrapped) != UNCHANGED and not is_compiled(trainer, model):
+    elif after_head(unwrapped) != AfterHead() and not is_compiled(trainer, model):
         own, forward = head.forward, in_float32
     else:
         yield

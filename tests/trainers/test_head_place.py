@@ -142,8 +142,9 @@ def test_fsdp2_shards_and_gathers_the_head_around_it(tmp_path: Path) -> None:
         lambda logits: logits + 1e-3,
         lambda logits: logits.bfloat16(),
         lambda logits: logits[:, :1],
+        lambda logits: torch.cat([logits[:, :-1], logits[:, -1:] + 1], 1),
     ],
-    ids=["dropped", "set", "scaled", "shifted", "rounded", "rows"],
+    ids=["dropped", "set", "scaled", "shifted", "rounded", "rows", "last row"],
 )
 def test_what_a_model_does_unsaid_is_noticed(change: Any) -> None:
     head = nn.Linear(H, V)

@@ -33,6 +33,18 @@ class VocabParallel:
             order along the first dimension; they are gathered here, and their gradient is summed
             and split. "none": by the caller, as after Megatron's
             ``copy_to_tensor_model_parallel_region`` or with a DTensor's partial placement.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value.
+
+    Example:
+        >>> store = torch.distributed.HashStore()  # one process, which has all columns
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> split = VocabParallel(torch.distributed.group.WORLD, start=0, vocab_size=3)
+        >>> logits = torch.zeros(2, 4)  # the last column is padding
+        >>> cfpo_kernels.token_logps(logits, torch.tensor([0, 2]), vocab_parallel=split).exp()
+        tensor([0.3333, 0.3333])
+        >>> torch.distributed.destroy_process_group()
     """
 
     group: Any

@@ -78,6 +78,14 @@ def linear_policy_loss(
         others: see :func:`linear_cfpo_loss`.
 
     Returns, raises, memory: see :func:`linear_cfpo_loss`.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 16), torch.zeros(1000, 16, requires_grad=True)
+        >>> token_ids, advantages = torch.tensor([3, 999]), torch.tensor([1.0, -2.0])
+        >>> cfpo_kernels.linear_policy_loss(
+        ...     hidden, weight, token_ids, advantages, objective=PPOClip(), reduction="sum"
+        ... )
+        tensor(1., grad_fn=<_FusedLossBackward>)
     """
     chosen = validation.check_objective(objective)
     validation.check_flag("return_stats", return_stats)
@@ -210,10 +218,6 @@ def linear_cfpo_loss(
             like the head's parameters.
         weight: (V, H), the head, as in ``nn.Linear``, in the dtype of hidden (under autocast both
             are cast). A view of a larger one will do, such as ``weight[:vocab_size]``.
-        token_ids, advantages, old_logps, epsilon, epsilon_high, mask, reduction, normalizer,
-            cu_seqlens, token_weights, ref_logps, log_ratio_bounds, ratio_level, sequence_group,
-            kl_coef, kl_estimator, kl_ratio_weighted, entropy_coef, temperature, backend,
-            return_stats: see :func:`cfpo_loss`, (B, T, H) and packed (N, H) for (B, T, V), (N, V).
         bias: (V,), or None.
         lora: a pair (u, B) of an adapter on the head, ``u = scale * hidden @ A.T`` (..., r) and
             ``B`` (V, r), both differentiable: logits gain ``u @ B.T``, and no merged weight exists.
@@ -239,6 +243,8 @@ def linear_cfpo_loss(
             in its final dtype, at the price of a fourth product.
         grad_scale: see :func:`cfpo_loss`. The incoming gradient has that scale already where the
             loss takes two passes (low_memory, reduction="none", a callable), and it is not needed.
+        others: see :func:`cfpo_loss`, with hidden states (B, T, H) and (N, H) for logits (B, T, V)
+            and (N, V).
 
     Returns, raises: see :func:`cfpo_loss`. Also
         TypeError, ValueError: a head that is quantised, sharded outside its forward, or empty.
@@ -337,6 +343,11 @@ def linear_token_logps(
     Memory and products: without a gradient one product and a tile of logits. With a frozen head,
     and without entropies, two products, and forward keeps a gradient of hidden. Otherwise backward
     multiplies all but the last tile again, four products, over the vocabulary in slices.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 16), torch.zeros(1000, 16)
+        >>> cfpo_kernels.linear_token_logps(hidden, weight, torch.tensor([3, 999])).exp()
+        tensor([0.0010, 0.0010])
     """
     validation.check_flag("return_entropy", return_entropy)
     head = _Head(

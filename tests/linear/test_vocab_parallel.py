@@ -400,7 +400,7 @@ def test_a_process_alone_is_nearly_the_same(group: list[Any]) -> None:
         alone = linear(everything(), stats=True, upstream=2.0)
     got = group[0]["everything"]
     assert alone.loss.item() == pytest.approx(got["loss"].item(), rel=1e-5)
-    assert relative(got["gradients"]["hidden"], alone.gradients["hidden"]) < 1e-6
+    assert relative(got["gradients"]["hidden"], alone.gradients["hidden"]) < 3e-6
 
 
 def test_gradients_of_hidden_states_that_the_caller_adds_up(group: list[Any]) -> None:

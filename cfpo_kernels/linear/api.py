@@ -80,12 +80,15 @@ def linear_policy_loss(
     Returns, raises, memory: see :func:`linear_cfpo_loss`.
 
     Example:
-        >>> hidden, weight = torch.zeros(2, 16), torch.zeros(1000, 16, requires_grad=True)
-        >>> token_ids, advantages = torch.tensor([3, 999]), torch.tensor([1.0, -2.0])
-        >>> cfpo_kernels.linear_policy_loss(
-        ...     hidden, weight, token_ids, advantages, objective=PPOClip(), reduction="sum"
+        >>> hidden, weight = torch.randn(6, 16), torch.randn(1000, 16, requires_grad=True)
+        >>> token_ids, advantages = torch.randint(0, 1000, (6,)), torch.randn(6)
+        >>> objective = cfpo_kernels.PPOClip(0.2, 0.28)
+        >>> loss, stats = cfpo_kernels.linear_policy_loss(
+        ...     hidden, weight, token_ids, advantages, objective=objective, return_stats=True
         ... )
-        tensor(1., grad_fn=<_FusedLossBackward>)
+        >>> loss.backward()
+        >>> stats.ratio_max
+        tensor(1.)
     """
     chosen = validation.check_objective(objective)
     validation.check_flag("return_stats", return_stats)
@@ -243,8 +246,7 @@ def linear_cfpo_loss(
             in its final dtype, at the price of a fourth product.
         grad_scale: see :func:`cfpo_loss`. The incoming gradient has that scale already where the
             loss takes two passes (low_memory, reduction="none", a callable), and it is not needed.
-        others: see :func:`cfpo_loss`, with hidden states (B, T, H) and (N, H) for logits (B, T, V)
-            and (N, V).
+        others: see :func:`cfpo_loss`, with (B, T, H) for (B, T, V) and packed (N, H) for (N, V).
 
     Returns, raises: see :func:`cfpo_loss`. Also
         TypeError, ValueError: a head that is quantised, sharded outside its forward, or empty.
@@ -345,9 +347,11 @@ def linear_token_logps(
     multiplies all but the last tile again, four products, over the vocabulary in slices.
 
     Example:
-        >>> hidden, weight = torch.zeros(2, 16), torch.zeros(1000, 16)
-        >>> cfpo_kernels.linear_token_logps(hidden, weight, torch.tensor([3, 999])).exp()
-        tensor([0.0010, 0.0010])
+        >>> hidden, weight = torch.zeros(2, 3, 16), torch.randn(1000, 16)
+        >>> token_ids = torch.randint(0, 1000, (2, 3))
+        >>> cfpo_kernels.linear_token_logps(hidden, weight, token_ids).exp()
+        tensor([[0.0010, 0.0010, 0.0010],
+                [0.0010, 0.0010, 0.0010]])
     """
     validation.check_flag("return_entropy", return_entropy)
     head = _Head(
@@ -413,7 +417,7 @@ class _Head:
         widest = self.n_cols = self.parameters.weight.shape[0]
         self.shards = None
         if vocab_parallel is not None:
-            self.shards = Shards.of(vocab_parallel, self.n_cols)
+            self.shards = Shards.of(vocab_parallel, self.n_cols, self.parameters.weight.device)
             assert isinstance(vocab_parallel, VocabParallel)  # Shards.of
             widest = self.shards.vocab_size  # the same on each process
             self.parameters, shape = _of_all(self.parameters, shape, vocab_parallel)

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..validation.errors import type_error
 from ..validation.rows import KERNEL_DTYPES
 from .batch import Parameters
+from .products import autocast_dtype
 
 QUANTISED = (
     "a head that is quantised or computed from other parameters has no weight that could be "
@@ -82,7 +84,7 @@ def check_weight(weight: object, device: torch.device) -> Tensor:
         raise type_error("weight", weight, accepted)
     if is_dtensor(weight):
         raise ValueError(f"weight must be {accepted}, got a DTensor: {SHARDED}")
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+    if type(weight) not in (Tensor, nn.Parameter, FakeTensor) or not weight.is_floating_point():
         name = f"{type(weight).__name__} of {weight.dtype}"
         raise TypeError(f"weight must be {accepted}, got a {name}: {QUANTISED}")
     if weight.numel() == 0:
@@ -127,7 +129,7 @@ def precision(parameters: Parameters, logits_dtype: object, softcap: float | Non
     operands keep the weight's.
     """
     hidden, weight = parameters.hidden.dtype, parameters.weight.dtype
-    device = parameters.hidden.device.type
+    autocast = autocast_dtype(parameters.hidden.device)
     wide = torch.promote_types(weight, torch.float32)
     if logits_dtype is not None and logits_dtype not in (weight, wide):
         raise ValueError(
@@ -137,8 +139,8 @@ def precision(parameters: Parameters, logits_dtype: object, softcap: float | Non
     if softcap is not None and logits_dtype not in (None, wide):
         # Ratios that should be 1 would differ from it by some percent.
         raise ValueError(f"logits_dtype must be None or {wide} with softcap, got {logits_dtype}")
-    if logits_dtype is None and torch.is_autocast_enabled(device):
-        operands = torch.get_autocast_dtype(device)
+    if logits_dtype is None and autocast is not None:
+        operands = autocast
     elif hidden == weight or (logits_dtype == wide and weight == wide):
         operands = weight
     else:

@@ -105,8 +105,10 @@ class Batch:
     def score(self, tile: Tensor, chunk: Chunk, with_entropy: bool) -> Callable[[], Scores]:
         """Stage 1. What it returns waits for the other shards of the vocabulary."""
         rows = self.kernel_rows(tile, chunk, self.rows.active.to(self.rows.dtype))
+        if self.shards is not None:
+            return self.shards.score(self.tiles, rows, with_entropy)
         scores = self.tiles.score(rows, with_entropy)
-        return (lambda: scores) if self.shards is None else self.shards.exchange(rows, scores)
+        return lambda: scores
 
 
 class Sums:

@@ -18,6 +18,7 @@ from ..tiles import Scores, loss_and_slopes
 from ..validation import LossTerms
 from .batch import Batch, Parameters, Sums
 from .plan import Chunk
+from .products import without_autocast
 
 
 class _Tile(NamedTuple):
@@ -93,7 +94,11 @@ class _Fused:
             )
         else:
             scores, ratio = tile.scores(), terms.beyond.ratio
-            beyond = terms.beyond._replace(ratio=None if ratio is None else ratio.of(chunk.of))
+            if ratio is not None:
+                # Of tokens that are left out nothing is known, but on a CPU.
+                n_sequences = None if chunk.index is not None else chunk.size // ratio.longest
+                ratio = ratio.of(chunk.of, n_sequences)
+            beyond = terms.beyond._replace(ratio=ratio)
             loss, dlogps, dentropy = loss_and_slopes(
                 scores, rows.weights, inputs, terms.settings, beyond, terms.grad_scale
             )
@@ -153,9 +158,9 @@ def fused_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the rows' losses, differentiable; logps and entropy (N,), 0 where not wanted."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parameters):
-        with torch.autocast(parameters.hidden.device.type, enabled=False):
+        with without_autocast(parameters.hidden.device):
             return _FusedLoss.apply(batch, terms, with_entropy, *parameters)
-    with torch.no_grad(), torch.autocast(parameters.hidden.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(parameters.hidden.device):
         run = _Fused(batch, terms, parameters, (False,) * 5, with_entropy)
         run.run()
         return run.loss.sum(), run.logps, run.entropy

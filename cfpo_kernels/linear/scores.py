@@ -18,7 +18,7 @@ from ..tiles import Scores
 from .batch import Batch, Parameters, Sums
 from .head import SLICE, Head
 from .plan import Chunk
-from .products import slices
+from .products import slices, without_autocast
 
 
 class _All:
@@ -77,7 +77,7 @@ class _Scores(torch.autograd.Function):
         tile, ctx.tile = ctx.tile, None
         dlogps = torch.zeros_like(logps) if dlogps is None else dlogps
         scores = Scores(logps, lse, entropy if dentropy is not None else None)
-        with torch.autocast(logps.device.type, enabled=False):
+        with without_autocast(logps.device):
             head = batch.head(parameters)
             sums = Sums(batch, head, parameters, ctx.needs_input_grad[2:])
             _add_slices(batch, head, parameters, sums, tile, scores, dlogps, dentropy)
@@ -171,7 +171,7 @@ def scores_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logps and entropy, differentiable; T * logsumexp(z / T); all (N,)."""
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters]
-    with torch.autocast(parameters.hidden.device.type, enabled=False):
+    with without_autocast(parameters.hidden.device):
         if not any(needs):
             with torch.no_grad():
                 found, _ = _score_all(batch, batch.head(parameters), parameters, with_entropy)

@@ -12,7 +12,7 @@ from ..validation.errors import type_error
 from ..validation.tensors import check_tensor
 from .batch import Parameters
 from .plan import Chunk, in_order
-from .products import is_fast, wide
+from .products import is_fast, wide, without_autocast
 
 GATHERED_BYTES = 64 << 20  # of the head's rows that are gathered at a time
 
@@ -72,7 +72,7 @@ class _SupportLogits(torch.autograd.Function):
         ctx.save_for_backward(active, support, *given)
         ctx.dtype = dtype
         logits = parameters.hidden.new_empty(support.shape, dtype=out)
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits.device):
             for chunk, ids, padded in _chunks(parameters, active, support):
                 z: Tensor | float = 0.0
                 for x, weight, *_ in _factors(parameters, parameters):
@@ -95,7 +95,7 @@ class _SupportLogits(torch.autograd.Function):
             return torch.zeros_like(x, dtype=wide(x.dtype))
 
         sums = Parameters(*map(new, parameters, needs))  # type: ignore[arg-type]
-        with torch.autocast(dlogits.device.type, enabled=False):
+        with without_autocast(dlogits.device):
             for chunk, ids, padded in _chunks(parameters, active, support):
                 dz = chunk.of(dlogits).masked_fill(padded, 0.0).to(wide(ctx.dtype))
                 for x, weight, dx, dweight in _factors(parameters, sums):

@@ -125,9 +125,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(x, marks=() if x == "bf16" else pytest.mark.nightly) for x in WAYS]
-)
+@pytest.mark.parametrize("way", [pytest.param(x, marks=pytest.mark.nightly) for x in WAYS])
 def test_other_ways(way: str) -> None:
     dtype, how, frozen, slow, most = WAYS[way]
     upcast = 3 * head.SLICE * max(H, CHUNK) * 4 / MIB if slow else 0

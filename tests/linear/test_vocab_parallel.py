@@ -259,7 +259,7 @@ def scored(process: Process, case: HeadCase) -> Tensor:
     return logps.detach()
 
 
-def own_part_unrounded(self: Shards, rows: Any, scores: Any) -> Callable[[], Any]:
+def own_part_unrounded(self: Shards, *arguments: Any) -> Callable[[], Any]:
     """The mistake: others get float32, and a process keeps more of its own numbers."""
     original, own = torch.stack, dist.get_rank()
 
@@ -267,7 +267,7 @@ def own_part_unrounded(self: Shards, rows: Any, scores: Any) -> Callable[[], Any
         sent = [x if rank == own else x.float().double() for rank, x in enumerate(parts)]
         return original(sent, *dims)
 
-    merged = exchange(self, rows, scores)
+    merged = score(self, *arguments)
 
     def mixed() -> Any:
         with pytest.MonkeyPatch.context() as patch:
@@ -277,7 +277,7 @@ def own_part_unrounded(self: Shards, rows: Any, scores: Any) -> Callable[[], Any
     return mixed
 
 
-exchange = Shards.exchange
+score = Shards.score
 
 
 def refusals(process: Process) -> dict[str, str]:
@@ -292,6 +292,11 @@ def refusals(process: Process) -> dict[str, str]:
     of_columns = distribute_tensor(case.weight, mesh, [Shard(1)])
     hidden = distribute_tensor(case.hidden, mesh, [Replicate()])
     few = distribute_tensor(case.weight[:1].clone(), mesh, [Shard(0)])
+    part = case.weight.chunk(process.world)[process.rank]
+    beyond, twice, right = (
+        {"vocab_parallel": VocabParallel(dist.group.WORLD, start, 64)}
+        for start in (64, 0, process.rank * len(part))
+    )
     said = {}
     for name, weight, states, more in (
         ("outside", sharded, case.hidden, {}),
@@ -300,11 +305,10 @@ def refusals(process: Process) -> dict[str, str]:
         ("few", few, hidden, {}),
         ("bias", sharded, hidden, {"bias": torch.zeros(64)}),
         ("hidden", case.weight, hidden, {}),
-        ("support", case.weight, case.hidden, {"support": case.token_ids[:, None]}),
-        ("start", case.weight, case.hidden, {"vocab_parallel": VocabParallel(None, 64, 64)}),
+        ("support", part, case.hidden, {"support": case.token_ids[:, None]} | right),
+        ("beyond", part, case.hidden, beyond),
+        ("twice", case.weight, case.hidden, twice),
     ):
-        if name == "support":
-            more |= {"vocab_parallel": VocabParallel(dist.group.WORLD, 0, 64)}
         try:
             cfpo_kernels.linear_token_logps(states, weight, case.token_ids, **more)
         except (TypeError, ValueError) as error:
@@ -336,7 +340,7 @@ def run(rank: int, world: int, folder: str) -> None:
             results[f"dtensors-{by_tokens}"] = of_dtensors(process, everything(), by_tokens)
         close = near_the_bounds(case_of(), scored(process, case_of()))
         results["close"] = of_linear(process.part(close), vocab_parallel=process.split())
-        patch.setattr(Shards, "exchange", own_part_unrounded)
+        patch.setattr(Shards, "score", own_part_unrounded)
         results["close-mutant"] = of_linear(process.part(close), vocab_parallel=process.split())
         patch.undo()
         results["old"] = scored(process, case_of())
@@ -400,7 +404,7 @@ def test_a_process_alone_is_nearly_the_same(group: list[Any]) -> None:
         alone = linear(everything(), stats=True, upstream=2.0)
     got = group[0]["everything"]
     assert alone.loss.item() == pytest.approx(got["loss"].item(), rel=1e-5)
-    assert relative(got["gradients"]["hidden"], alone.gradients["hidden"]) < 1e-6
+    assert relative(got["gradients"]["hidden"], alone.gradients["hidden"]) < 3e-6
 
 
 def test_gradients_of_hidden_states_that_the_caller_adds_up(group: list[Any]) -> None:
@@ -510,7 +514,8 @@ REFUSED = {
     "bias": "ValueError: bias must be a DTensor on the weight's mesh",
     "hidden": "ValueError: hidden must be a local tensor where the hidden states or the weight is",
     "support": "ValueError: support must be None with vocab_parallel",
-    "start": "ValueError: vocab_parallel needs a column of the vocabulary on each process",
+    "beyond": r"ValueError: vocab_parallel: the columns of all.*got \[64, 64\), \[64, 64\)",
+    "twice": r"ValueError: vocab_parallel: the columns of all.*got \[0, 64\), \[0, 64\)",
 }
 
 

@@ -15,7 +15,14 @@ from cfpo_kernels import backends
 from cfpo_kernels.backends import cpu
 
 # test_ptx_wrappers.py says so.
-collect_ignore = [] if NVCC is not None else ["test_ptx_kernels.py", "test_ptx_mutants.py"]
+collect_ignore = (
+    []
+    if NVCC is not None
+    else [
+        "backends/ptx/test_ptx_kernels.py",
+        "backends/ptx/test_ptx_mutants.py",
+    ]
+)
 
 LEVELS = tuple(cpu.native.cpu_levels()) if cpu.native is not None else ()
 

@@ -117,7 +117,7 @@ def build():
 
 def files_with_gpu_tests():
     """The others may need packages that are not here."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     # The second: of a file whose tests take their device from tests/conftest.py.
     on_a_gpu = re.compile(r"pytest\.mark\.gpu\b|^ON_GPU_TOO = True", re.M)
     return [path for path in files if on_a_gpu.search(path.read_text())]

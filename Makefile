@@ -37,12 +37,11 @@ test-all: $(STAMPS)/native $(STAMPS)/test $(STAMPS)/trainers ## Run every test, 
 	$(VENV_PYTHON) -m pytest -n auto --nightly $(ARGS)
 	$(MAKE) test-triton ARGS='--nightly $(ARGS)'
 
-# Triton interprets or compiles, never both in a process. Here the suites of the CPU backend run on
-# interpreted Triton kernels; the compiled ones are looked at in the ordinary tests.
+# Triton interprets or compiles, never both in a process. Here tests/every_target runs on interpreted
+# Triton kernels; the compiled ones are looked at in the ordinary tests.
 test-triton: $(STAMPS)/native $(STAMPS)/test ## Run the tests of the Triton kernels, interpreted
-	TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -n auto --backend triton \
-	  tests/backends/triton/test_triton_interpreted.py tests/backends/triton/test_triton_tools.py \
-	  tests/every_target $(ARGS)
+	TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -n auto tests/every_target \
+	  tests/backends/triton/test_triton_interpreted.py tests/backends/triton/test_triton_tools.py $(ARGS)
 
 lint: $(STAMPS)/torch $(STAMPS)/dev ## Check style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import re
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from golden_shapes import (
+    GOLDEN,
     SHAPES,
     SIGNS,
     TERMS,
@@ -26,15 +26,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive_objectives import naive_policy
 from oracle import naive_kl
-from repository import GOLDEN as TABLES
 
 from cfpo_kernels import CFPO, PPOClip, formula
 from cfpo_kernels.backends import cpu
 from cfpo_kernels.inputs import TokenInputs
 from cfpo_kernels.objectives import OBJECTIVES, Objective
 from cfpo_kernels.shapes import NUMBERS
-
-GOLDEN = json.loads((TABLES / "objectives.json").read_text())
 
 
 def term_of(term: Any, objective: Objective, log_ratio: float, advantage: float) -> Term:

@@ -15,8 +15,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from emulation import CXX, ROOT, compile_cpp
+from emulation import CXX, compile_cpp
 from golden_shapes import SHAPES, kl_of, row_shape, shape_of, torch_term
+from repository import ROOT
 
 from cfpo_kernels import formula
 from cfpo_kernels.shapes import Shape

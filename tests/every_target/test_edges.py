@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import (
+    DTYPES,
     Case,
     check,
     check_gradient,
@@ -20,13 +20,13 @@ from oracle import (
     run,
     with_everything,
 )
+from targets import Target
 
 import cfpo_kernels
 from cfpo_kernels import CFPO
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
+@pytest.mark.not_on("reference", reason="its float32 sums are torch's: 3e-4")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("peak", [0.5, 0.9, 0.99, 0.999, 0.9999])
 def test_likely_tokens(dtype: torch.dtype, peak: float) -> None:
@@ -35,13 +35,14 @@ def test_likely_tokens(dtype: torch.dtype, peak: float) -> None:
     check(with_everything(make_case(26, 4096, dtype, peak=peak)))
 
 
+@pytest.mark.not_on("reference", reason="its float32 sums are torch's: 3e-4")
 @pytest.mark.parametrize("offset", [1e4, -1e4, 123456.0])
-def test_common_offset(offset: float, level: str) -> None:
+def test_common_offset(offset: float) -> None:
     check(make_case(13, 4099, offset=offset))
     check(with_everything(make_case(13, 4099, offset=offset)))
 
 
-def test_offset_changes_nothing_beyond_the_rounding_of_the_inputs(level: str) -> None:
+def test_offset_changes_nothing_beyond_the_rounding_of_the_inputs() -> None:
     base = make_case(13, 50257, offset=0.0)
     base.logits = (base.logits * 1024).round() / 1024  # exact also with the offset added
     base.old_logps = logps64(base.logits, base.token_ids).float() - 0.1
@@ -54,7 +55,7 @@ def test_offset_changes_nothing_beyond_the_rounding_of_the_inputs(level: str) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_banned_tokens(dtype: torch.dtype, level: str) -> None:
+def test_banned_tokens(dtype: torch.dtype) -> None:
     for fill in (-math.inf, torch.finfo(dtype).min):
         case = with_everything(make_case(13, 4099, dtype))
         banned = torch.rand(13, 4099, generator=torch.Generator().manual_seed(3)) < 0.7
@@ -71,7 +72,7 @@ def test_banned_tokens(dtype: torch.dtype, level: str) -> None:
         assert got.logps[5] == 0 and abs(got.entropy[5]) < 1e-12
 
 
-def test_an_outlier_far_from_the_first_columns(level: str) -> None:
+def test_an_outlier_far_from_the_first_columns() -> None:
     # The reference is guessed from the first 512 columns; here the guess is 300 nats too low.
     for column in (0, 511, 512, 8191, 8192, 20000):
         for height in (30.0, 300.0, 1e4):
@@ -88,7 +89,7 @@ def test_an_outlier_far_from_the_first_columns(level: str) -> None:
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, "all -inf"])
 @pytest.mark.parametrize("v", [7, 1000, 20001])
-def test_a_bad_row_touches_no_other(poison: object, v: int, level: str) -> None:
+def test_a_bad_row_touches_no_other(poison: object, v: int) -> None:
     case = make_case(8, v)
     check(case)
     bad = Case(case.logits.clone(), case.token_ids, case.advantages, case.old_logps)
@@ -106,7 +107,7 @@ def test_a_bad_row_touches_no_other(poison: object, v: int, level: str) -> None:
     assert got.logps[4].isnan() and got.entropy[4].isnan() and got.dlogits[4].isnan().all()
 
 
-def test_nan_with_a_payload_stays_nan(level: str) -> None:
+def test_nan_with_a_payload_stays_nan() -> None:
     # Integer tricks on float bits can carry a NaN's payload into a number.
     for bits in (0x7FFFFFFF, 0x7FC00001, -1, 0x7F800001):
         case = make_case(2, 1000)
@@ -116,6 +117,7 @@ def test_nan_with_a_payload_stays_nan(level: str) -> None:
         assert got.dlogits[0].isfinite().all()
 
 
+@pytest.mark.not_on("reference", reason="its float32 sums are torch's: 3e-4")
 @pytest.mark.parametrize("below", [12.0, 23.0, 24.5, 26.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_flat_tail_far_below_the_peak(dtype: torch.dtype, below: float) -> None:
@@ -124,7 +126,7 @@ def test_a_flat_tail_far_below_the_peak(dtype: torch.dtype, below: float) -> Non
 
 
 @pytest.mark.parametrize("height", [1e6, 1e7, 1e8, 1.4e9])
-def test_huge_logits(height: float, level: str) -> None:
+def test_huge_logits(height: float) -> None:
     for v in (3, 1000, 20001):
         case = make_case(4, v)
         case.logits[:, -1] = height
@@ -137,7 +139,7 @@ def test_huge_logits(height: float, level: str) -> None:
 
 
 @pytest.mark.parametrize("fill", [-1e8, -1e9, -1e10, -1e30])
-def test_bans_that_fill_whole_segments(fill: float, level: str) -> None:
+def test_bans_that_fill_whole_segments(fill: float) -> None:
     for banned in (513, 9000, 17000):
         case = make_case(3, 20001)
         case.logits[:, :banned] = fill
@@ -147,7 +149,7 @@ def test_bans_that_fill_whole_segments(fill: float, level: str) -> None:
 
 
 @pytest.mark.parametrize("gap", [4.0, 8.0, 11.0])
-def test_entropy_of_a_peak_far_above_the_guess(gap: float, level: str) -> None:
+def test_entropy_of_a_peak_far_above_the_guess(gap: float) -> None:
     # The guess of the reference may be too low by at most 2^16 before the sums lose digits.
     case = make_case(4, 8192, spread=0.1)
     case.logits[:, 5000] = gap + case.logits[:, :512].amax()
@@ -155,7 +157,8 @@ def test_entropy_of_a_peak_far_above_the_guess(gap: float, level: str) -> None:
     torch.testing.assert_close(got.entropy.double(), want.entropy, rtol=3e-5, atol=0)
 
 
-def test_logits_beyond_the_limit_give_nan(level: str) -> None:
+@pytest.mark.not_on("reference", reason="it has no such limit")
+def test_logits_beyond_the_limit_give_nan() -> None:
     for height in (1.6e9, 1e20, 3e38, -1.6e9, -3e38):
         case = make_case(4, 1000)
         case.logits[0, 3] = abs(height)
@@ -169,19 +172,19 @@ def test_logits_beyond_the_limit_give_nan(level: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [0.5, 0.9, 8.0, 1e30])
-def test_temperatures(temperature: float, dtype: torch.dtype, level: str) -> None:
+def test_temperatures(temperature: float, dtype: torch.dtype) -> None:
     # log p is known to 3e-8 of its size, so the tolerances suppose logits / T of an ordinary size.
     spread = min(2.0, 2.0 * temperature)
     check(make_case(8, 1000, dtype, temperature=temperature, spread=spread, reduction="sum"))
 
 
-def test_a_very_low_temperature(level: str) -> None:
+def test_a_very_low_temperature() -> None:
     case = make_case(8, 1000, temperature=1e-4)
     got, want = run(case), oracle(case)
     torch.testing.assert_close(got.logps.double(), want.logps, rtol=1e-6, atol=1e-6)
 
 
-def test_nan_from_outside_stays_nan(level: str) -> None:
+def test_nan_from_outside_stays_nan() -> None:
     """In bfloat16 too, where rounding a NaN with all payload bits set would carry into a zero."""
     nan = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
     for dtype in DTYPES:
@@ -200,24 +203,22 @@ def test_nan_from_outside_stays_nan(level: str) -> None:
             assert logits.grad[1].isnan().all() and logits.grad[0].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_bad_row_is_nan_on_policy_too(backend: str) -> None:
+def test_a_bad_row_is_nan_on_policy_too() -> None:
     for junk in (math.nan, math.inf, -math.inf):
         logits = torch.randn(3, 100)
         logits[1] = junk if junk == -math.inf else logits[1]
         logits[1, 5] = junk
         loss = cfpo_kernels.cfpo_loss(
-            logits, torch.tensor([1, 5, 2]), torch.ones(3), reduction="none", backend=backend
+            logits, torch.tensor([1, 5, 2]), torch.ones(3), reduction="none"
         )
         assert loss.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("v", [7, 20001])
-def test_masked_rows_may_hold_anything(backend: str, v: int) -> None:
+def test_masked_rows_may_hold_anything(v: int) -> None:
     case = with_everything(make_case(12, v, mask_every=4))
     masked = ~case.mask()
-    clean = check(case, backend=backend)
+    clean = check(case)
     for junk in (math.nan, math.inf, -math.inf):
         case.logits[masked] = junk
         case.token_ids[masked] = -100
@@ -225,27 +226,25 @@ def test_masked_rows_may_hold_anything(backend: str, v: int) -> None:
             x[masked] = junk
         for name in ("ref_logps", "token_weights", "temperature"):
             case.options[name][masked] = junk
-        got = run(case, backend=backend)
+        got = run(case)
         assert torch.equal(got.dlogits, clean.dlogits) and torch.equal(got.loss, clean.loss)
         assert not got.dlogits[masked].view(torch.int32).any()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("reduction", ["token-mean", "sum", "none"])
-def test_all_masked(backend: str, reduction: str) -> None:
+def test_all_masked(reduction: str) -> None:
     case = make_case(6, 50, reduction=reduction, mask=torch.zeros(6))
     case.options["normalizer"] = torch.tensor(0)  # the token count of such a batch
     logits = case.logits.clone().requires_grad_()
     loss = cfpo_kernels.cfpo_loss(
-        logits, case.token_ids, case.advantages, case.old_logps, backend=backend, **case.options
+        logits, case.token_ids, case.advantages, case.old_logps, **case.options
     )
     assert loss.requires_grad and not loss.any()
     loss.sum().backward()
     assert not logits.grad.any()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_an_incoming_nan_does_not_reach_masked_rows(backend: str) -> None:
+def test_an_incoming_nan_does_not_reach_masked_rows() -> None:
     case = make_case(4, 50, reduction="none", mask=torch.tensor([1, 0, 1, 0]))
     for junk in (math.nan, math.inf):
         logits = case.logits.clone().requires_grad_()
@@ -254,14 +253,13 @@ def test_an_incoming_nan_does_not_reach_masked_rows(backend: str) -> None:
             case.token_ids,
             case.advantages,
             case.old_logps,
-            backend=backend,
             **case.options,
         )
         loss.backward(torch.tensor([1.0, junk, 1.0, junk]))
         assert not logits.grad[[1, 3]].any() and logits.grad[[0, 2]].any()
 
 
-def test_flush_to_zero_leaves_float16_subnormals_alone(level: str) -> None:
+def test_flush_to_zero_leaves_float16_subnormals_alone() -> None:
     case = make_case(3, 1000, torch.float16, normalizer=1e4)
     want = run(case)
     torch.set_flush_denormal(True)
@@ -280,9 +278,8 @@ def test_zero_advantage_beats_an_overflowing_ratio() -> None:
     case = make_case(4, 100)
     case.old_logps = torch.full((4,), -1e4)
     case.advantages = torch.zeros(4)
-    for backend in ("cpu", "reference"):
-        got = run(case, backend=backend)
-        assert got.loss == 0 and not got.dlogits.any()
+    got = run(case)
+    assert got.loss == 0 and not got.dlogits.any()
     case.advantages = torch.ones(4)
     got = run(case)
     assert got.loss == math.inf  # not NaN
@@ -327,10 +324,17 @@ def views(base: torch.Tensor) -> dict[str, torch.Tensor]:
     return made
 
 
+# Of 32 segments and more, which emulated GPUs split.
+LONG = pytest.param(
+    33411,
+    marks=pytest.mark.nightly_on("triton-*", reason="30 s, and 16411 has their segments"),
+)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("v", [1, 65, 1000, 16411])
+@pytest.mark.parametrize("v", [1, 65, 1000, 16411, LONG])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strides(dtype: torch.dtype, v: int, inplace: bool, level: str) -> None:
+def test_strides(dtype: torch.dtype, v: int, inplace: bool) -> None:
     flat = make_case(12, v, dtype, mask_every=5)
     want = check(flat, inplace=inplace)
     for name, logits in views(flat.logits.view(3, 4, v)).items():
@@ -346,7 +350,8 @@ def test_strides(dtype: torch.dtype, v: int, inplace: bool, level: str) -> None:
         assert torch.equal(got.loss, want.loss), name
 
 
-def test_inplace_writes_nothing_beside_its_rows(level: str) -> None:
+@pytest.mark.not_on("reference", reason="it never overwrites the logits")
+def test_inplace_writes_nothing_beside_its_rows() -> None:
     for dtype in DTYPES:
         for v in (1, 5, 63, 64, 65, 127, 1000):
             storage = torch.full((4, v + 6), 3.0, dtype=dtype)
@@ -389,13 +394,14 @@ ANY_SHAPE = {
     "seed": st.integers(0, 1000),
 }
 
-# Triton's interpreter takes a second for what the kernels do in a millisecond.
-EXAMPLES = 15 if os.environ.get("TRITON_INTERPRET") else 150
+
+def test_any_shape_stride_and_mask(target: Target) -> None:
+    slow = [HealthCheck.too_slow]
+    chosen = settings(max_examples=target.examples, deadline=None, suppress_health_check=slow)
+    chosen(given(**ANY_SHAPE)(any_shape_stride_and_mask))()
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(**ANY_SHAPE)
-def test_any_shape_stride_and_mask(
+def any_shape_stride_and_mask(
     dtype: torch.dtype,
     b: int,
     t: int,
@@ -432,6 +438,9 @@ def test_any_shape_stride_and_mask(
 
 
 @pytest.mark.slow
+@pytest.mark.not_on("reference", reason="torch's indexing is torch's")
+@pytest.mark.not_on("triton-*", reason="test_triton_interpreted.py and test_gpu_triton.py have one")
+@pytest.mark.nightly_on("cpu-*", reason="4 GB, and the code is that of the best level")
 def test_offsets_beyond_32_bits() -> None:
     # The last rows of a view start beyond element 2^31 of its storage; only they are touched.
     v = 4096

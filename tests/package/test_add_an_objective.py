@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from naive_bapo import OPTIONS, naive_bapo
 from naive_objectives import Given
 from objective_page import MASK, B, T, assert_same, naive, run, snippets, tokens
 from oracle import logps64
-from test_bounds import OPTIONS, naive_bapo
 from torch import Tensor
 
 import cfpo_kernels

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from repository import ROOT
+from repository import ROOT, load_tool
+from targets import GPUS
 
-
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_check = load("gpu_check")
+gpu_check = load_tool("gpu_check")
 
 
 def test_every_file_with_gpu_tests_is_run() -> None:
-    names = {path.name for path in gpu_check.files_with_gpu_tests()}
-    assert names == {
-        "test_cuda_gpu.py",
-        "test_cuda_kernels.py",
-        "test_gpu.py",
-        "test_gpu_triton.py",
+    suite = [path.stem for path in (ROOT / "tests" / "every_target").glob("test_*.py")]
+    assert len(suite) >= 5
+    assert gpu_check.gpu_tests().keys() == {
+        "test_cuda_gpu",
+        "test_cuda_kernels-cuda-gpu",
+        "test_gpu",
+        "test_gpu_triton",
+        *(f"{name}-{target}" for name in suite for target in GPUS),
     }
+    name, (path, target) = "test_loss-cuda-gpu", gpu_check.gpu_tests()["test_loss-cuda-gpu"]
+    command, _ = gpu_check.tests_of(name, path, target, "there/gpu")
+    assert command[-3:] == ["--junitxml=there/gpu-test_loss-cuda-gpu.xml", "--target", "cuda-gpu"]
 
 
 @pytest.fixture
@@ -40,10 +35,10 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     commands: list[str] = []
 
     def run(name: str, command: list[str], limit: float, env: object = None) -> int:
-        if name == "test_gpu":
+        if name == "test_edges-cuda-gpu":
             raise KeyboardInterrupt
         commands.append(name)
-        return int(name == "test_cuda_kernels")
+        return int(name == "test_cuda_kernels-cuda-gpu")
 
     monkeypatch.setattr(gpu_check, "gpu_is_visible", lambda: True)
     monkeypatch.setattr(gpu_check, "environment", lambda: {"device": "A GPU"})
@@ -60,8 +55,9 @@ def test_what_was_found_is_kept_when_it_is_cut_off(on_a_gpu: list[str], tmp_path
     assert record["exit_status"] == {
         "build": 0,
         "verify": 0,
+        **{f"test_autograd-{target}": 0 for target in GPUS},
         "test_cuda_gpu": 0,
-        "test_cuda_kernels": 1,
+        "test_cuda_kernels-cuda-gpu": 1,
     }
 
 
@@ -92,7 +88,7 @@ def test_the_sanitizer_case_has_whole_vectors(pitch: int) -> None:
     """The kernels read rows by aligned vectors; what lies in the last is initialised too."""
     import torch
 
-    case = load("sanitizer_case")
+    case = load_tool("sanitizer_case")
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(3, 5).to(dtype)
         rows = case.rows_in_whole_vectors(x, pitch, "cpu")

@@ -6,15 +6,17 @@ import json
 import math
 from typing import Any
 
+import pytest
 import torch
-from repository import GOLDEN
+from repository import GOLDEN as TABLES
 
 from cfpo_kernels import formula
 from cfpo_kernels.backends import cpu
 from cfpo_kernels.inputs import LossSettings, TokenInputs
 from cfpo_kernels.shapes import Shape
 
-SHAPES = json.loads((GOLDEN / "shapes.json").read_text())
+SHAPES = json.loads((TABLES / "shapes.json").read_text())
+GOLDEN = json.loads((TABLES / "objectives.json").read_text())  # by names of objectives
 
 
 def number(x: float | str) -> float:
@@ -109,3 +111,26 @@ def boundaries(shape: Shape) -> list[float]:
 
 
 SIGNS = ("positive", "negative")
+
+
+def on_a_boundary(shape: Shape, log_ratio: float) -> bool:
+    return any(math.isclose(log_ratio, end, rel_tol=1e-6) for end in boundaries(shape))
+
+
+def problem_of(row: dict[str, Any], shape: Shape, got: Term, *, near: float = 1e-6) -> str:
+    """What is wrong with a term that was computed in float32, or "".
+
+    The table is float64. Rounded to float32, a log-ratio on a boundary may land on either side
+    of it: there the derivative is that of one side or the other.
+    """
+    x, a = row["log_ratio"], row["advantage"]
+    wanted = [(row["loss"], row["dlogp"])]
+    if on_a_boundary(shape, x):
+        wanted += [native_term(shape, x + step, a, logp=row["logp"]) for step in (-3e-7, 3e-7)]
+    for loss, dlogp in wanted:
+        allowed = 2e-5 if len(wanted) > 1 else near * max(1.0, abs(x))
+        if got[0] == pytest.approx(loss, rel=allowed, abs=allowed) and got[1] == pytest.approx(
+            dlogp, rel=max(allowed, 2e-6), abs=2 * near
+        ):
+            return ""
+    return f"{row['note']}: got {got}, want {wanted}"

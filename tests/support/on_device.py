@@ -1,4 +1,4 @@
-"""The CUDA backend for CPU tensors, by way of a GPU: for tests that compare on the CPU."""
+"""A GPU's backend for CPU tensors, by way of the GPU: for tests that compare on the CPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from oracle import Case
 from torch import Tensor
 
-from cfpo_kernels.backends.base import KernelRows, KernelTerms
-from cfpo_kernels.backends.cuda import CUDA
+from cfpo_kernels.backends.base import Backend, KernelRows, KernelTerms
 
 
 def on_cuda(case: Case) -> dict[str, object]:
@@ -50,29 +49,29 @@ class Visit:
 class OnDevice:
     """See ``base.Backend``."""
 
-    def __init__(self, device: str = "cuda") -> None:
-        self.device = torch.device(device)
+    def __init__(self, kernels: Backend, device: str = "cuda") -> None:
+        self.kernels, self.device = kernels, torch.device(device)
 
     def policy_loss(self, rows: KernelRows, terms: KernelTerms, **outputs: Any) -> None:
         visit = Visit(self.device)
         moved = {name: visit(x) for name, x in outputs.items()}
         terms = terms._replace(inputs=terms.inputs.each(visit), grad_scale=visit(terms.grad_scale))
-        CUDA.policy_loss(KernelRows(*map(visit, rows)), terms, **moved)
+        self.kernels.policy_loss(KernelRows(*map(visit, rows)), terms, **moved)
         visit.bring_back()
 
     def token_logps(self, rows: KernelRows, **outputs: Any) -> None:
         visit = Visit(self.device)
         moved = {name: visit(x) for name, x in outputs.items()}
-        CUDA.token_logps(KernelRows(*map(visit, rows)), **moved)
+        self.kernels.token_logps(KernelRows(*map(visit, rows)), **moved)
         visit.bring_back()
 
     def token_logps_backward(self, rows: KernelRows, **tensors: Any) -> None:
         visit = Visit(self.device)
         moved = {name: visit(x) for name, x in tensors.items()}
-        CUDA.token_logps_backward(KernelRows(*map(visit, rows)), **moved)
+        self.kernels.token_logps_backward(KernelRows(*map(visit, rows)), **moved)
         visit.bring_back()
 
     def multiply_rows(self, x: Tensor, factors: Tensor) -> None:
         visit = Visit(self.device)
-        CUDA.multiply_rows(visit(x), visit(factors))
+        self.kernels.multiply_rows(visit(x), visit(factors))
         visit.bring_back()

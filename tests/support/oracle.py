@@ -18,6 +18,7 @@ import cfpo_kernels
 from cfpo_kernels import CFPO
 from cfpo_kernels.objectives import Objective
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE_V = (50257, 50280, 128256, 151936, 262144)
 SMALL_V = (1, 2, 7, 1000, 4096, 32000)
 
@@ -45,6 +46,12 @@ class Outcome:
     dlogits: Tensor
     logps: Tensor
     entropy: Tensor
+
+
+def assert_same(got: Outcome, want: Outcome) -> None:
+    """Bit by bit."""
+    for name in ("loss", "dlogits", "logps", "entropy"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
 
 
 def logps64(logits: Tensor, token_ids: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
@@ -324,6 +331,7 @@ def check_values(got: Outcome, want: Outcome, relative: float = 1e-5) -> None:
     assert (got.loss.double() - want.loss).abs().max() <= relative * loss_scale, "loss"
 
 
+RELATIVE = 1e-5
 # What torch's own float32 log_softmax over 262144 columns leaves.
 REFERENCE_RELATIVE = 3e-4
 
@@ -331,7 +339,44 @@ REFERENCE_RELATIVE = 3e-4
 def check(case: Case, *, backend: str = "cpu", **how: Any) -> Outcome:
     """Runs the case and compares everything with the oracle; returns what was got."""
     got, want = run(case, backend=backend, **how), oracle(case)
-    relative = REFERENCE_RELATIVE if backend == "reference" else 1e-5
+    relative = REFERENCE_RELATIVE if backend == "reference" else RELATIVE
     check_gradient(got.dlogits, want.dlogits, case, relative)
     check_values(got, want, relative)
     return got
+
+
+def token_logps64(
+    logits: torch.Tensor, ids: torch.Tensor, temperature: object, dlogps: object, dentropy: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    leaf = logits.detach().double().requires_grad_()
+    scaled = leaf / (temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature)
+    log_p = torch.log_softmax(scaled, -1)
+    logps = log_p.gather(-1, ids[:, None]).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    (logps * dlogps + entropy * dentropy).sum().backward()
+    return logps.detach(), entropy.detach(), leaf.grad
+
+
+def check_token_logps(dtype: torch.dtype, v: int, *, inplace: bool) -> None:
+    """Log-probs, entropies and the gradient of both."""
+    n = 5
+    case = make_case(n, v, dtype, seed=v)
+    g = torch.Generator().manual_seed(1)
+    dlogps, dentropy = torch.randn(n, generator=g), torch.randn(n, generator=g)
+    temperature = 0.5 + torch.rand(n, generator=g)
+    want = token_logps64(case.logits, case.token_ids, temperature, dlogps, dentropy)
+
+    logits = case.logits.clone().requires_grad_()
+    logps, entropy = cfpo_kernels.token_logps(
+        logits, case.token_ids, temperature=temperature, return_entropy=True, inplace=inplace
+    )
+    (logps * dlogps + entropy * dentropy).sum().backward()
+    torch.testing.assert_close(logps.double(), want[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), want[1], rtol=3e-6, atol=3e-6)
+    error = (logits.grad.double() - want[2]).norm(dim=-1)
+    allowed = 2e-5 * want[2].norm(dim=-1) + 1e-9
+    if dtype != torch.float32:
+        allowed += 1.1 * (want[2].to(dtype).double() - want[2]).norm(dim=-1)
+    assert (error <= allowed).all()
+    if inplace:
+        assert logits.grad.data_ptr() == logits.data_ptr()

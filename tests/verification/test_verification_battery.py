@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from emulation import CXX, H100, EmulatedBackend
+from emulation import H100, EmulatedBackend
 from simulated import FAULTS, Planted
+from targets import Target as Running
 
 from cfpo_kernels.backends import KERNELS
 from cfpo_kernels.verification import battery, cases, child, choice, compare, records
@@ -36,7 +35,7 @@ def test_the_cpu_passes_the_long_battery(dtype: torch.dtype, level: str) -> None
     assert run(Target("cpu", KERNELS["cpu"], CPU, 1), dtype, cases.long()) > 300
 
 
-@pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
+@pytest.mark.only_on("cuda-source", "cuda-ptx", reason="the device is chosen here")
 @pytest.mark.parametrize("row_kernel", [None, "portable"])
 @pytest.mark.parametrize(
     ("dtype", "largest"),
@@ -44,12 +43,11 @@ def test_the_cpu_passes_the_long_battery(dtype: torch.dtype, level: str) -> None
     ids=str,
 )
 def test_the_emulated_cuda_kernels_pass(
-    dtype: torch.dtype, largest: int, row_kernel: str | None, emulated_cuda: Any
+    dtype: torch.dtype, largest: int, row_kernel: str | None, target: Running
 ) -> None:
-    emulated_cuda.set_order("forward")
-    emulated_cuda.set_largest_cluster(8)
-    emulated_cuda.set_device(4, *H100[1:], True)
-    kernels = EmulatedBackend(emulated_cuda, row_kernel)
+    target.module.set_largest_cluster(8)
+    target.module.set_device(4, *H100[1:], True)
+    kernels = EmulatedBackend(target.module, row_kernel)
     assert run(Target("cuda", kernels, CPU, 4, largest=largest), dtype) > 30
     wrong = Target("cuda", Planted(kernels, "one wrong element"), CPU, 4, largest=largest)
     with pytest.raises(Fault, match=r"in row|other bits"):

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import simulated
 import torch
+from fake_native import FakeNative
 from repository import ROOT, SUPPORT
-from test_cuda_backend import FakeNative
+from targets import Target as Running
 
 import cfpo_kernels
 from cfpo_kernels import backends
@@ -95,15 +96,16 @@ def test_without_times_the_order_of_preference() -> None:
 # First use --------------------------------------------------------------------------------------
 
 
+@pytest.mark.only_on("cuda-source", "cuda-ptx", reason="a simulated GPU")
 def test_the_whole_road(
     gpu: torch.device,
-    emulated_cuda: Any,
+    target: Running,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """First use, battery in a child process, record, choice, and the README's first example."""
-    folder = Path(emulated_cuda.__file__).parent
+    folder = Path(target.module.__file__).parent
     monkeypatch.setenv(simulated.EMULATED, str(folder))
     monkeypatch.setenv("CFPO_KERNELS_VERIFY_TIMEOUT", "900")
     monkeypatch.setattr(sys, "path", [str(SUPPORT), *sys.path])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_gpu_check import load
+from repository import load_tool
 
 from cfpo_kernels.verification import choice, records, run
 from cfpo_kernels.verification.records import Identity, Timing, Verdict, VerifyRecord
@@ -230,7 +230,7 @@ def test_of_eight_ranks_one_verifies(tmp_path: Path) -> None:
 
 
 def test_the_table_in_the_readme_is_made_from_the_records() -> None:
-    verified_table = load("verified_table")
+    verified_table = load_tool("verified_table")
     text = verified_table.README.read_text()
     made = verified_table.table(records.shipped())
     assert verified_table.with_table(text, made) == text, "run tools/verified_table.py --write"

@@ -13,9 +13,9 @@ import time
 
 import pytest
 import torch
-from conftest import LEVELS
 from limits import HANGS_AFTER
 from oracle import Case, check, make_case, run, with_everything
+from targets import LEVELS
 
 import cfpo_kernels
 from cfpo_kernels.backends import cpu

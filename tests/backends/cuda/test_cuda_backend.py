@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_native import FakeNative
 
 import cfpo_kernels
 from cfpo_kernels import BackendUnavailableError
@@ -54,21 +55,6 @@ def test_a_failure_names_the_kernel_the_device_and_the_cause() -> None:
         cpu.native.cuda.multiply_rows(rows=rows, factors=0, factor_stride=0, **where)
     with pytest.raises(RuntimeError, match=r"on device 0 failed: cudaError\w+: \w"):
         cpu.native.cuda.workspace_bytes(rows, 0)
-
-
-class FakeNative:
-    """A module with CUDA kernels for Hopper, on a machine with the given device."""
-
-    cuda_built, cuda_archs, cuda_reason = True, "90a-real", ""
-
-    def __init__(self, name: str, major: int, minor: int) -> None:
-        self.device = {"name": name, "capability_major": major, "capability_minor": minor}
-
-    def cuda_query(self) -> dict[str, Any]:
-        return {"status": 0, "devices": [self.device]}
-
-    def cpu_levels(self) -> list[str]:
-        return ["baseline"]
 
 
 @pytest.mark.parametrize(("major", "available"), [(9, True), (8, False)])

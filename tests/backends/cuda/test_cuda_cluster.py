@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from typing import Any
 
 import pytest
 import torch
-from emulation import A100, CXX, H100, ONE_SM, RTX4090, EmulatedBackend
-from oracle import check, check_gradient, make_case, oracle, run, with_everything
-from test_cuda_kernels import DTYPES, assert_same
+from emulation import A100, H100, ONE_SM, RTX4090
+from oracle import (
+    DTYPES,
+    assert_same,
+    check,
+    check_gradient,
+    make_case,
+    oracle,
+    run,
+    with_everything,
+)
+from targets import Target
 from triton_tools.memory import sparse
 
 import cfpo_kernels
-from cfpo_kernels import CFPO, PPOClip, backends
+from cfpo_kernels import CFPO, PPOClip
 
-pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.only_on(
+    "cuda-source", "cuda-ptx", reason="each test has devices of its own, with clusters"
+)
 
 HOPPER = (*H100, True)
 VECTOR, LINE, SEGMENT = 16, 128, 2048
 
 
 @pytest.fixture(autouse=True)
-def module(emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def module(target: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delenv("CFPO_KERNELS_CUDA_KERNEL", raising=False)
-    emulated_cuda.set_device(*HOPPER)
-    emulated_cuda.set_largest_cluster(8)
-    emulated_cuda.set_order("forward")
-    return emulated_cuda
+    target.module.set_device(*HOPPER)
+    target.module.set_largest_cluster(8)
+    return target.module
 
 
 @pytest.mark.parametrize(
@@ -107,7 +116,6 @@ def test_the_bits_of_the_row_kernel(
     module: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backends, "kernels", lambda _: EmulatedBackend(module))
     for v in (1, 1000, 4099, 9001):
         plain = make_case(7, v, dtype, objective=objective, mask_every=4, reduction="sum")
         for case in (plain, with_everything(plain)):
@@ -126,7 +134,6 @@ def test_the_bits_of_the_row_kernel(
 
 def test_a_large_vocabulary(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four full blocks, chosen without being asked for."""
-    monkeypatch.setattr(backends, "kernels", lambda _: EmulatedBackend(module))
     module.set_device(8, *HOPPER[1:])
     case = with_everything(make_case(5, 128256, torch.bfloat16, mask_every=3))
     assert module.plan_clusters(126, 5, "auto")["chosen"]
@@ -137,7 +144,6 @@ def test_a_large_vocabulary(module: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_device_without_room(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shared or cut up, it may have no 4 SMs side by side; then the row kernel does it."""
-    monkeypatch.setattr(backends, "kernels", lambda _: EmulatedBackend(module))
     module.set_device(*SMALL)
     module.set_largest_cluster(2)
     case = make_case(7, 9001, torch.bfloat16)
@@ -161,7 +167,6 @@ def test_offsets_beyond_32_bits(
     device: Any, v: int, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of every kernel that writes a gradient."""
-    monkeypatch.setattr(backends, "kernels", lambda _: EmulatedBackend(module))
     monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster" if device is SMALL else "portable")
     module.set_device(*device)
     step = 2**31 + 5  # odd: every row another shift

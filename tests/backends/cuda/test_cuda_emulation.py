@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from emulation import CXX, ROOT, SANITIZE, compile_cpp
+from emulation import CXX, SANITIZE, compile_cpp
 from limits import HANGS_AFTER
+from repository import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
 

@@ -1,79 +1,30 @@
-"""The CUDA kernels against float64: on the CPU, as source and as PTX, and on a GPU if there is one.
+"""What is particular to the CUDA kernels: plans for devices of any size, and the same bits on all.
 
-The source is built by g++: the code is the GPU's, down to the primitives; what runs it is not. Of
-PTX, which an interpreter runs, that goes for the primitives too. Both find mistakes of arithmetic,
-addressing and synchronisation, and say nothing about speed or the memory model: they make no kernel
-count as verified on a GPU. docs/design.md, "What shows what", has it in a table.
+The rest is in tests/every_target. The source is built by g++: the code is the GPU's, down to the
+primitives; what runs it is not. Of PTX, which an interpreter runs, that goes for the primitives
+too. Both find mistakes of arithmetic, addressing and synchronisation, and say nothing about speed
+or the memory model: they make no kernel count as verified on a GPU. docs/design.md, "What shows
+what", has it in a table.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import test_edges as edges
-import test_loss
-import test_token_logps
 import torch
-from emulation import A100, CXX, H100, ONE_SM, RTX4090, EmulatedBackend
-from hypothesis import HealthCheck, given, settings
-from on_device import OnDevice
-from oracle import Case, Outcome, check, make_case, run, with_everything
+from emulation import A100, H100, ONE_SM, RTX4090, EmulatedBackend
+from oracle import DTYPES, Case, assert_same, check, make_case, run, with_everything
+from targets import Target
 
 import cfpo_kernels
-from cfpo_kernels import CFPO, PPOClip, backends
 
-pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEVEL = ""  # of the CPU kernels, which do not run here
-ON_GPU_TOO = True
+pytestmark = pytest.mark.only_on(
+    "cuda-source", "cuda-ptx", "cuda-gpu", reason="each test has devices of its own"
+)
 
 
-class Target:
-    """What runs the kernels: an emulated device of any size, or this machine's GPU."""
-
-    def __init__(self, backend: Any, module: Any = None) -> None:
-        self.backend, self.module = backend, module
-
-    def set_device(self, sm_count: int, shared_per_block: int, shared_per_sm: int) -> None:
-        if self.module is not None:
-            self.module.set_device(sm_count, shared_per_block, shared_per_sm)
-
-    def set_order(self, name: str) -> None:
-        if self.module is not None:
-            self.module.set_order(name)
-
-
-@pytest.fixture(autouse=True)
-def target(emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Target:
-    """Every call of backend="cpu" goes to the CUDA kernels."""
-    if emulated_cuda is None:
-        chosen = Target(OnDevice())
-    else:
-        chosen = Target(EmulatedBackend(emulated_cuda), emulated_cuda)
-    chosen.set_device(*ONE_SM)
-    chosen.set_order("forward")
-    monkeypatch.setattr(backends, "kernels", lambda _: chosen.backend)
-    return chosen
-
-
-def assert_same(got: Outcome, want: Outcome) -> None:
-    for name in ("loss", "dlogits", "logps", "entropy"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
-
-
-@pytest.mark.parametrize("device", [ONE_SM, H100], ids=["rows", "split"])
-@pytest.mark.parametrize("v", [1, 2, 7, 1000, 4096, 32000, 50257])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_vocabulary(dtype: torch.dtype, v: int, device: Any, target: Target) -> None:
-    target.set_device(*device)
-    check(make_case(26 if v <= 4096 else 4, v, dtype, seed=v, mask_every=5))
-
-
-@pytest.mark.parametrize("device", [ONE_SM, A100, RTX4090, H100], ids=["1", "80", "89", "90"])
+@pytest.mark.parametrize("device", [A100, RTX4090], ids=["80", "89"])
 @pytest.mark.parametrize("v", [128256, 151936, 262144])
 def test_large_vocabularies(v: int, device: Any, target: Target) -> None:
     target.set_device(*device)
@@ -83,22 +34,6 @@ def test_large_vocabularies(v: int, device: Any, target: Target) -> None:
 def test_a_row_that_no_shared_memory_holds(target: Target) -> None:
     target.set_device(1, *RTX4090[1:])
     check(with_everything(make_case(3, 262144)), inplace=True)
-
-
-@pytest.mark.parametrize("device", [ONE_SM, H100], ids=["rows", "split"])
-@pytest.mark.parametrize("v", [1, 7, 1000, 50257])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_term_at_once(dtype: torch.dtype, v: int, device: Any, target: Target) -> None:
-    target.set_device(*device)
-    check(with_everything(make_case(7, v, dtype, seed=v, mask_every=4)))
-    check(with_everything(make_case(7, v, dtype, seed=v, mask_every=4)), inplace=True)
-
-
-@pytest.mark.parametrize("objective", [CFPO(0.05), PPOClip(0.1, 0.3), PPOClip(dual_clip=3.0)])
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_objectives(objective: CFPO | PPOClip, estimator: str) -> None:
-    case = with_everything(make_case(39, 257, objective=objective))
-    check(Case(**(vars(case) | {"options": case.options | {"kl_estimator": estimator}})))
 
 
 @pytest.mark.parametrize("v", [1000, 8000, 33000])
@@ -138,93 +73,6 @@ def test_scoring_gives_the_bits_of_training(dtype: torch.dtype, v: int, target: 
             assert torch.equal(scored[0] if entropy else scored, want.logps)
         arguments = (case.logits, case.token_ids, case.advantages, case.old_logps)
         assert torch.equal(cfpo_kernels.cfpo_loss(*arguments), want.loss)
-    test_loss.test_on_policy()
-
-
-@pytest.mark.parametrize("device", [ONE_SM, H100], ids=["rows", "split"])
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("v", [1, 7, 1000, 50257])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_log_probabilities(
-    dtype: torch.dtype, v: int, inplace: bool, device: Any, target: Target
-) -> None:
-    target.set_device(*device)
-    test_token_logps.test_values_and_gradients(dtype, v, inplace)
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("v", [1, 65, 1000, 33411])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("device", [ONE_SM, H100], ids=["rows", "split"])
-def test_strides_and_alignments(
-    dtype: torch.dtype, v: int, inplace: bool, device: Any, target: Target
-) -> None:
-    target.set_device(*device)
-    edges.test_strides(dtype, v, inplace, LEVEL)
-
-
-def every_dtype(test: Callable[..., None], **arguments: Any) -> list[Any]:
-    return [(test, arguments | {"dtype": dtype}) for dtype in DTYPES]
-
-
-EDGES: list[tuple[Callable[..., None], dict[str, Any]]] = [
-    *[t for peak in (0.5, 0.99, 0.9999) for t in every_dtype(edges.test_likely_tokens, peak=peak)],
-    *[(edges.test_common_offset, {"offset": offset}) for offset in (1e4, -1e4, 123456.0)],
-    (edges.test_offset_changes_nothing_beyond_the_rounding_of_the_inputs, {}),
-    *every_dtype(edges.test_banned_tokens),
-    (edges.test_an_outlier_far_from_the_first_columns, {}),
-    *[
-        (edges.test_a_bad_row_touches_no_other, {"poison": poison, "v": v})
-        for poison in (torch.nan, torch.inf, "all -inf")
-        for v in (7, 1000, 20001)
-    ],
-    (edges.test_nan_with_a_payload_stays_nan, {}),
-    *[(edges.test_huge_logits, {"height": height}) for height in (1e6, 1e8, 1.4e9)],
-    *[(edges.test_bans_that_fill_whole_segments, {"fill": fill}) for fill in (-1e8, -1e10, -1e30)],
-    (edges.test_entropy_of_a_peak_far_above_the_guess, {"gap": 11.0}),
-    (edges.test_logits_beyond_the_limit_give_nan, {}),
-    *[
-        t
-        for temperature in (0.5, 8.0, 1e30)
-        for t in every_dtype(edges.test_temperatures, temperature=temperature)
-    ],
-    (edges.test_a_very_low_temperature, {}),
-    (edges.test_nan_from_outside_stays_nan, {}),
-    (edges.test_a_bad_row_is_nan_on_policy_too, {"backend": "cpu"}),
-    *[(edges.test_masked_rows_may_hold_anything, {"backend": "cpu", "v": v}) for v in (7, 20001)],
-    *[(edges.test_all_masked, {"backend": "cpu", "reduction": r}) for r in ("sum", "none")],
-    (edges.test_an_incoming_nan_does_not_reach_masked_rows, {"backend": "cpu"}),
-    (edges.test_zero_advantage_beats_an_overflowing_ratio, {}),
-    (edges.test_n_is_zero, {}),
-    (edges.test_one_row_without_leading_dimensions, {}),
-    (edges.test_inplace_writes_nothing_beside_its_rows, {}),
-    (edges.test_four_dimensions_with_strides_that_do_not_merge, {}),
-    (test_loss.test_grad_scale_keeps_small_float16_gradients, {}),
-    (test_loss.test_incoming_gradient, {}),
-    (test_token_logps.test_likely_tokens_keep_their_relative_accuracy, {}),
-    (test_token_logps.test_mask_and_zero_gradients, {}),
-]
-
-
-@pytest.mark.parametrize(("test", "arguments"), EDGES, ids=lambda x: getattr(x, "__name__", ""))
-def test_the_edges_of_the_cpu_suite(test: Callable[..., None], arguments: dict[str, Any]) -> None:
-    if "level" in test.__annotations__:
-        arguments = arguments | {"level": LEVEL}
-    test(**arguments)
-
-
-def test_any_shape_stride_and_mask() -> None:
-    @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    @given(**edges.ANY_SHAPE)
-    def holds(**arguments: Any) -> None:
-        edges.test_any_shape_stride_and_mask.hypothesis.inner_test(**arguments)
-
-    holds()
-
-
-@pytest.mark.slow
-def test_offsets_beyond_32_bits() -> None:
-    edges.test_offsets_beyond_32_bits()
 
 
 @pytest.mark.parametrize("device", [ONE_SM, H100], ids=["rows", "split"])

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from emulation import CXX, ROOT, compile_cpp
+from emulation import CXX, compile_cpp
+from repository import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from cuda_mutants import MUTANTS
 from ptx_tools import nvcc
 from ptx_tools.build import run_check
 from ptx_tools.interpreter import Module, every_how
 from ptx_tools.nvcc import plant
 from ptx_tools.wrappers import first_mistake
 from repository import ROOT
-from test_cuda_mutants import MUTANTS
 
 
 class Planted(NamedTuple):

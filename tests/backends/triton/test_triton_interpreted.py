@@ -1,8 +1,8 @@
 """The Triton kernels under the interpreter: every access, every layout, and the golden table.
 
 Only where TRITON_INTERPRET=1 was set before Triton was imported (``make test`` runs such a process
-of its own). There `pytest --backend triton` also runs the suites of the CPU backend on the Triton
-kernels; this file has what is particular to them.
+of its own). There tests/every_target runs on these kernels too; this file has what is particular to
+them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from golden_shapes import SHAPES, boundaries, native_term, row_shape
+from golden_shapes import GOLDEN, SHAPES, problem_of, row_shape
 from oracle import Case, check_gradient, make_case, oracle, run, with_everything
-from test_objective import GOLDEN
 from triton_tools.checker import AccessError, RaceError, checked_launches
 from triton_tools.interpreter import INTERPRETING, exp2_off_by, mend
 from triton_tools.memory import sparse
@@ -135,26 +134,6 @@ def terms_of(shape: Shape, tokens: list[tuple[float, ...]], token_weight: float 
         OBJECTIVE=objective.OBJECTIVES[shape.kind],
     )
     return out.double()
-
-
-def on_a_boundary(shape: Shape, log_ratio: float) -> bool:
-    return any(math.isclose(log_ratio, end, rel_tol=1e-6) for end in boundaries(shape))
-
-
-def problem_of(row: dict, shape: Shape, got: tuple[float, float]) -> str:
-    """The table is float64. Rounded to float32, a log-ratio on a boundary may land on either side
-    of it: there the derivative is that of one side or the other."""
-    x, a = row["log_ratio"], row["advantage"]
-    wanted = [(row["loss"], row["dlogp"])]
-    if on_a_boundary(shape, x):
-        wanted += [native_term(shape, x + step, a, logp=row["logp"]) for step in (-3e-7, 3e-7)]
-    for loss, dlogp in wanted:
-        near = 2e-5 if len(wanted) > 1 else 1e-6 * max(1.0, abs(x))
-        if got[0] == pytest.approx(loss, rel=near, abs=near) and got[1] == pytest.approx(
-            dlogp, rel=max(near, 2e-6), abs=2e-6
-        ):
-            return ""
-    return f"{row['note']}: got {got}, want {wanted}"
 
 
 @pytest.mark.parametrize("row", GOLDEN["policy"], ids=lambda row: row["note"])

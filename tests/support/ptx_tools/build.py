@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from emulation import CXX, INTERPRETER, ROOT, compile_cpp
+from emulation import CXX, INTERPRETER, compile_cpp
 from limits import HANGS_AFTER
+from repository import ROOT
 
 Done = subprocess.CompletedProcess[str]
 

@@ -96,8 +96,6 @@ def test_a_mark_has_targets_and_a_reason(tmp_path: Path) -> None:
         (tmp_path / name).write_text(f"import pytest\n\n{mark}\ndef test({argument}): ...\n")
     done = run(MARKED.format(folder=str(tmp_path)))
     assert done.returncode == 0, done.stdout + done.stderr
-    for mistake in BAD_MARKS:
-        assert f"test_{mistake.replace(' ', '_')}.py::test" in done.stderr
     assert done.stderr.count("takes names of targets and a reason") == len(BAD_MARKS)
 
 

@@ -344,7 +344,6 @@ def test_a_loss_of_a_shard_is_refused() -> None:
 # --- Plain torch ----------------------------------------------------------------------------------
 
 
-@pytest.mark.only_on("cpu", reason="kernels take no part in it")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_reference(dtype: torch.dtype) -> None:
     """Merges into the row, and so does the gradient of what was merged."""

@@ -152,7 +152,6 @@ def test_nothing_else_depends_on_it() -> None:
         assert torch.equal(x, y)
 
 
-@pytest.mark.only_on("cpu", reason="kernels take no part in it")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_reference(dtype: torch.dtype) -> None:
     """Of capped logits in plain torch; masked rows and bans are zeros."""

@@ -25,14 +25,15 @@ V, H, N, WORLD = 517, 32, 40, 2
 class Model(nn.Module):
     """As much of a language model as matters here; its forward computes the loss."""
 
-    def __init__(self, tied: bool, frozen: bool = False) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
+        self.how = {"low_memory": True} if "slices" in name else {}
         self.embedding = nn.Embedding(V, H)
         self.hidden = nn.Linear(H, H)
         self.head = nn.Linear(H, V, bias=False)
-        if tied:
+        if "tied" in name:
             self.head.weight = self.embedding.weight
-        self.head.weight.requires_grad_(not frozen)
+        self.head.weight.requires_grad_("frozen" not in name)
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
         hidden = torch.tanh(self.hidden(self.embedding(batch["inputs"])))
@@ -44,6 +45,7 @@ class Model(nn.Module):
             batch["old"],
             mask=batch["mask"],
             return_stats=True,
+            **self.how,
         )
 
 
@@ -74,7 +76,8 @@ def one_process(model: Model) -> list[dict[str, Tensor]]:
     return found
 
 
-WRAPPED = ("own", "root", "tied", "frozen", "ddp")
+# Over the vocabulary in slices the weight is read in backward too, where it is gathered again.
+WRAPPED = ("own", "own-slices", "root", "tied", "tied-slices", "frozen", "ddp", "ddp-unused")
 
 
 def wrapped(name: str) -> tuple[Model, nn.Module]:
@@ -82,11 +85,12 @@ def wrapped(name: str) -> tuple[Model, nn.Module]:
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    model = Model(tied=name == "tied", frozen=name == "frozen")
+    model = Model(name)
     start = copy.deepcopy(model)
-    if name == "ddp":
-        return start, nn.parallel.DistributedDataParallel(model)
-    if name == "own":
+    if "ddp" in name:
+        unused = "unused" in name
+        return start, nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+    if "own" in name:
         fully_shard(model.head)
     fully_shard(model)
     return start, model
@@ -132,7 +136,7 @@ def run(rank: int, folder: str) -> None:
 
 def wrapped_start(name: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    model = Model(tied=name == "tied", frozen=name == "frozen")
+    model = Model(name)
     return {n: x.detach() for n, x in model.named_parameters()}
 
 

@@ -1,11 +1,14 @@
-"""A transformers model whose logits are computed for response tokens only, packed.
+"""A transformers model trained from its hidden states: its logits never exist.
 
-In a padded batch most rows of the logits belong to prompts and padding. A boolean `logits_to_keep`
-(transformers 5) makes the model apply its output layer to the chosen positions alone and return
-flat (N, V) logits, which is how `cfpo_loss` takes them: with `cu_seqlens` instead of a mask.
+`model.model(...)` stops before the output layer. Of its hidden states those that predict a token of
+a response are taken, packed to (N, H), and `linear_cfpo_loss` applies the output layer's weight to
+some of them at a time, with `cu_seqlens` instead of a mask.
 
-A small Llama with random weights is trained on a toy reward: even tokens are good. It first
-shows that padded and packed logits give the same loss.
+Where logits are wanted, a boolean `logits_to_keep` (transformers 5) makes the model compute those
+of the same positions alone, packed to (N, V), which is how `cfpo_loss` takes them.
+
+A small Llama with random weights is trained on a toy reward: even tokens are good. It first shows
+that padded logits, packed logits and hidden states give the same loss.
 
     python examples/transformers_packed.py
     python examples/transformers_packed.py --model path/to/checkpoint
@@ -20,7 +23,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from cfpo_kernels import available_backends, cfpo_loss, token_logps
+from cfpo_kernels import cfpo_loss, linear_cfpo_loss, linear_token_logps
 
 STOP_EVERY = 16  # every 16th token of the vocabulary ends a response
 
@@ -31,11 +34,19 @@ class Batch:
 
     input_ids: Tensor  # (B, P + T)
     attention_mask: Tensor  # (B, P + T)
-    keep: Tensor  # (B, P + T) bool, the positions whose logits predict a response token
-    token_ids: Tensor  # (N,), in the order in which `keep` packs the logits
+    keep: Tensor  # (B, P + T) bool, the positions that predict a response token
+    token_ids: Tensor  # (N,), in the order in which `keep` packs
     advantages: Tensor  # (N,)
     cu_seqlens: Tensor  # (B + 1,), where each sequence begins and ends among the N
     old_logps: Tensor  # (N,)
+
+
+def packed_hidden(model: transformers.PreTrainedModel, batch: Batch) -> Tensor:
+    """(N, H), what the output layer is applied to."""
+    output = model.model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    )
+    return output.last_hidden_state[batch.keep]
 
 
 def packed_logits(model: transformers.PreTrainedModel, batch: Batch) -> Tensor:
@@ -79,12 +90,26 @@ def rollout(
         torch.nn.functional.pad(response.sum(1).cumsum(0), (1, 0)),
         torch.empty(0),
     )
-    # Scored by the same forward as in training, so that r starts at exactly 1.
-    batch.old_logps = token_logps(packed_logits(model, batch), token_ids)
+    # Scored by the same products as in training, so that r starts at exactly 1.
+    hidden = packed_hidden(model, batch)
+    batch.old_logps = linear_token_logps(hidden, model.lm_head.weight, token_ids)
     return batch
 
 
-def packed_loss(model: transformers.PreTrainedModel, batch: Batch, inplace: bool) -> Tensor:
+def hidden_loss(model: transformers.PreTrainedModel, batch: Batch) -> Tensor:
+    return linear_cfpo_loss(
+        packed_hidden(model, batch),
+        model.lm_head.weight,
+        batch.token_ids,
+        batch.advantages,
+        batch.old_logps,
+        reduction="seq-mean-token-mean",
+        cu_seqlens=batch.cu_seqlens,
+    )
+
+
+def packed_loss(model: transformers.PreTrainedModel, batch: Batch) -> Tensor:
+    """The same from logits of the same positions, for comparison."""
     return cfpo_loss(
         packed_logits(model, batch),
         batch.token_ids,
@@ -92,12 +117,11 @@ def packed_loss(model: transformers.PreTrainedModel, batch: Batch, inplace: bool
         batch.old_logps,
         reduction="seq-mean-token-mean",
         cu_seqlens=batch.cu_seqlens,
-        inplace=inplace,
     )
 
 
 def padded_loss(model: transformers.PreTrainedModel, batch: Batch) -> Tensor:
-    """The same from logits of every position, for comparison."""
+    """The same from logits of every position."""
 
     def unpacked(values: Tensor) -> Tensor:
         return torch.zeros(batch.keep.shape, dtype=values.dtype).masked_scatter(batch.keep, values)
@@ -143,18 +167,20 @@ def main() -> None:
     model = load_model(args).eval()  # no dropout, so that r starts at exactly 1
     stop = list(range(0, model.config.vocab_size, STOP_EVERY))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    inplace = bool(available_backends()["cpu"])
 
     rewards = []
     for step in range(args.steps):
         batch = rollout(model, args, stop)
         if step == 0:
-            packed, padded = packed_loss(model, batch, False), padded_loss(model, batch)
+            with torch.no_grad():
+                padded, packed = padded_loss(model, batch), packed_loss(model, batch)
+                hidden = hidden_loss(model, batch)
             rows, all_rows = len(batch.token_ids), batch.keep.numel()
-            print(f"loss {padded.item():.6f} from padded logits, {packed.item():.6f} from packed")
+            print(f"loss {padded:.6f} from padded logits, {packed:.6f} from packed")
+            print(f"loss {hidden:.6f} from hidden states")
             print(f"rows of logits {all_rows} padded, {rows} packed ({rows / all_rows:.0%})")
         for _ in range(args.epochs):
-            packed_loss(model, batch, inplace).backward()
+            hidden_loss(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
         rewards.append((batch.advantages > 0).float().mean().item())

@@ -82,15 +82,17 @@ def rewards(said: str) -> list[float]:
     return [float(x) for x in re.findall(r"^step .*reward ([\d.]+)$", said, re.MULTILINE)]
 
 
+def errors(said: str) -> list[float]:
+    found = re.search(r"loss off by (\S+), gradient by (\S+) ", said)
+    assert found
+    return [float(x) for x in found.groups()]
+
+
 @pytest.mark.slow
 def test_the_fsdp2_example_is_one_process_split_in_two() -> None:
-    def errors(said: str) -> list[float]:
-        found = re.search(r"loss off by (\S+), gradient by (\S+) ", said)
-        assert found
-        return [float(x) for x in found.groups()]
-
     said = run_example("fsdp2.py", "--steps", "8", "--vocab", "256", "--batch", "32")
     assert max(errors(said)) < 1e-5
+    assert "largest ratio of the first step: 1.0\n" in said
     found = rewards(said)
     assert len(found) == 8 and found[-1] > found[0] + 0.2
     # Each rank's own mean is not the mean over all tokens, and the example's check sees it.
@@ -99,11 +101,21 @@ def test_the_fsdp2_example_is_one_process_split_in_two() -> None:
 
 
 @pytest.mark.slow
-def test_the_transformers_example_learns_from_packed_logits() -> None:
+def test_the_tensor_parallel_example_is_one_process_split_in_two() -> None:
+    said = run_example("tensor_parallel.py", "--steps", "2", "--vocab", "257", "--batch", "32")
+    assert "129 of 257 rows of the head on rank 0" in said
+    assert max(errors(said)) < 1e-5
+    assert len(rewards(said)) == 2
+
+
+@pytest.mark.slow
+def test_the_transformers_example_learns_from_hidden_states() -> None:
     pytest.importorskip("transformers", reason="requirements/trainers.txt")
     said = run_example("transformers_packed.py", "--steps", "8", "--vocab", "256")
     losses = re.search(r"loss (\S+) from padded logits, (\S+) from packed", said)
     assert losses and float(losses[1]) == pytest.approx(float(losses[2]), abs=2e-6)
+    without_logits = re.search(r"loss (\S+) from hidden states", said)
+    assert without_logits and float(without_logits[1]) == pytest.approx(float(losses[1]), abs=2e-6)
     assert float(losses[1]) != 0
     found = rewards(said)
     assert len(found) == 8 and found[-1] > found[0] + 0.2

@@ -141,7 +141,10 @@ def check_parity(
 
         want = outcome(reference, trainer, inputs)
         assert not trainer.model.training or len(want["gradients"]) > 15
-        check_same(outcome(ours, trainer, inputs), want, relative)
+        with pytest.MonkeyPatch.context() as patch:
+            other = "policy_loss" if logits_tokens else "linear_policy_loss"
+            patch.delattr(_trl_forward, other)  # that it is not what was called
+            check_same(outcome(ours, trainer, inputs), want, relative)
 
 
 # Chunks of four tokens end inside sequences.
@@ -160,6 +163,21 @@ def test_normalisations_of_every_model(
 ) -> None:
     configure(monkeypatch, any_trainer, loss_type=loss_type, beta=beta)
     check_parity(any_trainer, trl_setup.make_inputs(any_trainer), logits_tokens)
+
+
+@chunks
+@pytest.mark.parametrize("loss_type", ("grpo", "vespo"))
+@pytest.mark.parametrize("kind", ["scale", "divisor"])
+def test_models_that_scale_their_logits(
+    tmp_path_factory: Any,
+    kind: str,
+    loss_type: str,
+    logits_tokens: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (trainer,) = _trainer(tmp_path_factory, kind)
+    configure(monkeypatch, trainer, loss_type=loss_type, beta=0.3)
+    check_parity(trainer, trl_setup.make_inputs(trainer), logits_tokens)
 
 
 @chunks
@@ -198,10 +216,15 @@ def test_sequences_that_are_split_are_refused(
         compute_cfpo_loss(trainer, trainer.model, inputs)
 
 
+@chunks
 @pytest.mark.parametrize("name", ["rollout", "quantile", "bonus", "epsilon_high", "delta"])
 @pytest.mark.parametrize("loss_type", OWN_OBJECTIVES)
 def test_settings_of_own_objectives(
-    trainer: Any, loss_type: str, name: str, monkeypatch: pytest.MonkeyPatch
+    trainer: Any,
+    loss_type: str,
+    name: str,
+    logits_tokens: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings: dict[str, Any] = {
         "rollout": {"use_vllm": True, "beta": 0.3},
@@ -214,9 +237,9 @@ def test_settings_of_own_objectives(
     inputs = trl_setup.make_inputs(trainer, **({"rollout": "token"} if name == "rollout" else {}))
     if name == "delta" and loss_type != "luspo":
         with pytest.raises(ValueError, match="leave delta unset"):
-            check_parity(trainer, inputs, None)
+            check_parity(trainer, inputs, logits_tokens)
     else:
-        check_parity(trainer, inputs, None)
+        check_parity(trainer, inputs, logits_tokens)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,12 @@ from limits import HANGS_AFTER
 pytest.importorskip("trl", reason="the TRL integration needs the trl extra")
 
 import trl_setup
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl import GRPOTrainer
 
 from bench.memory import can_measure_cpu, cpu_extra_bytes
-from cfpo_kernels import CFPO, DPPO, SAPO, PPOClip
-from cfpo_kernels.integrations import _trl_forward
-from cfpo_kernels.integrations._chunked_head import chunked_head_loss
+from cfpo_kernels import CFPO, DPPO, SAPO, PPOClip, policy_loss
+from cfpo_kernels.integrations import _head, _trl_forward
 from cfpo_kernels.integrations._trl_batch import align
 from cfpo_kernels.integrations._trl_loss import TokenLoss
 from cfpo_kernels.integrations.trl import CFPOTrainer, compute_cfpo_loss
@@ -82,6 +85,14 @@ def test_a_subclass_of_ones_own(tmp_path: Path) -> None:
     assert "ratio/mean" in steps(trainer)[0]
 
 
+@contextmanager
+def only_from(logits_tokens: int | None) -> Iterator[None]:
+    """The loss comes from hidden states, or with None from logits, or not at all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(_trl_forward, "policy_loss" if logits_tokens else "linear_policy_loss")
+        yield
+
+
 def losses_and_gradients(trainer: Any, **options: Any) -> tuple[float, dict[str, torch.Tensor]]:
     trainer.model.train()
     trainer.model.zero_grad()
@@ -91,7 +102,8 @@ def losses_and_gradients(trainer: Any, **options: Any) -> tuple[float, dict[str,
         if options.pop("trl", False):
             loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
         else:
-            loss = compute_cfpo_loss(trainer, trainer.model, inputs, PPOClip(), **options)
+            with only_from(options.get("logits_tokens", 1024)):
+                loss = compute_cfpo_loss(trainer, trainer.model, inputs, PPOClip(), **options)
     loss.backward()
     named = trainer.model.named_parameters()
     return loss.item(), {name: p.grad.clone() for name, p in named if p.grad is not None}
@@ -191,12 +203,16 @@ def test_the_reference_backend(tmp_path: Path) -> None:
             assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+@pytest.mark.parametrize("cap", [None, 4.9, 1000.0])
 def test_a_head_whose_output_is_changed_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By a cap of 5, or of 1000, where the config says another."""
     trainer = trl_setup.make_trainer(tmp_path, "softcap")
-    assert _trl_forward.plain_head(trainer, trainer.model) is None
-    monkeypatch.setattr(_trl_forward, "AFTER_THE_HEAD", ())
+    config = trainer.model.config
+    monkeypatch.setattr(config, "final_logit_softcapping", 1000.0 if cap == 1000.0 else 5.0)
+    said = _head.AfterHead(softcap=None if cap == 1000.0 else cap)
+    monkeypatch.setattr(_trl_forward, "after_head", lambda model: said)
     with pytest.raises(RuntimeError, match="set logits_tokens=None"):
         losses_and_gradients(trainer)
     assert "forward" not in vars(trainer.model.lm_head), "the head has its own forward again"
@@ -247,55 +263,109 @@ def test_the_gradient_of_float16_logits_does_not_underflow(tmp_path: Path) -> No
     limit = 1.3 * error(gradients(theirs, 2.0**16))
     assert limit < 0.05 < error(gradients(theirs, 1.0)), "the scale is needed, and enough"
     for logits_tokens in (None, 4):
-        assert error(gradients(ours, 2.0**16, logits_tokens=logits_tokens)) <= limit
+        with only_from(logits_tokens):
+            got = gradients(ours, 2.0**16, logits_tokens=logits_tokens)
+        assert error(got) <= limit
+
+    # accelerate's way: weights in float32, float16 by autocast, and a scale that it knows.
+    trainer.model.float()
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    trainer.accelerator.autocast = partial(torch.autocast, "cpu", torch.float16)
+    limit = 1.3 * error(gradients(theirs, 2.0**16))
+    with only_from(4):
+        assert error(gradients(ours, 2.0**16, logits_tokens=4)) <= limit < 0.05
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    assert error(gradients(ours, 2.0**16, logits_tokens=4)) > 0.05, "the scale is used"
 
 
+@pytest.mark.parametrize("logits_tokens", [None, 4])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_trls_float32_head(tmp_path: Path, autocast: bool) -> None:
+def test_trls_float32_head(tmp_path: Path, autocast: bool, logits_tokens: int | None) -> None:
     trainer = trl_setup.make_trainer(tmp_path, cast_lm_head_to_fp32=True, bf16=autocast)
     forward = trainer.model.lm_head.forward
     want, _ = losses_and_gradients(trainer, trl=True)
-    got, _ = losses_and_gradients(trainer)
+    got, _ = losses_and_gradients(trainer, logits_tokens=logits_tokens)
     assert got == pytest.approx(want, rel=1e-5)
     assert trainer.model.lm_head.forward is forward, "TRL's own is in place again"
 
 
-def test_a_bfloat16_model_caps_its_logits_as_precisely_as_trl(tmp_path: Path) -> None:
+@pytest.mark.parametrize("logits_tokens", [None, 4])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bfloat16_model_caps_its_logits_as_precisely_as_trl(
+    tmp_path: Path, autocast: bool, logits_tokens: int | None
+) -> None:
     """TRL's scoring caps in float32: with the same weights every ratio has to be 1."""
-    trainer = trl_setup.make_trainer(tmp_path, "softcap")
-    trainer.model.bfloat16()
+    trainer = trl_setup.make_trainer(tmp_path, "softcap", bf16=autocast)
+    if not autocast:
+        trainer.model.bfloat16()
     forward = trainer.model.lm_head.forward
     inputs = trl_setup.make_inputs(trainer)
     trainer.current_gradient_accumulation_steps = 1
     inputs["old_per_token_logps"] = trl_setup.score(trainer, inputs)
     trainer.model.train()
-    compute_cfpo_loss(trainer, trainer.model, inputs).backward()
+    with only_from(logits_tokens):
+        compute_cfpo_loss(trainer, trainer.model, inputs, logits_tokens=logits_tokens).backward()
     (largest,) = trainer._metrics["train"]["ratio/max"]
     assert largest == pytest.approx(1, abs=1e-4)
     assert trainer.model.lm_head.forward == forward
 
 
 def shapes_of_logits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Grows with each call of the loss."""
+    """Grows with each call of the loss of logits."""
     shapes = []
-    call = TokenLoss.__call__
 
-    def spy(self: TokenLoss, logits: torch.Tensor, tokens: Any) -> Any:
+    def spy(logits: torch.Tensor, **how: Any) -> Any:
         shapes.append(tuple(logits.shape))
-        return call(self, logits, tokens)
+        return policy_loss(logits, **how)
 
-    monkeypatch.setattr(TokenLoss, "__call__", spy)
+    monkeypatch.setattr(_trl_forward, "policy_loss", spy)
     return shapes
 
 
-def test_no_more_logits_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = trl_setup.make_trainer(tmp_path)
-    shapes = shapes_of_logits(monkeypatch)
-    inputs = trl_setup.make_inputs(trainer)
+class Products(TorchDispatchMode):
+    """The products by the head's weight or by the gradient of its logits: rows and kind of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+        names = ("mm", "addmm_", "addmm", "bmm", "baddbmm")
+        if function.overloadpacket.__name__ in names:
+            m, k, n = (*args[-2].shape, args[-1].shape[-1])[-3:]
+            if trl_setup.VOCABULARY in (m, k, n):
+                self.rows.append(math.prod((m, k, n)) // trl_setup.VOCABULARY // 32)
+        return function(*args, **(kwargs or {}))
+
+
+# Of the 19 tokens of make_inputs, 16 at a time are two products of 16 rows, and all one of 32.
+PRODUCTS: dict[str, tuple[dict[str, Any], int]] = {
+    "one pass": ({}, 3 * 32),
+    "means of sequences, KL": ({"loss_type": "grpo", "beta": 0.3}, 3 * 32),
+    "sequence ratios": ({"importance_sampling_level": "sequence"}, 4 * 32 - 16),
+    "vespo": ({"loss_type": "vespo"}, 4 * 32 - 16),
+    "entropy quantile": ({"top_entropy_quantile": 0.5}, 4 * 32 - 16),
+    "off-policy mask": ({"off_policy_mask_threshold": 0.1}, 4 * 32 - 16),
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "softcap"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_rows_that_are_multiplied(tmp_path: Path, name: str, kind: str) -> None:
+    """Three products a token, of which none has more than asked for; four, but three of the last
+    chunk, where a token's loss depends on others."""
+    settings, of_chunks = PRODUCTS[name]
+    trainer = trl_setup.make_trainer(tmp_path, kind, **settings)
+    trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
-    compute_cfpo_loss(trainer, trainer.model, inputs, logits_tokens=5)
-    rows = [shape[0] for shape in shapes]
-    assert max(rows) <= 5 and sum(rows) == inputs["completion_mask"].sum()
+    inputs = trl_setup.make_inputs(trainer)
+    inputs["advantages"][:] = torch.tensor([1.0, -1.0, 2.0, -2.0])  # no row is without a gradient
+    assert inputs["completion_mask"].sum() == 19
+    for logits_tokens, wanted in ((16, of_chunks), (1024, 3 * 32)):
+        with Products() as products:
+            loss = compute_cfpo_loss(trainer, trainer.model, inputs, logits_tokens=logits_tokens)
+            loss.backward()
+        assert max(products.rows) == min(logits_tokens, 32) and sum(products.rows) == wanted
 
 
 def test_a_compiled_model_gives_the_logits_of_completions(
@@ -310,46 +380,6 @@ def test_a_compiled_model_gives_the_logits_of_completions(
     got = compute_cfpo_loss(trainer, compiled, inputs, logits_tokens=5)
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     assert shapes == [(4, inputs["completion_ids"].shape[1] + 1, trl_setup.VOCABULARY)] * 2
-
-
-def test_evaluation_computes_no_gradient() -> None:
-    seen = []
-
-    def loss_of(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-        seen.append(logits.requires_grad)
-        return logits.sum(), logits[:, 0], logits[:, 1]
-
-    hidden, weight = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
-    with torch.no_grad():
-        chunked_head_loss(hidden, weight, None, loss_of, 2)
-    assert seen == [False] * 3
-    chunked_head_loss(hidden, weight, None, loss_of, 2)[0].backward()
-    assert seen[3:] == [True] * 3
-    torch.testing.assert_close(hidden.grad, weight.detach().sum(0).expand(5, 3))
-    torch.testing.assert_close(weight.grad, hidden.detach().sum(0).expand(7, 3))
-
-
-def test_a_head_with_a_bias_in_bfloat16_sums_in_float32() -> None:
-    g = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 16, generator=g).bfloat16() for n in (512, 40))
-    bias = torch.randn(40, generator=g).bfloat16()
-    factor = torch.randn(512, 40, generator=g)
-
-    def loss_of(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-        return (logits.tanh() * factor[rows].to(logits.dtype)).sum(), logits[:, 0], logits[:, 1]
-
-    def gradients(dtype: torch.dtype, chunk: int) -> list[torch.Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
-        chunked_head_loss(*leaves, loss_of, chunk)[0].backward()
-        assert all(leaf.grad.dtype == dtype for leaf in leaves)
-        return [leaf.grad.double() for leaf in leaves]
-
-    exact = gradients(torch.float64, 512)
-    for got, at_once, want in zip(
-        gradients(torch.bfloat16, 4), gradients(torch.bfloat16, 512), exact, strict=True
-    ):
-        error, error_at_once = (got - want).norm(), (at_once - want).norm()
-        assert error <= 1.1 * error_at_once
 
 
 MIB = 2**20
@@ -373,9 +403,8 @@ def test_memory_beyond_the_logits(tmp_path: Path, beta: float, inplace: bool) ->
         rows = logits.view(b, k + 1, V)
         rows.register_hook(gradient.append)
         tokens = align(trainer, inputs, k + 1)
-        how = {"temperature": 1.0, "inplace": inplace, "backend": "cpu"}
-        loss_of = TokenLoss(trainer, inputs, tokens, CFPO(), how)
-        scored = loss_of(rows, tokens)
+        loss_of = TokenLoss(trainer, inputs, tokens, CFPO())
+        scored = loss_of(partial(policy_loss, rows, inplace=inplace, backend="cpu"))
         torch.autograd.grad(scored.loss, logits)
 
     extra = cpu_extra_bytes(step)

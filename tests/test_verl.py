@@ -204,9 +204,9 @@ def test_takes_epsilon_from_clip_ratio_alone() -> None:
 @pytest.fixture
 def fused_logprobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """use_fused_logprobs, undone afterwards."""
-    for module in (verl_functional, transformer_impl):
-        for name in ours.REPLACEMENTS:
-            if hasattr(module, name):
+    for module in (*ours.REPLACEMENTS, transformer_impl):
+        for replacements in ours.REPLACEMENTS.values():
+            for name in replacements.keys() & vars(module).keys():
                 monkeypatch.setattr(module, name, getattr(module, name))
     ours.use_fused_logprobs()
     yield
@@ -354,6 +354,10 @@ from cfpo_kernels.integrations import verl as ours
 ours.use_fused_logprobs()
 assert engine.logprobs_from_logits is later.logprobs_from_logits is ours.logprobs_from_logits
 assert functional.entropy_from_logits_with_chunking is ours.entropy_from_logits
+from verl.utils.experimental.torch_functional import FusedLinearForPPO
+from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+assert FusedLinearForPPO is ours.FusedLinearForPPO
+assert linear_cross_entropy is ours.linear_cross_entropy
 print("patched")
 """
     done = subprocess.run(

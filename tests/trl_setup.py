@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
+    CohereConfig,
     Gemma2Config,
+    GraniteConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -47,6 +49,8 @@ CONFIGS = {
     ),
     # tanh of the logits after the head, and a tied embedding
     "softcap": Gemma2Config(**SMALL, query_pre_attn_scalar=8, final_logit_softcapping=5.0),
+    "scale": CohereConfig(**SMALL, logit_scale=0.3),
+    "divisor": GraniteConfig(**SMALL, logits_scaling=3.0),
 }
 
 
@@ -56,7 +60,7 @@ def make_model(folder: Path, kind: str = "llama") -> Any:
     model = AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation="eager")
     with torch.no_grad():
         # At the usual initialisation every p is 1/V, and a wrong softmax would go unseen.
-        model.get_output_embeddings().weight.mul_(20 if kind != "softcap" else 10)
+        model.get_output_embeddings().weight.mul_(10 if kind == "softcap" else 20)
     model.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"

@@ -5,7 +5,7 @@ Nothing here imports TRL: a trainer is anything with GRPOTrainer's attributes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,10 +37,6 @@ class Tokens:
     ref_logps: Tensor | None
     sampling_logps: Tensor | None
     correction: Tensor | None  # rollout correction, a factor of the policy term
-
-    def __getitem__(self, index: Tensor | slice) -> Tokens:
-        values = (getattr(self, field.name) for field in fields(self))
-        return Tokens(*(None if x is None else x[index] for x in values))  # type: ignore[arg-type]
 
 
 def align(trainer: Any, inputs: dict[str, Any], n_rows: int) -> Tokens:

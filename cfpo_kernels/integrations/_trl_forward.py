@@ -1,17 +1,27 @@
-"""From TRL's inputs through the model to the loss: with all logits at once, or a few at a time."""
+"""From TRL's inputs through the model to the loss: from its hidden states, or from its logits."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._chunked_head import chunked_head_loss
-from ._trl_batch import Tokens
+from ..api import policy_loss
+from ..linear import linear_policy_loss
+from ..linear.module import forward_of
+from ..runners import may_overwrite
+from ._head import (
+    AfterHead,
+    HeadOutputChangedError,
+    after_head,
+    replaceable_head,
+    run_in_head,
+)
 from ._trl_loss import Scored, TokenLoss
 
 # Beside the token ids; only multimodal models have them.
@@ -25,17 +35,41 @@ MODEL_INPUTS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-# What configs call that which models do to the logits after the head.
-AFTER_THE_HEAD = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-)
+# Gives the loss of a head with that many rows.
+Prepare = Callable[[int], TokenLoss]
 
-# Gives the tokens of a head with that many rows, and their loss.
-Prepare = Callable[[int, torch.device], tuple[Tokens, TokenLoss]]
+
+def score(
+    trainer: Any,
+    model: Any,
+    inputs: dict[str, Any],
+    prepare: Prepare,
+    *,
+    logits_tokens: int | None,
+    inplace: bool | None,
+    backend: str,
+) -> tuple[Any, TokenLoss, Scored]:
+    """The model's outputs, and the loss of the micro-batch; see :func:`.trl.compute_cfpo_loss`."""
+    unwrapped = unwrap(trainer, model)
+
+    def run() -> Any:
+        return forward(trainer, model, inputs, unwrapped)
+
+    head = None
+    # A compiled model has the head's code in it: another forward would be compiled at every step.
+    if logits_tokens is not None and not is_compiled(trainer, model):
+        head = replaceable_head(unwrapped, own_forward=trainer.args.cast_lm_head_to_fp32)
+    if head is None or logits_tokens is None:
+        with _as_precise_as_trl(trainer, model, unwrapped):
+            outputs = run()
+    else:
+        products = partial(_products, most=logits_tokens)
+        outputs, found = from_hidden_states(
+            trainer, run, unwrapped, head, prepare, products, backend
+        )
+        if found is not None:
+            return outputs, *found
+    return outputs, *score_all(outputs, prepare, inplace, backend)
 
 
 def forward(trainer: Any, model: Any, inputs: dict[str, Any], unwrapped: Any) -> Any:
@@ -47,7 +81,7 @@ def forward(trainer: Any, model: Any, inputs: dict[str, Any], unwrapped: Any) ->
         arguments["logits_to_keep"] = inputs["completion_ids"].shape[1] + 1
     if trainer.aux_loss_enabled:
         arguments["output_router_logits"] = True
-    with trainer.accelerator.autocast(), _as_precise_as_trl(trainer, model, unwrapped):
+    with trainer.accelerator.autocast():
         return model(**arguments, use_cache=False)
 
 
@@ -62,79 +96,90 @@ def unwrap(trainer: Any, model: Any) -> Any:
     return unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped  # PEFT
 
 
-def changes_logits(unwrapped: Any) -> bool:
-    """Whether the model does something to its logits after the head."""
-    config = unwrapped.config.get_text_config()
-    return any(getattr(config, name, None) not in (None, 1.0) for name in AFTER_THE_HEAD)
+def from_hidden_states(
+    trainer: Any,
+    run: Callable[[], Any],
+    unwrapped: Any,
+    head: nn.Linear,
+    prepare: Prepare,
+    products: Callable[[Tensor], dict[str, Any]],
+    backend: str,
+) -> tuple[Any, tuple[TokenLoss, Scored] | None]:
+    """The model's outputs, and the loss computed in place of the head; None: its outputs hold the
+    logits.
+
+    Raises:
+        RuntimeError: the model changes what its head returns, not as its config says.
+    """
+    after, results = after_head(unwrapped), []
+
+    def loss_of_hidden(hidden: Tensor) -> Tensor:
+        loss_of = prepare(hidden.shape[1])
+        scored = loss_of(
+            partial(
+                linear_policy_loss,
+                hidden,
+                head.weight,
+                bias=head.bias,
+                backend=backend,
+                logit_scale=after.scale,
+                softcap=after.softcap,
+                **products(loss_of.tokens.mask),
+                **_precision(trainer, head, hidden, capped=after.softcap is not None),
+            )
+        )
+        results.append((loss_of, scored))
+        return scored.loss
+
+    try:
+        outputs, loss = run_in_head(run, head, after, loss_of_hidden)
+    except HeadOutputChangedError as error:
+        raise RuntimeError(
+            "this model changes its logits after the head, not as its config says, or calls the "
+            "head more than once: set logits_tokens=None, so that the loss gets the logits that "
+            "the model returns"
+        ) from error
+    if loss is None:
+        return outputs, None
+    loss_of, scored = results[0]
+    return outputs, (loss_of, scored._replace(loss=loss))
 
 
-def plain_head(trainer: Any, unwrapped: Any) -> nn.Linear | None:
-    """The model's head where its output is the logits, unchanged; None otherwise."""
-    head = unwrapped.get_output_embeddings()
-    linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    if not linear or "forward" in vars(head):  # TRL's float32 head, or moved between devices
-        return None
-    if changes_logits(unwrapped):
-        return None
-    # The gradient of float16 logits would underflow: a loss scale, accelerate's or DeepSpeed's, is
-    # applied after it was rounded.
-    float16 = trainer.accelerator.scaler is not None or head.weight.dtype == torch.float16
-    return None if float16 else head
+def _products(mask: Tensor, *, most: int) -> dict[str, Any]:
+    """Unmasked tokens are multiplied in parts of one size, of which no more than `most` each."""
+    n_tokens = max(1, int(mask.sum()))  # waits for the device, as TRL does to leave out the others
+    parts = -(-n_tokens // most)
+    even = -(-n_tokens // parts)
+    return {
+        "chunk_tokens": min(most, -(-even // 16) * 16),
+        "active_tokens": None if mask.device.type == "cpu" else n_tokens,
+    }
 
 
-def score_all(outputs: Any, prepare: Prepare) -> tuple[Tokens, TokenLoss, Scored]:
-    """The loss of all logits at once."""
+def _precision(trainer: Any, head: nn.Linear, hidden: Tensor, *, capped: bool) -> dict[str, Any]:
+    """As TRL computes log-probs, so that equal weights have a ratio of 1."""
+    if trainer.args.cast_lm_head_to_fp32:
+        return {"logits_dtype": torch.float32}
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else head.weight.dtype
+    how: dict[str, Any] = {}
+    if capped:  # TRL rounds before the cap
+        how["logits_dtype"] = dtype
+    if dtype == torch.float16:  # whose gradients need the loss scale that they will have
+        scaler = trainer.accelerator.scaler
+        how |= {"low_memory": True} if scaler is None else {"grad_scale": scaler.get_scale()}
+    return how
+
+
+def score_all(
+    outputs: Any, prepare: Prepare, inplace: bool | None, backend: str
+) -> tuple[TokenLoss, Scored]:
     logits = outputs.logits
     if logits.dtype == torch.float16:  # as accelerate does where the loss scale is its own
         logits = logits.float()
-    tokens, loss_of = prepare(logits.shape[1], logits.device)
-    return tokens, loss_of, loss_of(logits, tokens)
-
-
-def score_in_chunks(
-    run: Callable[[], Any], head: nn.Linear, prepare: Prepare, chunk: int
-) -> tuple[Any, tuple[Tokens, TokenLoss, Scored] | None]:
-    """The loss computed in place of the head, inside the model's forward; returns its outputs too.
-
-    There, hooks of wrappers (sharding, offloading) have the weight ready. None: the model does not
-    call its head as a module, and its outputs hold the logits.
-
-    Raises:
-        RuntimeError: the model changes what its head returns.
-    """
-    results: list[tuple[Tokens, TokenLoss, Scored]] = []
-
-    def loss_head(hidden: Tensor) -> Tensor:
-        tokens, loss_of = prepare(hidden.shape[1], hidden.device)
-        mask, chosen = tokens.mask, tokens[tokens.mask]
-        loss, logps, entropy = chunked_head_loss(
-            hidden[mask],
-            head.weight,
-            head.bias,
-            lambda logits, rows: loss_of(logits, chosen[rows])[:3],
-            chunk,
-        )
-        zeros = torch.zeros(mask.shape, device=mask.device)
-        logps, entropy = (zeros.masked_scatter(mask, x) for x in (logps, entropy))
-        results.append((tokens, loss_of, Scored(loss, logps, entropy, mask)))
-        # As wide as logits, so that a model that drops or sets some columns is noticed as well.
-        return loss.reshape(1, 1, 1).repeat(1, 1, head.out_features)
-
-    with _forward_of(head, loss_head):
-        outputs = run()
-    if not results:
-        return outputs, None
-    tokens, loss_of, scored = results[0]
-    found = outputs.logits
-    unchanged = found.shape == (1, 1, head.out_features) and torch.allclose(
-        found, scored.loss.expand_as(found), rtol=0, atol=0, equal_nan=True
-    )
-    if len(results) > 1 or not unchanged:
-        raise RuntimeError(
-            "this model changes its logits after the head, or calls the head more than once: set "
-            "logits_tokens=None, so that the loss gets the logits that the model returns"
-        )
-    return outputs, (tokens, loss_of, scored._replace(loss=found[0, 0, 0]))
+    loss_of = prepare(logits.shape[1])
+    overwrite = may_overwrite(backend) if inplace is None else inplace
+    return loss_of, loss_of(partial(policy_loss, logits, inplace=overwrite, backend=backend))
 
 
 @contextmanager
@@ -155,23 +200,10 @@ def _as_precise_as_trl(trainer: Any, model: Any, unwrapped: Any) -> Iterator[Non
 
     if trainer.args.cast_lm_head_to_fp32:
         own, forward = head.forward, without_autocast
-    elif changes_logits(unwrapped) and not is_compiled(trainer, model):
+    elif after_head(unwrapped) != AfterHead() and not is_compiled(trainer, model):
         own, forward = head.forward, in_float32
     else:
         yield
         return
-    with _forward_of(head, forward):
+    with forward_of(head, forward):
         yield
-
-
-@contextmanager
-def _forward_of(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    own = vars(module).get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

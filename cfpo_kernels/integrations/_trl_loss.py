@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import formula
-from ..api import policy_loss
 from ..inputs import LossSettings, TokenInputs
 from ..objectives import Objective
 from ..shapes import Shape
@@ -29,14 +28,13 @@ class Scored(NamedTuple):
 
 
 class TokenLoss:
-    """The loss of some tokens of a micro-batch as a function of their logits, (..., V)::
+    """The loss of a micro-batch as a function of its logits or of what they are made of::
 
         sum_i w_i (correction_i policy_i + beta KL_i) - bonus / bonus_tokens sum_i H_i
 
     Args:
         trainer, inputs: what TRL's ``_compute_loss`` has.
-        tokens: the whole micro-batch, from :func:`align`.
-        how: temperature, inplace and backend of the package's functions.
+        tokens: from :func:`align`.
     """
 
     def __init__(
@@ -45,11 +43,10 @@ class TokenLoss:
         inputs: dict[str, Any],
         tokens: Tokens,
         objective: Objective | Vespo,
-        how: dict[str, Any],
     ) -> None:
         self.trainer = trainer
+        self.tokens = tokens
         self.objective = objective
-        self.how = how
         self.beta = trainer.beta
         # TRL then differentiates through the ratio too.
         self.kl_times_ratio = self.beta != 0 and trainer.args.use_bias_correction_kl
@@ -69,60 +66,48 @@ class TokenLoss:
     @property
     def one_pass(self) -> bool:
         """The kernel has one weight a token, and a second one for the policy term only."""
-        differ = self.weights_differ and self.beta != 0
+        differ = self.weights_differ and self.beta != 0 and self.bonus != 0
         return not (needs_all_tokens(self.trainer) or differ)
 
-    @cached_property
-    def entropy_coef(self) -> float:
-        """The bonus under the normaliser of one pass; once, since it waits for the device."""
-        if self.weights_differ or not self.bonus:
-            return self.bonus
-        return self.bonus * float(self.denominator / self.bonus_tokens)
+    def __call__(self, loss_of: Callable[..., Any]) -> Scored:
+        """`loss_of`: policy_loss or linear_policy_loss, with all but what is of the tokens."""
+        tokens = self.tokens
+        term = None if self.one_pass else TokenTerm(self)
+        loss, stats = loss_of(
+            token_ids=tokens.token_ids,
+            advantages=tokens.advantages,
+            old_logps=tokens.old_logps,
+            objective=self.objective if term is None else term,
+            mask=tokens.mask,
+            ref_logps=tokens.ref_logps,
+            temperature=self.trainer.temperature,
+            return_stats=True,
+            **(self._normalised() if term is None else {"reduction": "sum"}),
+        )
+        bonus_mask = tokens.mask if term is None else term.bonus_mask
+        return Scored(loss, stats.logps, stats.entropy, bonus_mask)
 
-    def __call__(self, logits: Tensor, tokens: Tokens) -> Scored:
-        return self._in_one_pass(logits, tokens) if self.one_pass else self._in_two(logits, tokens)
-
-    def _in_one_pass(self, logits: Tensor, tokens: Tokens) -> Scored:
-        assert isinstance(self.objective, Objective)  # needs_all_tokens
-        normalizer, factors = self.denominator, tokens.correction
-        if self.weights_differ:
+    def _normalised(self) -> dict[str, Any]:
+        """The weights of one pass. The bonus has the same for every token, so that where those of
+        sequences differ they become factors of the policy term."""
+        tokens, factors = self.tokens, self.tokens.correction
+        reduction, normalizer, bonus = "sum", self.denominator, self.bonus
+        if self.weights_differ and not bonus:
+            reduction = "seq-mean-token-mean"
+        elif self.weights_differ:
             normalizer, factors = self.bonus_tokens, tokens.weights * self.bonus_tokens
             if tokens.correction is not None:
                 factors = factors * tokens.correction
-        loss, stats = policy_loss(
-            logits,
-            tokens.token_ids,
-            tokens.advantages,
-            tokens.old_logps,
-            objective=self.objective,
-            mask=tokens.mask,
-            reduction="sum",
-            normalizer=normalizer,
-            token_weights=factors,
-            ref_logps=tokens.ref_logps,
-            kl_coef=self.beta,
-            kl_ratio_weighted=self.kl_times_ratio,
-            entropy_coef=self.entropy_coef,
-            return_stats=True,
-            **self.how,
-        )
-        return Scored(loss, stats.logps, stats.entropy, tokens.mask)
-
-    def _in_two(self, logits: Tensor, tokens: Tokens) -> Scored:
-        term = TokenTerm(self, tokens)
-        loss, stats = policy_loss(
-            logits,
-            tokens.token_ids,
-            tokens.advantages,
-            tokens.old_logps,
-            objective=term,
-            mask=tokens.mask,
-            reduction="sum",
-            ref_logps=tokens.ref_logps,
-            return_stats=True,
-            **self.how,
-        )
-        return Scored(loss, stats.logps, stats.entropy, term.bonus_mask)
+        elif bonus:
+            bonus *= float(self.denominator / self.bonus_tokens)  # waits for the device
+        return {
+            "reduction": reduction,
+            "normalizer": normalizer,
+            "token_weights": factors,
+            "kl_coef": self.beta,
+            "kl_ratio_weighted": self.kl_times_ratio,
+            "entropy_coef": bonus,
+        }
 
     def log_ratio(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
         """That of TRL's importance_sampling_level, expanded."""
@@ -142,9 +127,9 @@ class TokenTerm:
 
     needs_entropy = True
 
-    def __init__(self, loss: TokenLoss, tokens: Tokens) -> None:
-        self.loss, self.tokens = loss, tokens
-        self.bonus_mask = tokens.mask
+    def __init__(self, loss: TokenLoss) -> None:
+        self.loss, self.tokens = loss, loss.tokens
+        self.bonus_mask = self.tokens.mask
 
     def __call__(self, terms: TokenTerms) -> Tensor:
         of, tokens, mask = self.loss, self.tokens, terms.mask
@@ -228,8 +213,9 @@ class LossTerms(NamedTuple):
     bonus_mask: Tensor
 
 
-def loss_terms(loss_of: TokenLoss, scored: Scored, tokens: Tokens) -> LossTerms:
+def loss_terms(loss_of: TokenLoss, scored: Scored) -> LossTerms:
     """From the scores of all tokens of the micro-batch."""
+    tokens = loss_of.tokens
     logps, entropy, mask, bonus_mask = scored.logps, scored.entropy, tokens.mask, scored.bonus_mask
     old_logps = logps if tokens.old_logps is None else tokens.old_logps
     shape, region = Shape("torch"), None

@@ -1,4 +1,4 @@
-"""CFPO in OpenRLHF: its PolicyLoss with one line changed, and log-probs without a float32 copy.
+"""CFPO in OpenRLHF: its PolicyLoss with one line changed, and log-probs without logits.
 
 OpenRLHF has no registry of losses; :mod:`.openrlhf_ray` puts these in place by one line of
 configuration, :func:`use_cfpo` in a process of your own.
@@ -6,16 +6,19 @@ configuration, :func:`use_cfpo` in a process of your own.
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..from_logps import policy_loss_from_logps
+from ..linear import linear_token_logps
 from ..objectives import CFPO
 from ..two_pass import TokenTerms
+from ._head import AfterHead, HeadOutputChangedError, after_head, replaceable_head, run_in_head
 from ._logps import entropy_of_rows, logps_of_labels, replace_everywhere
 
 try:
@@ -33,6 +36,7 @@ __all__ = ["PolicyLoss", "log_probs_from_logits", "use_cfpo"]
 LOG_RATIO_CLIP = 20.0
 _ActorForward = openrlhf_actor.Actor.forward
 _FORWARD_SIGNATURE = signature(_ActorForward)
+_unpad_and_slice_tensor = openrlhf_actor.unpad_and_slice_tensor
 
 
 class PolicyLoss(openrlhf_loss.PolicyLoss):
@@ -170,19 +174,39 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
     return logps_of_labels(logits, labels, temperature=temperature)
 
 
+class _NoLogits:
+    """Stands for logits inside Actor.forward, whose steps have been taken: in the head's place."""
+
+    logits = None
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def to(self, dtype: torch.dtype) -> _NoLogits:
+        return self
+
+    def div_(self, temperature: float) -> _NoLogits:
+        return self
+
+    def entropy(self) -> Tensor:
+        return self.values[1]
+
+    def log_probs(self, labels: Tensor) -> Tensor:
+        return self.values[0]
+
+
 class _ModelLogits:
     """Stands for a model's logits inside Actor.forward: takes its steps without doing them."""
 
-    def __init__(self, logits: Tensor) -> None:
+    def __init__(self, logits: Tensor, temperature: float) -> None:
         self.logits = logits
-        self.temperature = 1.0
+        self.temperature = temperature
         self.entropy_reads_them = False
 
     def to(self, dtype: torch.dtype) -> _ModelLogits:
         return self  # the kernels accumulate in float32 whatever they read
 
     def div_(self, temperature: float) -> _ModelLogits:
-        self.temperature *= temperature
         return self
 
     def entropy(self) -> Tensor:
@@ -199,34 +223,110 @@ class _ModelLogits:
 
 
 def _compute_entropy(logits: Any) -> Tensor:
-    return logits.entropy() if isinstance(logits, _ModelLogits) else entropy_of_rows(logits)
+    return (
+        logits.entropy()
+        if isinstance(logits, (_NoLogits, _ModelLogits))
+        else entropy_of_rows(logits)
+    )
 
 
 def _log_probs_from_logits(logits: Any, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    if isinstance(logits, _ModelLogits):
+    if isinstance(logits, (_NoLogits, _ModelLogits)):
         return logits.log_probs(labels)
     return log_probs_from_logits(logits, labels, temperature)
 
 
-@wraps(_ActorForward)
-def _actor_forward(self: Any, *arguments: Any, **named: Any) -> Any:
-    call = _FORWARD_SIGNATURE.bind(self, *arguments, **named).arguments
-    if call.get("action_mask") is None and not call.get("return_logprobs"):
-        return _ActorForward(self, *arguments, **named)  # the logits are wanted
-    model = self.model
+class _ModelCall:
+    """Stands for an actor's model in one call of Actor.forward, and returns no logits.
 
-    def with_stand_in(*arguments: Any, **named: Any) -> Any:
-        output = model(*arguments, **named)
-        output["logits"] = _ModelLogits(output["logits"])
+    Log-probs and entropies are computed in the head's place, from hidden states, of the rows that
+    are asked for; or from the model's logits, where it does more than its head and config say.
+    """
+
+    changes_logits: ClassVar[WeakSet[nn.Module]] = WeakSet()
+
+    def __init__(self, actor: Any, arguments: dict[str, Any]) -> None:
+        self.model, self.temperature = actor.model, actor.temperature
+        self.arguments = arguments
+        self.packed: tuple[Any, ...] | None = None
+
+    def unpad_and_slice_tensor(self, *arguments: Any) -> tuple[Any, ...]:
+        """OpenRLHF's, where samples are packed."""
+        self.packed = _unpad_and_slice_tensor(*arguments)
+        return self.packed
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        def run() -> Any:
+            return self.model(*arguments, **named)
+
+        model = getattr(self.model, "module", self.model)  # DeepSpeed's engine has it
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+        head = None if model in self.changes_logits else replaceable_head(model)
+        if head is not None:
+            after = after_head(model)
+            try:
+                output, values = run_in_head(run, head, after, partial(self.scores, head, after))
+            except HeadOutputChangedError:
+                self.changes_logits.add(model)
+                output, values = run(), None
+        else:
+            output, values = run(), None
+        if values is not None:
+            output["logits"] = _NoLogits(values)
+        else:
+            output["logits"] = _ModelLogits(output["logits"], self.temperature)
         return output
 
+    def scores(self, head: nn.Linear, after: AfterHead, hidden: Tensor) -> Tensor:
+        """log-probs (1, ...), or with entropies (2, ...), of the rows that the model has."""
+        labels, wanted = self.rows()
+        n_wanted = None
+        if wanted is not None and wanted.device.type != "cpu":
+            n_wanted = max(1, int(wanted.sum()))  # waits for the device
+        found = linear_token_logps(
+            hidden,
+            head.weight,
+            labels,
+            bias=head.bias,
+            mask=wanted,
+            temperature=self.temperature,
+            logit_scale=after.scale,
+            softcap=after.softcap,
+            return_entropy=bool(self.arguments.get("return_entropy")),
+            active_tokens=n_wanted,
+        )
+        return found[None] if isinstance(found, Tensor) else torch.stack(found)
+
+    def rows(self) -> tuple[Tensor, Tensor | None]:
+        """Their labels, and which of them are asked for; None: all."""
+        sequences, action_mask = self.arguments["sequences"], self.arguments.get("action_mask")
+        wanted = None
+        if action_mask is not None:
+            wanted = torch.zeros_like(sequences, dtype=torch.bool)
+            wanted[:, -action_mask.shape[1] - 1 : -1] = action_mask != 0
+        if self.packed is None:
+            return torch.roll(sequences, -1, 1), wanted
+        _, _, labels, _, indices = self.packed
+        if wanted is None or self.arguments.get("ring_attn_group") is not None:  # it splits rows
+            return labels, None
+        return labels, wanted.flatten()[indices][None]
+
+
+@wraps(_ActorForward)
+def _actor_forward(self: Any, *arguments: Any, **named: Any) -> Any:
+    given = _FORWARD_SIGNATURE.bind(self, *arguments, **named).arguments
+    if given.get("action_mask") is None and not given.get("return_logprobs"):
+        return _ActorForward(self, *arguments, **named)  # the logits are wanted
+    call = _ModelCall(self, given)
     # In the instance's dict it comes before the submodule of that name, which stays registered.
-    self.__dict__["model"] = with_stand_in
+    self.__dict__["model"] = call
+    openrlhf_actor.unpad_and_slice_tensor = call.unpad_and_slice_tensor
     try:
         result = _ActorForward(self, *arguments, **named)
     finally:
         del self.__dict__["model"]
-    if call.get("return_output"):
+        openrlhf_actor.unpad_and_slice_tensor = _unpad_and_slice_tensor
+    if given.get("return_output"):
         result[1]["logits"] = result[1]["logits"].logits
     return result
 
@@ -236,9 +336,11 @@ def use_cfpo(*, fused_log_probs: bool = True) -> None:
 
     Args:
         fused_log_probs: also let Actor.forward take log-probs and entropies by
-            :func:`cfpo_kernels.token_logps`, from the model's own logits: no float32 copy of them,
-            and no V-sized temporaries. Their backward overwrites the logits where no entropy is
-            wanted.
+            :func:`cfpo_kernels.linear_token_logps`, in the place of the model's head: no logits
+            exist but a tile of them, and prompts and padding are not multiplied; log-probs and
+            entropies are 0 there, and the output's logits are None. Of a model whose head is no
+            plain linear layer by :func:`cfpo_kernels.token_logps`, from its own logits, which
+            backward overwrites where no entropy is wanted.
     """
     replace_everywhere(openrlhf_loss, {"PolicyLoss": PolicyLoss})
     if fused_log_probs:

@@ -7,22 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..objectives import Objective
-from ..runners import may_overwrite
-from ._trl_batch import Tokens, accumulation_steps, align
+from ._trl_batch import accumulation_steps, align
 from ._trl_config import check_options, resolve_objective
-from ._trl_forward import (
-    forward,
-    is_compiled,
-    plain_head,
-    score_all,
-    score_in_chunks,
-    unwrap,
-)
-from ._trl_loss import TokenLoss, loss_terms, needs_all_tokens
+from ._trl_forward import score
+from ._trl_loss import TokenLoss, loss_terms
 from ._trl_metrics import log_aux_loss, log_entropy_bonus, log_loss
 
 try:
@@ -68,27 +59,19 @@ def compute_cfpo_loss(
     chosen = resolve_objective(trainer.args, objective)
     check_options(logits_tokens, inplace, backend)
 
-    def prepare(n_rows: int, device: torch.device) -> tuple[Tokens, TokenLoss]:
-        tokens = align(trainer, inputs, n_rows)
-        overwrite = may_overwrite(backend) if inplace is None else inplace
-        how = {"temperature": trainer.temperature, "inplace": overwrite, "backend": backend}
-        return tokens, TokenLoss(trainer, inputs, tokens, chosen, how)
+    def prepare(n_rows: int) -> TokenLoss:
+        return TokenLoss(trainer, inputs, align(trainer, inputs, n_rows), chosen)
 
-    unwrapped = unwrap(trainer, model)
-    # A compiled model has the head's code in it: another forward would be compiled at every step.
-    head = None if is_compiled(trainer, model) else plain_head(trainer, unwrapped)
-
-    def run() -> Any:
-        return forward(trainer, model, inputs, unwrapped)
-
-    result = None
-    if logits_tokens is None or head is None or needs_all_tokens(trainer):
-        outputs = run()
-    else:
-        outputs, result = score_in_chunks(run, head, prepare, logits_tokens)
-    tokens, loss_of, scored = result or score_all(outputs, prepare)
-
-    terms = loss_terms(loss_of, scored, tokens)
+    outputs, loss_of, scored = score(
+        trainer,
+        model,
+        inputs,
+        prepare,
+        logits_tokens=logits_tokens,
+        inplace=inplace,
+        backend=backend,
+    )
+    terms = loss_terms(loss_of, scored)
     log_entropy_bonus(trainer, terms)
     log_loss(trainer, terms)
     if not trainer.aux_loss_enabled:

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from ..from_logps import policy_loss_from_logps
+from ..linear import linear_token_logps
 from ..objectives import CFPO
+from ..vocab_parallel import VocabParallel
 from ._logps import entropy_of_rows, logps_of_labels, replace_everywhere
 
 try:
+    import verl.utils.experimental.torch_functional as verl_fused
+    import verl.utils.kernel.linear_cross_entropy as verl_kernel
     import verl.utils.torch_functional as verl_functional
     from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
     from verl.workers.config import ActorConfig
@@ -26,8 +30,10 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "FusedLinearForPPO",
     "compute_policy_loss_cfpo",
     "entropy_from_logits",
+    "linear_cross_entropy",
     "logprobs_from_logits",
     "use_fused_logprobs",
 ]
@@ -142,10 +148,92 @@ def entropy_from_logits(logits: Tensor, chunk_size: int | None = None) -> Tensor
     return entropy_of_rows(logits)
 
 
-REPLACEMENTS: dict[str, Callable[..., Any]] = {
-    "logprobs_from_logits": logprobs_from_logits,
-    "entropy_from_logits": entropy_from_logits,
-    "entropy_from_logits_with_chunking": entropy_from_logits,
+class FusedLinearForPPO(verl_fused.FusedLinearForPPO):
+    """verl's module of this name over :func:`cfpo_kernels.linear_token_logps`.
+
+    Args:
+        chunk_size: tokens of each product. None: what linear_token_logps chooses.
+        impl_backend: "torch" or "liger", which are the same here.
+    """
+
+    def __init__(self, chunk_size: int | None = None, impl_backend: str = "torch") -> None:
+        super().__init__(impl_backend=impl_backend)
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        vocab_weights: Tensor,
+        input_ids: Tensor,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, ...]:
+        """log p of the tokens and the entropies, (...) float32, from (..., H), (V, H), (...).
+
+        verl's have no log-probs of a frozen head without its gradient, and entropies in bfloat16.
+        """
+        found = linear_token_logps(
+            hidden_states,
+            vocab_weights,
+            input_ids,
+            temperature=temperature,
+            return_entropy=True,
+            chunk_tokens=self.chunk_size,
+        )
+        return tuple(found)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, ...]:
+    """verl's function of this name over :func:`cfpo_kernels.linear_token_logps`.
+
+    Args:
+        hidden: (..., H); labels: (...), N in all.
+        weight: (V, H), or one process's part of it, the same number of rows on each.
+        reduction: "none", which is all that verl asks for.
+        dist_process_group: of the processes that have the parts, Megatron's tensor-parallel group.
+            The gradient of hidden is that of the part, as with verl's: Megatron's
+            gather_from_sequence_parallel_region sums it.
+
+    Returns:
+        log p of the labels and the entropies, (N,) float32.
+
+    Raises:
+        ValueError: another reduction.
+    """
+    if reduction != "none":
+        raise ValueError(f"reduction must be 'none', got {reduction!r}")
+    parts = None
+    if dist_process_group is not None:
+        n_rows, rank = weight.shape[0], dist_process_group.rank()
+        parts = VocabParallel(
+            dist_process_group, rank * n_rows, n_rows * dist_process_group.size(), "none"
+        )
+    found = linear_token_logps(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        labels.reshape(-1),
+        temperature=temperature,
+        return_entropy=True,
+        vocab_parallel=parts,
+    )
+    return tuple(found)
+
+
+REPLACEMENTS: dict[Any, dict[str, Callable[..., Any]]] = {
+    verl_functional: {
+        "logprobs_from_logits": logprobs_from_logits,
+        "entropy_from_logits": entropy_from_logits,
+        "entropy_from_logits_with_chunking": entropy_from_logits,
+    },
+    # What use_fused_kernels=true calls: FSDP's engines one or the other, Megatron's the latter.
+    verl_fused: {"FusedLinearForPPO": FusedLinearForPPO},
+    verl_kernel: {"linear_cross_entropy": linear_cross_entropy},
 }
 
 
@@ -156,4 +244,5 @@ def use_fused_logprobs() -> None:
 
         actor_rollout_ref.model.external_lib=cfpo_kernels.integrations.verl_logprobs
     """
-    replace_everywhere(verl_functional, REPLACEMENTS)
+    for home, replacements in REPLACEMENTS.items():
+        replace_everywhere(home, replacements)

@@ -228,7 +228,9 @@ def linear_cfpo_loss(
         softcap: positive number c: logits are ``c * tanh(logits / c)``, after logit_scale and
             before the temperature (Gemma). In float32.
         logits_dtype: float32 keeps the logits of a head of lower dtype in float32, and keeps
-            autocast away from a float32 head. None: the dtype of the product.
+            autocast away from a float32 head. None: the dtype of the product. With a softcap None
+            is float32, and the dtype of the product rounds the logits to it before the cap, which
+            is in float32 then too: as a scorer has them that takes them from a head of that dtype.
         support: (..., k) int64 or int32, the token ids among which the sampler chose (top-k,
             top-p), -1 for padding: the softmax is over these alone, so that r is unbiased. The
             sampled token has to be among them. No product over the vocabulary is made at all.
@@ -239,7 +241,7 @@ def linear_cfpo_loss(
             training. None: from V, dtype and kind of device, 128 on a CPU.
         active_tokens: at least as many tokens as are unmasked, where the mask is on a GPU: only so
             many are multiplied, without waiting for the device. More unmasked tokens than that make
-            the loss NaN. None: on a GPU all tokens are multiplied.
+            the loss, or the log-probs, NaN. None: on a GPU all tokens are multiplied.
         accumulate: "float32", or "weight": sums over chunks in the weight's dtype, for at most
             four chunks.
         low_memory: the weight's gradient is made in backward, slice by slice of the vocabulary and
@@ -326,6 +328,7 @@ def linear_token_logps(
     return_entropy: bool = False,
     vocab_parallel: VocabParallel | None = None,
     chunk_tokens: int | None = None,
+    active_tokens: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """log p of the tokens from hidden states: :func:`token_logps` of logits that never exist whole.
@@ -376,9 +379,11 @@ def linear_token_logps(
             return_entropy=return_entropy,
             backend=backend,
         )
-    selection = select(rows.active, None, False, None)
+    selection = select(rows.active, None, False, _active_tokens(active_tokens))
     batch = head.batch(rows, selection, None)
     logps, entropy, _ = scores_of(batch, head.parameters, return_entropy)
+    if selection.too_many is not None:
+        logps = _refuse_too_many(logps, selection.too_many)
     logps = logps.reshape(rows.shape)
     return (logps, entropy.reshape(rows.shape)) if return_entropy else logps
 
@@ -454,6 +459,7 @@ class _Head:
         logits = support_logits(
             self.parameters, rows, ids, self.dtypes.operands, self.dtypes.logits
         )
+        logits = logits.to(self.dtypes.rounded).to(self.dtypes.logits)
         if self.softcap is not None:
             cap = self.softcap / self.scale
             logits = torch.where(ids < 0, logits, cap * torch.tanh(logits / cap))
@@ -472,6 +478,7 @@ class _Head:
             rows=rows,
             dtype=self.dtypes.operands,
             tile_dtype=self.dtypes.logits,
+            rounded=self.dtypes.rounded,
             softcap=0.0 if self.softcap is None else self.softcap / self.scale,
             chunk=max(self.chunk, LEAST_ROWS),
             wanted=wanted,
@@ -542,7 +549,7 @@ def _active_tokens(value: object | None) -> int | None:
     return None if value is None else _positive_int("active_tokens", value)
 
 
-def _refuse_too_many(loss: Tensor, too_many: Tensor) -> Tensor:
+def _refuse_too_many(result: Tensor, too_many: Tensor) -> Tensor:
     if values.can_be_checked(too_many) and too_many:
         raise ValueError("active_tokens must be at least the number of unmasked tokens")
-    return torch.where(too_many, torch.nan, loss)
+    return torch.where(too_many, torch.nan, result)

@@ -33,10 +33,12 @@ EMPTY = (
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of the products' operands, and of the logits."""
+    """The dtypes of the products' operands, of the logits, and which these are rounded to before a
+    softcap."""
 
     operands: torch.dtype
     logits: torch.dtype
+    rounded: torch.dtype
 
 
 def check_parameters(
@@ -131,15 +133,13 @@ def precision(parameters: Parameters, logits_dtype: object, softcap: float | Non
     hidden, weight = parameters.hidden.dtype, parameters.weight.dtype
     autocast = autocast_dtype(parameters.hidden.device)
     wide = torch.promote_types(weight, torch.float32)
-    if logits_dtype is not None and logits_dtype not in (weight, wide):
+    accepted = {weight, wide} if autocast is None else {weight, wide, autocast}
+    if logits_dtype is not None and logits_dtype not in accepted:
         raise ValueError(
-            f"logits_dtype must be None, the weight's dtype, {weight}, or {wide}, "
-            f"got {logits_dtype}"
+            "logits_dtype must be None or, for this head, one of "
+            f"{', '.join(sorted(map(str, accepted)))}, got {logits_dtype}"
         )
-    if softcap is not None and logits_dtype not in (None, wide):
-        # Ratios that should be 1 would differ from it by some percent.
-        raise ValueError(f"logits_dtype must be None or {wide} with softcap, got {logits_dtype}")
-    if logits_dtype is None and autocast is not None:
+    if autocast is not None and logits_dtype in (None, autocast):
         operands = autocast
     elif hidden == weight or (logits_dtype == wide and weight == wide):
         operands = weight
@@ -148,7 +148,9 @@ def precision(parameters: Parameters, logits_dtype: object, softcap: float | Non
             f"hidden must have the weight's dtype, {weight}, outside of autocast, got {hidden}; "
             "logits_dtype=torch.float32 lets a float32 head take it as it is"
         )
-    logits: Any = logits_dtype
-    if logits is None:
-        logits = operands if softcap is None else torch.promote_types(operands, torch.float32)
-    return Precision(operands, logits)
+    logits: Any = operands if logits_dtype is None else logits_dtype
+    if softcap is None:
+        return Precision(operands, logits, logits)
+    # A cap in a lower precision would make ratios of 1 differ by some percent.
+    capped = torch.promote_types(operands, torch.float32)
+    return Precision(operands, capped, capped if logits_dtype is None else logits)

@@ -34,6 +34,7 @@ class Batch:
     Attributes:
         rows: of all N tokens; the temperature is that of z.
         dtype, tile_dtype: of the products' operands and of the logits.
+        rounded: which the logits are rounded to before the softcap.
         chunk: rows of a tile.
         wanted: the rows that the loss depends on.
         scored: rows whose log-probs and entropies are asked for, and no more.
@@ -44,6 +45,7 @@ class Batch:
     rows: Rows
     dtype: torch.dtype
     tile_dtype: torch.dtype
+    rounded: torch.dtype
     softcap: float
     chunk: int
     wanted: list[Chunk]
@@ -66,7 +68,7 @@ class Batch:
             for x in (parameters.weight, parameters.bias, parameters.lora)
         )
         assert weight is not None
-        return Head(weight, bias, lora, self.tile_dtype, self.softcap)
+        return Head(weight, bias, lora, self.tile_dtype, self.rounded, self.softcap)
 
     def new_tile(self, n_cols: int) -> Tensor:
         return torch.empty(

@@ -50,6 +50,7 @@ class Head:
         bias: (V,), or None.
         lora: (V, r), the B of an adapter, or None.
         tile_dtype: of the logits.
+        rounded: which they are rounded to before the softcap.
         softcap: logits are ``softcap * tanh(z / softcap)``; 0: they are z.
     """
 
@@ -57,6 +58,7 @@ class Head:
     bias: Tensor | None
     lora: Tensor | None
     tile_dtype: torch.dtype
+    rounded: torch.dtype
     softcap: float = 0.0
 
     @property
@@ -73,6 +75,9 @@ class Head:
                 product(tile[:, s], u.to(dtype), self.lora[part].to(dtype).t(), add=True)
         if self.bias is not None:
             tile += self.bias[columns]
+        if self.rounded != tile.dtype:
+            for s in slices(tile.shape[1], SLICE):
+                tile[:, s] = tile[:, s].to(self.rounded)
         if self.softcap:
             tile.div_(self.softcap).tanh_().mul_(self.softcap)
 

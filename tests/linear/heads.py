@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -259,3 +260,13 @@ def pretend_speed(patch: pytest.MonkeyPatch, fast: bool) -> None:
     """A CPU with instructions for low precision, or without: its products are right either way."""
     for module in (products, support):
         patch.setattr(module, "is_fast", lambda dtype, device: fast or dtype == torch.float32)
+
+
+def in_processes(run: Callable[..., None], *arguments: Any, n: int) -> None:
+    """run(rank, *arguments) in `n` processes.
+
+    Forked from one that has imported what takes seconds, and computed nothing.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cfpo_kernels", "torch.distributed.tensor"])
+    torch.multiprocessing.start_processes(run, arguments, nprocs=n, start_method="forkserver")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from heads import relative
+from heads import in_processes, relative
 from torch import Tensor, nn
 
 import cfpo_kernels
@@ -143,8 +141,7 @@ def wrapped_start(name: str) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("fsdp")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    mp.spawn(run, args=(str(folder),), nprocs=WORLD)
+    in_processes(run, str(folder), n=WORLD)
     return [torch.load(Path(folder) / str(rank)) for rank in range(WORLD)]
 
 

@@ -15,8 +15,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from heads import HeadCase, linear, logits_of, logps64, make, relative, use_slices, whole
+from heads import (
+    HeadCase,
+    in_processes,
+    linear,
+    logits_of,
+    logps64,
+    make,
+    relative,
+    use_slices,
+    whole,
+)
 from torch import Tensor
 
 import cfpo_kernels
@@ -357,7 +366,7 @@ def run(rank: int, world: int, folder: str) -> None:
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What each process of a group found."""
     folder = tmp_path_factory.mktemp(f"group-{request.param}")
-    mp.spawn(run, args=(request.param, str(folder)), nprocs=request.param)
+    in_processes(run, request.param, str(folder), n=request.param)
     return [torch.load(Path(folder) / str(rank)) for rank in range(request.param)]
 
 

@@ -18,7 +18,7 @@ class CudaQuery(TypedDict):
     driver_version: int
     devices: list[CudaDevice]
 
-# tests/test_native_stub.py compares this file with the module.
+# tests/package/test_native_stub.py compares this file with the module.
 
 # Only where cuda_built: the four kernels below, with `device`, `stream`, `workspace` and
 # `row_kernel` in place of `threads` and `level`, and workspace_bytes(logits, device).

@@ -208,7 +208,8 @@ def cfpo_loss(
         kl_ratio_weighted: the KL estimate is multiplied by r, which is differentiated too. With
             ratio_level="sequence" by the sequence's, differentiated by the token's own log p.
         entropy_coef: factor of the entropy bonus.
-        temperature: number, 0-d tensor, or (...) float for one a row.
+        temperature: number, 0-d tensor, or (...) float for one a row; from 1e-6 to 1e30. Rows with
+            |logit| / temperature above 1.4e9 are NaN.
         inplace: the gradient overwrites the logits, so that no V-sized memory is allocated; their
             old values are gone when this returns, and autograd refuses to use them. The gradient of
             a leaf is then the leaf's own memory. With backend="auto" it is a permission: where only

@@ -46,13 +46,17 @@ void multiply_rows(const Rows& rows, const float* factors, std::int64_t factor_s
   const SegmentOps& ops = ops_for(execution, rows.dtype);
   const int threads = ForkGuard::allowed(execution.threads);
   const std::int64_t segments = (rows.n_cols + kSegment - 1) / kSegment;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (std::int64_t k = 0; k < rows.n_rows * segments; ++k) {
-    const std::int64_t row = k / segments, begin = k % segments * kSegment;
-    const float factor = plain_nan(factors[row * factor_stride]);
-    if (factor == 1.0f) continue;
-    char* x = static_cast<char*>(rows.row(row)) + begin * dtype_size(rows.dtype);
-    ops.multiply(x, std::min(kSegment, rows.n_cols - begin), factor);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const DefaultFloatMode mode;
+#pragma omp for schedule(static)
+    for (std::int64_t k = 0; k < rows.n_rows * segments; ++k) {
+      const std::int64_t row = k / segments, begin = k % segments * kSegment;
+      const float factor = plain_nan(factors[row * factor_stride]);
+      if (factor == 1.0f) continue;
+      char* x = static_cast<char*>(rows.row(row)) + begin * dtype_size(rows.dtype);
+      ops.multiply(x, std::min(kSegment, rows.n_cols - begin), factor);
+    }
   }
 }
 

@@ -103,6 +103,7 @@ class RowDriver {
     std::vector<RowGradient> gradients(split);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+      const DefaultFloatMode mode;
       queue.drain([&](std::int64_t item, std::int64_t next) {
         const std::int64_t begin = item * rows_per_item;
         const std::int64_t end = std::min(whole, begin + rows_per_item);

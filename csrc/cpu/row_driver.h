@@ -35,10 +35,12 @@ class RowSummer {
         scale_(row_scale(problem, row)),
         hint_(std::ceil(ops.max(data_, std::min(n_cols_, kHintColumns), target_) * scale_)) {}
 
-  PartialSum segment(std::int64_t s) const {
+  PartialSum segment(std::int64_t s, bool prefetch = false) const {
     const std::int64_t begin = s * kSegment;
     const std::int64_t n = std::min(kSegment, n_cols_ - begin);
-    return sum_(data_ + begin * size_, n, target_ - begin, scale_, hint_);
+    const char* second_half = data_ + n_cols_ / 2 * size_;
+    return sum_(data_ + begin * size_, n, target_ - begin, scale_, hint_,
+                prefetch ? second_half + begin / 2 * size_ : nullptr);
   }
   template <class PartialOf>
   RowStats merge(PartialOf partial_of) const {
@@ -51,7 +53,7 @@ class RowSummer {
   }
 
  private:
-  PartialSum (*sum_)(const void*, std::int64_t, std::int64_t, float, float);
+  SegmentOps::Sum sum_;
   const char* data_;
   std::int64_t n_cols_;
   std::int64_t size_;
@@ -64,11 +66,11 @@ class RowSummer {
 // Columns [begin, begin + n) of a row's gradient.
 inline void write_columns(const SegmentOps& ops, const Problem& problem, const Rows& dlogits,
                           std::int64_t row, std::int64_t begin, std::int64_t n,
-                          const RowGradient& g, const void* prefetch) {
+                          const RowGradient& g, const void* prefetch, bool stream) {
   const std::int64_t offset = begin * dtype_size(dlogits.dtype);
   char* out = static_cast<char*>(dlogits.row(row)) + offset;
   ops.gradient(static_cast<const char*>(problem.logits.row(row)) + offset, out, n, g.coefs,
-               prefetch);
+               prefetch, stream);
   const std::int64_t target = problem.token_ids[row] - begin;
   if (target >= 0 && target < n) ops.store(out, target, g.target);
 }
@@ -129,10 +131,10 @@ class RowDriver {
     return RowSummer(ops_, problem_, row, stage2_.entropy());
   }
 
-  // `following` < 0: none
+  // A row's gradient has its first half of the next row fetched, the sums their own second half:
+  // memory is asked for half a row at a time, evenly. `following` < 0: none.
   const void* prefetchable(std::int64_t following) const {
-    const std::int64_t bytes = n_cols_ * dtype_size(problem_.logits.dtype);
-    if (following < 0 || bytes > kPrefetchBytes || stage2_.skip(following)) return nullptr;
+    if (following < 0 || stage2_.skip(following)) return nullptr;
     return problem_.logits.row(following);
   }
 
@@ -144,13 +146,15 @@ class RowDriver {
     }
     const RowGradient gradient = stage2_(row, stats(row));
     if (dlogits_.data == nullptr) return;
-    write_columns(ops_, problem_, dlogits_, row, 0, n_cols_, gradient, prefetchable(following));
+    write_columns(ops_, problem_, dlogits_, row, 0, n_cols_, gradient, prefetchable(following),
+                  stream_);
   }
 
   RowStats stats(std::int64_t row) const {
     if constexpr (kSums) {
       const RowSummer sums = summer(row);
-      return sums.merge([&](std::int64_t s) { return sums.segment(s); });
+      const bool prefetch = dlogits_.data != nullptr;
+      return sums.merge([&](std::int64_t s) { return sums.segment(s, prefetch); });
     } else {
       return stage2_.stats(row, ops_.load(problem_.logits.row(row), problem_.token_ids[row]));
     }
@@ -186,18 +190,17 @@ class RowDriver {
       if (stage2_.skip(row)) continue;
       const std::int64_t begin = k % segments_ * kSegment;
       const std::int64_t n = std::min(kSegment, n_cols_ - begin);
-      write_columns(ops_, problem_, dlogits_, row, begin, n, gradients[k / segments_], nullptr);
+      write_columns(ops_, problem_, dlogits_, row, begin, n, gradients[k / segments_], nullptr,
+                    stream_);
     }
   }
-
-  // Two rows must fit a core's L2 beside each other for the next one to be fetched early.
-  static constexpr std::int64_t kPrefetchBytes = 400 * 1024;
 
   const SegmentOps& ops_;
   const Problem& problem_;
   const Rows& dlogits_;
   const Stage2& stage2_;
   std::int64_t n_rows_, n_cols_, segments_;
+  bool stream_ = false;
 };
 
 }  // namespace cfpo::cpu

@@ -17,13 +17,15 @@ struct SegmentOps {
   // Sums over all elements but number `skip`, which may lie outside [0, n): the row's target, so
   // that 1 - p of a likely token is not what is left of 1 after a subtraction.
   // `ref_hint`: a reference that probably suits; a non-finite one means "find your own".
-  PartialSum (*sum)(const void* x, std::int64_t n, std::int64_t skip, float scale, float ref_hint);
-  PartialSum (*sum_weighted)(const void* x, std::int64_t n, std::int64_t skip, float scale,
-                             float ref_hint);
-  // x and out may be the same memory. Meanwhile fetches n elements at `prefetch`, unless null,
-  // into the L2 cache: this sweep works in cache and leaves the memory idle.
+  // Meanwhile fetches n / 2 elements at `prefetch`, unless null, into the caches; so does
+  // `gradient`. Each sweep leaves the memory idle for half of its time.
+  using Sum = PartialSum (*)(const void* x, std::int64_t n, std::int64_t skip, float scale,
+                             float ref_hint, const void* prefetch);
+  Sum sum;
+  Sum sum_weighted;
+  // x and out may be the same memory. `stream`: write past the caches.
   void (*gradient)(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
-                   const void* prefetch);
+                   const void* prefetch, bool stream);
   void (*multiply)(void* x, std::int64_t n, float factor);
   float (*load)(const void* x, std::int64_t i);
   void (*store)(void* x, std::int64_t i, float value);

@@ -6,18 +6,19 @@
 //   max: its second operand where either is NaN
 //   load1: one element
 //   load2, store2: two vectors of T at once, in an order of the Isa's choosing; store2<true> past
-//     the caches, to aligned memory, where kStreams
+//     the caches, to aligned memory, where kStreams (not float16)
 //   Affine(scale, ref): x -> u = x * scale - ref to within one rounding of the result
 //   Exp2<Degree, kSaturating>(scale, ref, factor): on a few vectors side by side
 //     values(x, e): e = factor * 2^u by a polynomial of that degree. Exact zeros far below, NaN for
 //       NaN; above 2^126 it must stay huge where kSaturating, and may be anything where not
-//     add(x, sum): adds such values to sums
+//     add(x, sum, e): adds such values to sums too
 //     exponent(x): u, but finite for -inf, where 2^u is 0
 //   kSplits: whether there are also
 //     SplitExp2<Degree>(scale, ref, factor): values and exponent in fewer instructions, not
 //       saturating, only where SplitExp2::fits(scale, ref)
-//     SumExp2(scale, ref): add too, as accurate as degree 5; where SumExp2::fits(scale, ref)
-//     Guard<T>: load2 that remembers; exceeds(limit): whether an element was above, or a NaN may
+//     SumExp2(scale, ref): add and exponent, as accurate as degree 5; where SumExp2::fits(scale,
+//     ref) Guard<T>: load2 that remembers; exceeds(limit): whether an element was above, or a NaN
+//     may
 //       have been there
 //   kHalfLanes: whether there is what bf16_gradient.h needs
 #pragma once

@@ -63,8 +63,7 @@ struct Avx2 {
       for (int k = 0; k < kCount; ++k) e[k] = mul(e[k], power(t[k]));
     }
     template <int kCount>
-    CFPO_INLINE void add(const Vec (&x)[kCount], Vec (&sum)[kCount]) const {
-      Vec e[kCount];
+    CFPO_INLINE void add(const Vec (&x)[kCount], Vec (&sum)[kCount], Vec (&e)[kCount]) const {
       values(x, e);
       for (int k = 0; k < kCount; ++k) sum[k] = Avx2::add(sum[k], e[k]);
     }
@@ -134,8 +133,8 @@ struct Avx2 {
     static bool fits(float s, float ref) { return Split::fits(s, ref); }
 
     template <int kCount>
-    CFPO_INLINE void parts(const Vec (&x)[kCount], Vec (&p)[kCount], Vec (&step)[kCount]) const {
-      Vec t[kCount], f[kCount];
+    CFPO_INLINE void add(const Vec (&x)[kCount], Vec (&sum)[kCount], Vec (&e)[kCount]) const {
+      Vec t[kCount], f[kCount], p[kCount], step[kCount];
       split(x, t, f);
       for (int k = 0; k < kCount; ++k) {
         const __m256i bits = _mm256_castps_si256(t[k]);
@@ -143,18 +142,10 @@ struct Avx2 {
         step[k] = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(bits, 20), mantissa));
       }
       poly(f, p);
-    }
-    template <int kCount>
-    CFPO_INLINE void values(const Vec (&x)[kCount], Vec (&e)[kCount]) const {
-      Vec step[kCount];
-      parts(x, e, step);
-      for (int k = 0; k < kCount; ++k) e[k] = mul(e[k], step[k]);
-    }
-    template <int kCount>
-    CFPO_INLINE void add(const Vec (&x)[kCount], Vec (&sum)[kCount]) const {
-      Vec p[kCount], step[kCount];
-      parts(x, p, step);
-      for (int k = 0; k < kCount; ++k) sum[k] = fma(p[k], step[k], sum[k]);
+      for (int k = 0; k < kCount; ++k) {
+        sum[k] = fma(p[k], step[k], sum[k]);
+        e[k] = mul(p[k], step[k]);
+      }
     }
     CFPO_INLINE Vec exponent(Vec x) const { return split.exponent(x); }
   };
@@ -276,14 +267,8 @@ struct Avx2 {
   template <bool kStream>
   static CFPO_INLINE void store2(float16* p, Vec a, Vec b) {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    const __m128i low = _mm256_cvtps_ph(a, kNearest), high = _mm256_cvtps_ph(b, kNearest);
-    if (kStream) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(p), low);
-      _mm_stream_si128(reinterpret_cast<__m128i*>(p + 8), high);
-    } else {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), high);
-    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, kNearest));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(b, kNearest));
   }
 };
 

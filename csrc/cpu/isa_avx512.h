@@ -45,8 +45,7 @@ struct Avx512 {
       for (int k = 0; k < kCount; ++k) e[k] = _mm512_scalef_ps(e[k], n[k]);
     }
     template <int kCount>
-    CFPO_INLINE void add(const Vec (&x)[kCount], Vec (&sum)[kCount]) const {
-      Vec e[kCount];
+    CFPO_INLINE void add(const Vec (&x)[kCount], Vec (&sum)[kCount], Vec (&e)[kCount]) const {
       values(x, e);
       for (int k = 0; k < kCount; ++k) sum[k] = Avx512::add(sum[k], e[k]);
     }
@@ -140,15 +139,8 @@ struct Avx512 {
   template <bool kStream>
   static CFPO_INLINE void store2(float16* p, Vec a, Vec b) {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    const __m256i low = _mm512_cvtps_ph(a, kNearest), high = _mm512_cvtps_ph(b, kNearest);
-    __m256i* to = reinterpret_cast<__m256i*>(p);
-    if (kStream) {
-      _mm256_stream_si256(to, low);
-      _mm256_stream_si256(to + 1, high);
-    } else {
-      _mm256_storeu_si256(to, low);
-      _mm256_storeu_si256(to + 1, high);
-    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, kNearest));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm512_cvtps_ph(b, kNearest));
   }
 };
 }  // namespace

@@ -92,6 +92,14 @@ float max_segment(const void* x_raw, std::int64_t n, std::int64_t skip) {
   return Isa::horizontal_max(Isa::max(top0, top1));
 }
 
+template <class Isa, class T>
+std::int64_t find_in_segment(const void* x, std::int64_t n, std::int64_t skip, float value) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (Isa::load1(static_cast<const T*>(x)[i]) == value && i != skip) return i;
+  }
+  return -1;
+}
+
 // Four running sums, to hide the latency of the additions, in two levels: a long chain of float32
 // additions of like numbers rounds the same way each time and would lose digits.
 template <class Isa>
@@ -108,9 +116,12 @@ struct RunningSum {
       low[k] = Isa::set1(0.0f);
     }
   }
-  CFPO_INLINE float total() {
-    flush();
+  // After the last flush.
+  CFPO_INLINE float total() const {
     return Isa::horizontal_sum(Isa::add(Isa::add(high[0], high[1]), Isa::add(high[2], high[3])));
+  }
+  CFPO_INLINE float largest() const {
+    return Isa::horizontal_max(Isa::max(Isa::max(high[0], high[1]), Isa::max(high[2], high[3])));
   }
 };
 
@@ -123,9 +134,13 @@ struct NoGuard {
   bool exceeds(float) const { return false; }
 };
 
+CFPO_INLINE SegmentSum no_sum(float ref, float nan_or_zero) {
+  return {{ref, nan_or_zero, 0.0f}, false};
+}
+
 // One pass that trusts `ref`.
 template <class Isa, class T, bool kWeighted, class Exp2, class Guard>
-PartialSum sum_with(const T* x_begin, std::int64_t n, std::int64_t skip, float scale, float ref,
+SegmentSum sum_with(const T* x_begin, std::int64_t n, std::int64_t skip, float scale, float ref,
                     const void* prefetch) {
   using Vec = typename Isa::Vec;
   constexpr int kVectors = kBlock<Isa, T> / Isa::kLanes;
@@ -139,18 +154,15 @@ PartialSum sum_with(const T* x_begin, std::int64_t n, std::int64_t skip, float s
     fetcher.next_block();
 #pragma GCC unroll 8
     for (int k = 0; k < kVectors; k += 2) {
-      Vec v[2];
+      // Copies of the sums: compilers keep an array in registers only if no pointer goes there.
+      Vec v[2], e[2], low[2] = {sum.low[k % 4], sum.low[k % 4 + 1]};
       guard.load2(x + k * Isa::kLanes, v[0], v[1]);
-      Vec(&low)[2] = *reinterpret_cast<Vec(*)[2]>(sum.low + k % 4);
-      if (!kWeighted) {
-        exp2.add(v, low);
-      } else {
-        Vec e[2];
-        exp2.values(v, e);
-        for (int j = 0; j < 2; ++j) {
-          low[j] = Isa::add(low[j], e[j]);
-          weighted.low[k % 4 + j] = Isa::fma(exp2.exponent(v[j]), e[j], weighted.low[k % 4 + j]);
-        }
+      exp2.add(v, low, e);  // the same with an entropy and without
+      sum.low[k % 4] = low[0];
+      sum.low[k % 4 + 1] = low[1];
+      for (int j = 0; kWeighted && j < 2; ++j) {
+        const Vec u = exp2.exponent(v[j]);
+        weighted.low[k % 4 + j] = Isa::fma(u, e[j], weighted.low[k % 4 + j]);
       }
     }
     if (++blocks % kBlocksPerFlush == 0) {
@@ -158,12 +170,16 @@ PartialSum sum_with(const T* x_begin, std::int64_t n, std::int64_t skip, float s
       if (kWeighted) weighted.flush();
     }
   });
-  if (guard.exceeds((kGuardedExponent + ref) / scale)) return {ref, __builtin_nanf(""), 0.0f};
-  return {ref, sum.total(), kWeighted ? weighted.total() : 0.0f};
+  if (guard.exceeds((kGuardedExponent + ref) / scale)) return no_sum(ref, __builtin_nanf(""));
+  sum.flush();
+  if (!kWeighted) return {{ref, sum.total(), 0.0f}, false};
+  weighted.flush();
+  constexpr float kPeak = 0.875f;
+  return {{ref, sum.total(), weighted.total()}, sum.largest() > kPeak * sum.total()};
 }
 
 template <class Isa, class T, bool kWeighted>
-PartialSum sum_with_reference(const T* x, std::int64_t n, std::int64_t skip, float scale, float ref,
+SegmentSum sum_with_reference(const T* x, std::int64_t n, std::int64_t skip, float scale, float ref,
                               const void* prefetch) {
   if constexpr (Isa::kSplits) {
     using Guard = typename Isa::template Guard<T>;
@@ -179,17 +195,17 @@ PartialSum sum_with_reference(const T* x, std::int64_t n, std::int64_t skip, flo
 // The search for the maximum is skipped where the row's first block already gave a reference
 // that keeps the sum in range: any reference is exact, only overflow would harm.
 template <class Isa, class T, bool kWeighted>
-PartialSum sum_segment(const void* x_raw, std::int64_t n, std::int64_t skip, float scale,
+SegmentSum sum_segment(const void* x_raw, std::int64_t n, std::int64_t skip, float scale,
                        float ref_hint, const void* prefetch) {
   const T* x = static_cast<const T*>(x_raw);
   constexpr float kLargest = 65536.0f;  // a guess 16 binary digits too low costs no accuracy yet
   if (ref_hint - ref_hint == 0.0f) {
-    const PartialSum part =
+    const SegmentSum part =
         sum_with_reference<Isa, T, kWeighted>(x, n, skip, scale, ref_hint, prefetch);
-    if (part.sum < kLargest) return part;
+    if (part.sums.sum < kLargest) return part;
   }
   float ref = __builtin_ceilf(max_segment<Isa, T>(x, n, skip) * scale);
-  if (!(ref < kInf)) return {ref, __builtin_nanf(""), 0.0f};
+  if (!(ref < kInf)) return no_sum(ref, __builtin_nanf(""));
   if (ref == -kInf) {
     // Only -inf, or NaN that the search for the maximum passed over.
     float nan_or_zero = 0.0f;
@@ -197,7 +213,7 @@ PartialSum sum_segment(const void* x_raw, std::int64_t n, std::int64_t skip, flo
       const float value = Isa::load1(x[i]);
       if (value != value && i != skip) nan_or_zero = value;
     }
-    return {ref, nan_or_zero, 0.0f};
+    return no_sum(ref, nan_or_zero);
   }
   // A segment of bans by -1e10, say: zeros beside any row that is not given up, and near its own
   // coarse reference infinities.
@@ -282,14 +298,15 @@ void gradient_with(const T* x, T* out, std::int64_t n, const GradientCoefs& coef
 template <class Isa, class T>
 void gradient_segment(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
                       const void* prefetch, bool stream) {
+  constexpr bool kStreams = Isa::kStreams && !std::is_same_v<T, float16>;  // no faster there
   const bool linear = coefs.linear != 0.0f;
   auto run = linear ? gradient_with<Isa, T, true, false> : gradient_with<Isa, T, false, false>;
-  if constexpr (Isa::kStreams) {
+  if constexpr (kStreams) {
     if (stream)
       run = linear ? gradient_with<Isa, T, true, true> : gradient_with<Isa, T, false, true>;
   }
   run(static_cast<const T*>(x), static_cast<T*>(out), n, coefs, prefetch);
-  if constexpr (Isa::kStreams) {
+  if constexpr (kStreams) {
     if (stream) Isa::finish_streaming();
   }
 }
@@ -329,9 +346,9 @@ void store_element(void* x, std::int64_t i, float value) {
 
 template <class Isa, class T>
 constexpr SegmentOps segment_ops() {
-  return {max_segment<Isa, T>,      sum_segment<Isa, T, false>, sum_segment<Isa, T, true>,
-          gradient_segment<Isa, T>, multiply_segment<Isa, T>,   load_element<Isa, T>,
-          store_element<Isa, T>};
+  return {max_segment<Isa, T>,       find_in_segment<Isa, T>,  sum_segment<Isa, T, false>,
+          sum_segment<Isa, T, true>, gradient_segment<Isa, T>, multiply_segment<Isa, T>,
+          load_element<Isa, T>,      store_element<Isa, T>};
 }
 
 template <class Isa>

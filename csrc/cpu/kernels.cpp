@@ -1,7 +1,7 @@
 #include "cpu/kernels.h"
 
 #include "core/stages.h"
-#include "cpu/huge_pages.h"
+#include "cpu/memory.h"
 #include "cpu/row_driver.h"
 
 namespace cfpo::cpu {

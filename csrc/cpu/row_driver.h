@@ -15,6 +15,7 @@
 #include "core/params.h"
 #include "core/row_math.h"
 #include "cpu/levels.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace cfpo::cpu {
@@ -164,7 +165,9 @@ class RowDriver {
         stage2_(stage2),
         n_rows_(problem.logits.n_rows),
         n_cols_(problem.logits.n_cols),
-        segments_((n_cols_ + kSegment - 1) / kSegment) {}
+        segments_((n_cols_ + kSegment - 1) / kSegment),
+        stream_(dlogits.data != problem.logits.data &&
+                n_rows_ * n_cols_ * dtype_size(dlogits.dtype) > last_level_cache_bytes()) {}
 
   void run(int threads) {
     threads = ForkGuard::allowed(threads);
@@ -282,7 +285,7 @@ class RowDriver {
   const Rows& dlogits_;
   const Stage2& stage2_;
   std::int64_t n_rows_, n_cols_, segments_;
-  bool stream_ = false;
+  bool stream_;  // the output would only push the logits out of the caches
 };
 
 }  // namespace cfpo::cpu

@@ -44,6 +44,9 @@ void token_logps_backward(const TokenLogpsBackwardParams& params, const Executio
 void multiply_rows(const Rows& rows, const float* factors, std::int64_t factor_stride,
                    const Execution& execution) {
   const SegmentOps& ops = ops_for(execution, rows.dtype);
+  std::int64_t row = 0;
+  while (row < rows.n_rows && factors[row * factor_stride] == 1.0f) ++row;
+  if (row == rows.n_rows) return;  // nearly always; not worth a team of threads
   const int threads = ForkGuard::allowed(execution.threads);
   const std::int64_t segments = (rows.n_cols + kSegment - 1) / kSegment;
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -1,6 +1,7 @@
 // Threads for the CPU kernels, on the OpenMP runtime that torch uses.
 #pragma once
 
+#include <omp.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -87,30 +88,28 @@ class DefaultFloatMode {
   Mode before_;
 };
 
-// Hands out items 0..n-1 one after another. Each thread also knows the item it will get next, so
-// that it can fetch that one's memory early.
+// Hands out items 0..n-1: each thread of a team its own first one, the others one after another.
+// Each thread also knows the item it will get next, so that it can fetch that one's memory early;
+// were the first ones not its own, a thread that starts early would have two and a late one none.
 class WorkQueue {
  public:
   explicit WorkQueue(std::int64_t n) : n_(n) {}
 
-  // body(item, next), next = -1 when there is none
+  // Called by every thread of the team. body(item, next), next = -1 when there is none.
   template <class Body>
   void drain(Body body) {
-    std::int64_t next = take();
-    while (next >= 0) {
+    const std::int64_t team = omp_get_num_threads();
+    std::int64_t next = omp_get_thread_num();
+    while (next < n_) {
       const std::int64_t item = next;
-      next = take();
-      body(item, next);
+      next = team + taken_.fetch_add(1, std::memory_order_relaxed);
+      body(item, next < n_ ? next : -1);
     }
   }
 
  private:
-  std::int64_t take() {
-    const std::int64_t item = next_.fetch_add(1, std::memory_order_relaxed);
-    return item < n_ ? item : -1;
-  }
   std::int64_t n_;
-  std::atomic<std::int64_t> next_{0};
+  std::atomic<std::int64_t> taken_{0};
 };
 
 }  // namespace cfpo::cpu

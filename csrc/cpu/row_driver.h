@@ -23,6 +23,8 @@ namespace cfpo::cpu {
 constexpr std::int64_t kSegment = 8192;        // elements
 constexpr std::int64_t kHintColumns = 512;     // how many decide the first reference
 constexpr std::int64_t kItemElements = 16384;  // short rows are handed out several at a time
+// Below, to bring threads together three times takes as long as the row on one of them.
+constexpr std::int64_t kSplitColumns = 4 * kSegment;
 
 // What a segment leaves: its sums, and for the entropy those without its largest element where that
 // has nearly all of them.
@@ -174,7 +176,9 @@ class RowDriver {
     const std::int64_t split = rows_to_split(threads);
     const std::int64_t whole = n_rows_ - split;
     const std::int64_t rows_per_item = std::max<std::int64_t>(1, kItemElements / n_cols_);
-    WorkQueue queue((whole + rows_per_item - 1) / rows_per_item);
+    const std::int64_t items = (whole + rows_per_item - 1) / rows_per_item;
+    if (split == 0 && items < threads) threads = items > 1 ? static_cast<int>(items) : 1;
+    WorkQueue queue(items);
     std::vector<SegmentPart> partials(kSums ? split * segments_ : 0);
     std::vector<GradientParts> gradients(split);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -197,7 +201,7 @@ class RowDriver {
 
   // A remainder of rows that would keep some threads idle for a noticeable share of the time.
   std::int64_t rows_to_split(int threads) const {
-    const bool worthwhile = threads > 1 && n_cols_ >= 2 * kSegment && n_rows_ < 8 * threads;
+    const bool worthwhile = threads > 1 && n_cols_ >= kSplitColumns && n_rows_ < 8 * threads;
     return worthwhile ? n_rows_ % threads : 0;
   }
 
@@ -247,11 +251,12 @@ class RowDriver {
     return parts;
   }
 
-  // Called by every thread of the team.
+  // Called by every thread of the team. The same thread sums a segment and writes its gradient: it
+  // has it in its cache.
   void split_rows(std::int64_t first, std::int64_t count, std::vector<SegmentPart>& partials,
                   std::vector<GradientParts>& gradients) {
     if constexpr (kSums) {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
       for (std::int64_t k = 0; k < count * segments_; ++k) {
         const std::int64_t row = first + k / segments_;
         if (!stage2_.skip(row)) partials[k] = summer(row).segment(k % segments_);
@@ -269,7 +274,7 @@ class RowDriver {
       }
     }
     if (dlogits_.data == nullptr) return;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
     for (std::int64_t k = 0; k < count * segments_; ++k) {
       const std::int64_t row = first + k / segments_;
       if (stage2_.skip(row)) continue;

@@ -71,7 +71,9 @@ def new_gradient(logits: Tensor) -> Tensor:
             storage = torch.UntypedStorage(needed)
             if _kept.enabled:
                 _kept.storage = storage
-        return torch.empty(0, dtype=logits.dtype).set_(storage, 0, logits.shape)
+        # A tensor of its own, where a view of a kept one would share its version counter.
+        strides = [logits.shape[k + 1 :].numel() for k in range(logits.dim())]
+        return torch.empty(0, dtype=logits.dtype).set_(storage, 0, logits.shape, strides)
 
 
 def _only_kept(storage: torch.UntypedStorage) -> bool:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_bench import SMALL
 
-from bench import report, runner, timing
+from bench import against, report, runner, timing
+from bench.machine import REPOSITORY
 
 
 def samples(*taken: tuple[float, bool]) -> timing.Samples:
@@ -50,3 +51,19 @@ def test_rewrite_leaves_everything_else_alone() -> None:
     taken = runner.time_all(run, [])
     assert set(taken) == {runner.COPY, runner.REWRITE}
     assert torch.equal(problem.logits, before) and not torch.equal(run.logits, before)
+
+
+def test_two_versions_are_measured_in_turn() -> None:
+    with against.Worker(REPOSITORY, 1) as other, against.Worker(REPOSITORY, 1) as this:
+        rows = against.measure({"other": other, "this": this}, SMALL.name, ["baseline"], 2)
+    ways = ["in place", "not in place", "buffer reused"]
+    assert [row["way"] for row in rows] == ["copy", "rewrite", *ways]
+    for row in rows:
+        this_one, other_one = row["this"], row["other"]
+        assert len(this_one["samples_ms"]) == len(other_one["samples_ms"]) == 2
+        ratio = this_one["median_ms"] / other_one["median_ms"]
+        assert row["ratio_to_other"] == pytest.approx(ratio)
+        assert row["ratio_to_copy"] == pytest.approx(
+            this_one["median_ms"] / rows[0]["this"]["median_ms"]
+        )
+        assert against.cells(row)[-1].endswith(" of 2")

@@ -288,7 +288,8 @@ def cfpo_loss(
         kl_ratio_weighted: the KL estimate is multiplied by r, which is differentiated too. With
             ratio_level="sequence" by the sequence's, differentiated by the token's own log p.
         entropy_coef: factor of the entropy bonus.
-        temperature: number, 0-d tensor, or (...) float for one a row.
+        temperature: number, 0-d tensor, or (...) float for one a row; from 1e-6 to 1e30. Rows with
+            |logit| / temperature above 1.4e9 are NaN.
         vocab_parallel: the logits are one process's columns of the vocabulary, and token ids those
             of the whole; see :class:`VocabParallel`. Two reads of the logits.
         inplace: the gradient overwrites the logits, so that no V-sized memory is allocated; their

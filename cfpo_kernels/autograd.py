@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .gradient_buffer import eager_call
 from .inputs import LossSettings
 
 
@@ -70,9 +71,10 @@ class CFPOFunction(torch.autograd.Function):
             loss, logps, entropy = ops.policy_loss_(*rows, with_entropy, backend, *terms)
             dlogits = logits
         else:
-            loss, logps, entropy, dlogits = ops.policy_loss(
-                *rows, with_entropy, True, backend, *terms
-            )
+            with eager_call():
+                loss, logps, entropy, dlogits = ops.policy_loss(
+                    *rows, with_entropy, True, backend, *terms
+                )
         ctx.save_for_backward(dlogits, weights, grad_scale)
         ctx.backend = backend
         ctx.spent = False
@@ -139,5 +141,6 @@ class TokenLogpsFunction(torch.autograd.Function):
             dlogits = logits.detach()
             ops.token_logps_backward_(dlogits, *arguments)
         else:
-            dlogits = ops.token_logps_backward(logits, *arguments)
+            with eager_call():
+                dlogits = ops.token_logps_backward(logits, *arguments)
         return dlogits, *nothing

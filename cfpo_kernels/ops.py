@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.base import KernelRows, KernelTerms
+from .gradient_buffer import new_gradient
 from .inputs import LossSettings, TokenInputs
 from .shapes import Shape
 
@@ -36,7 +37,7 @@ def _outputs(weights: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tenso
     return torch.empty_like(weights), torch.empty_like(weights), entropy
 
 
-def _gradient(logits: Tensor, wanted: bool = True) -> Tensor:
+def _fake_gradient(logits: Tensor, wanted: bool = True) -> Tensor:
     return logits.new_empty(logits.shape if wanted else (0,))
 
 
@@ -79,7 +80,7 @@ def policy_loss(
     grad_scale: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss (N,), logps (N,), entropy (N,) or (0,), dlogits (..., V) or (0,))."""
-    dlogits = _gradient(logits, with_gradient)
+    dlogits = new_gradient(logits) if with_gradient else logits.new_empty(0)
     settings = unflat(shape, numbers, kl_estimator, kl_ratio_weighted, kl_coef, entropy_coef)
     loss, logps, entropy = _policy_loss_into(
         dlogits,
@@ -93,7 +94,7 @@ def policy_loss(
 
 @policy_loss.register_fake
 def _(logits, token_ids, weights, temperature, with_entropy, with_gradient, *_):  # type: ignore[no-untyped-def]
-    return *_outputs(weights, with_entropy), _gradient(logits, with_gradient)
+    return *_outputs(weights, with_entropy), _fake_gradient(logits, with_gradient)
 
 
 @torch.library.custom_op("cfpo_kernels::policy_loss_", mutates_args=("logits",))
@@ -170,7 +171,7 @@ def token_logps_backward(
     dentropy: Optional[Tensor],
 ) -> Tensor:
     """Returns dlogits (..., V)."""
-    dlogits = _gradient(logits)
+    dlogits = new_gradient(logits)
     if logits.numel():
         backends.kernels(backend).token_logps_backward(
             KernelRows(logits, token_ids, weights, temperature),
@@ -185,7 +186,7 @@ def token_logps_backward(
 
 @token_logps_backward.register_fake
 def _(logits, *_):  # type: ignore[no-untyped-def]
-    return _gradient(logits)
+    return _fake_gradient(logits)
 
 
 @torch.library.custom_op("cfpo_kernels::token_logps_backward_", mutates_args=("logits",))

@@ -12,8 +12,10 @@ from .tensors import active_rows, check_tensor, per_token
 from .types import Logps, PerToken, Rows
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Well inside float32, so that neither 1/T nor logits/T is lost to overflow or underflow.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
+# A row with |logit| / T above 1.4e9 is NaN: from the lowest temperature on, logits up to 1400 are
+# never that. The highest keeps 1 / T and logits / T well inside float32.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e30
+TEMPERATURES = f"from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
 
 
 def check_rows(
@@ -110,9 +112,7 @@ def _temperature(value: object, logits: Tensor, active: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         number = positive_number("temperature", value)
         if not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:
-            raise ValueError(
-                f"temperature must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, got {number}"
-            )
+            raise ValueError(f"temperature must be {TEMPERATURES}, got {number}")
         return torch.full((1,), number, dtype=dtype, device=logits.device)
     if not value.is_floating_point():
         raise type_error("temperature", value, "a number or a floating-point tensor")
@@ -130,10 +130,7 @@ def _temperature(value: object, logits: Tensor, active: Tensor) -> Tensor:
         wrong = active & ~((temperature >= MIN_TEMPERATURE) & (temperature <= MAX_TEMPERATURE))
         if wrong.any():
             position, got = values.first_wrong(wrong, temperature.expand(wrong.shape), shape)
-            raise ValueError(
-                f"temperature must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, "
-                f"got {got} at {position}"
-            )
+            raise ValueError(f"temperature must be {TEMPERATURES}, got {got} at {position}")
     return temperature
 
 

@@ -62,7 +62,8 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("temperature", {"temperature": math.nan}, ValueError, "nan"),
     ("temperature", {"temperature": "hot"}, TypeError, "str"),
     ("temperature", {"temperature": 1e39}, ValueError, "1e[+]39"),
-    ("temperature", {"temperature": torch.tensor(1e-39)}, ValueError, "1e-30"),
+    ("temperature", {"temperature": torch.tensor(1e-39)}, ValueError, "1e-06"),
+    ("temperature", {"temperature": 1e-10}, ValueError, "1e-06 to 1e[+]30, got 1e-10"),
     ("temperature", {"temperature": floats(N + 1)}, ValueError, r"\(7,\)"),
     (
         "temperature",

@@ -1,10 +1,11 @@
-// Huge pages for outputs of the vocabulary's size.
+// What the machine does with outputs of the vocabulary's size: huge pages, sizes of caches.
 #pragma once
 
 #include <cstdint>
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "core/params.h"
@@ -28,6 +29,17 @@ inline void prefer_huge_pages(const Rows& dlogits, const Rows& logits) {
   (void)dlogits;
   (void)logits;
 #endif
+}
+
+inline std::int64_t last_level_cache_bytes() {
+  static const std::int64_t bytes = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const long known = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (known > 0) return static_cast<std::int64_t>(known);
+#endif
+    return std::int64_t{32} << 20;
+  }();
+  return bytes;
 }
 
 }  // namespace cfpo::cpu

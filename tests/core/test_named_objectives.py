@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from chosen_objectives import CHOSEN, name_of, with_drift
 from golden_shapes import TERMS, boundaries
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,32 +17,6 @@ from oracle import Case, check, check_gradient, make_case, oracle, with_everythi
 import cfpo_kernels
 from cfpo_kernels.objectives import OBJECTIVES, Objective
 from cfpo_kernels.objectives.base import BOTH
-
-# One of each name, and settings that reach every branch.
-CHOSEN: list[Objective] = [
-    OBJECTIVES[name](**arguments)
-    for name, arguments in (
-        ("aspo", {}),
-        ("cfpo", {"epsilon": 0.2, "epsilon_high": 0.3}),
-        ("cfpo", {"log_ratio_clip": 0.4}),
-        ("cispo", {}),
-        ("cispo", {"low": 0.8, "high": 1.28}),
-        ("dppo", {"cap": 1.3}),
-        ("dro", {"beta": 0.05}),
-        ("gppo", {}),
-        ("gppo", {"beta_low": 0.25, "beta_high": 0.5, "dual_clip": None}),
-        ("gppo", {"beta_low": 0.0, "beta_high": 0.0}),
-        ("ice_pop", {"low": 0.7, "high": 1.4}),
-        ("power_is", {"power_positive": 0.5, "power_negative": 1.5}),
-        ("ppo_clip", {"epsilon_low": 0.2, "epsilon_high": 0.28, "dual_clip": 3.0}),
-        ("reinforce", {}),
-        ("sapo", {}),
-        ("topr", {}),
-    )
-]
-# What was added later has its defaults.
-CHOSEN += [OBJECTIVES[name]() for name in OBJECTIVES.keys() - {o.name for o in CHOSEN}]
-with_drift = [type(o)(**(vars(o) | {"drift": 0.1})) for o in CHOSEN]
 
 
 def test_every_name_has_a_naive_formula() -> None:
@@ -114,10 +89,6 @@ def per_token_bounds(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 def oracle_logps(case: Case) -> torch.Tensor:
     log_p = torch.log_softmax(case.logits.double(), -1)
     return log_p.gather(-1, case.token_ids[:, None]).squeeze(-1)
-
-
-def name_of(objective: Objective) -> str:
-    return repr(objective)[:40]
 
 
 @pytest.mark.parametrize("objective", CHOSEN + with_drift[:3], ids=name_of)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from chosen_objectives import CHOSEN, name_of, with_drift
 from heads import (
     HeadCase,
     check,
@@ -22,7 +23,6 @@ from heads import (
     split,
 )
 from heads import whole as whole_logits
-from test_named_objectives import CHOSEN, name_of, with_drift
 from torch import Tensor
 
 import cfpo_kernels

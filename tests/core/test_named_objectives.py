@@ -19,7 +19,6 @@ from cfpo_kernels.objectives import OBJECTIVES, Objective
 from cfpo_kernels.objectives.base import BOTH
 
 
-# One of each name, and settings that reach every branch.
 def test_every_name_has_a_naive_formula() -> None:
     assert NAIVE.keys() == OBJECTIVES.keys()
     assert {type(o).__name__ for o in CHOSEN} == {o.__name__ for o in OBJECTIVES.values()}

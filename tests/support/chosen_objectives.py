@@ -1,4 +1,4 @@
-"""Named objectives with parameters that show all that their shapes can do."""
+"""One of each named objective, and settings that reach every branch of their formulas."""
 
 from __future__ import annotations
 

@@ -305,7 +305,7 @@ def group_advantages(
         given = given - weights.suffix_sums(given, index, longest)[starts] / counts
         if scale == "std":
             variance = weights.suffix_sums(given**2, index, longest)[starts] / (counts - 1)
-            least = scalars.scalar(floor, given.device)
+            least = scalars.on_device(floor, given.device)
             given = torch.where(given == 0, 0.0, given / torch.maximum(variance.sqrt(), least))
         return torch.empty_like(given).scatter_(0, order, given).to(dtype).reshape(rewards.shape)
 

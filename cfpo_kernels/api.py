@@ -192,15 +192,17 @@ def policy_loss(
             entropy_coef=entropy_coef,
             grad_scale=grad_scale,
         )
+    summed = reduction != "none"
     if terms.beyond or not chosen_runner.one_pass:
         wanted = return_stats or terms.settings.needs_entropy or terms.beyond.needs_entropy
         logps, entropy, _ = chosen_runner.score(rows, inplace, wanted)
         loss = loss_of_logps(
             logps, entropy, terms.weights, terms.inputs, terms.settings, terms.beyond
         )
+        loss = loss.sum() if summed else loss
     else:
-        loss, logps, entropy = chosen_runner.loss(rows, terms, inplace, return_stats)
-    loss = loss.reshape(rows.shape) if reduction == "none" else loss.sum()
+        loss, logps, entropy = chosen_runner.loss(rows, terms, inplace, return_stats, summed)
+    loss = loss if summed else loss.reshape(rows.shape)
     if not return_stats:
         return loss
     with torch.no_grad():

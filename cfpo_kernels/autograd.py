@@ -32,13 +32,19 @@ def begin_only_backward(ctx: Any) -> None:
         ctx.spent = True
 
 
+def _is_one(dloss: Tensor) -> bool:
+    """Of a number that can be looked at for nothing."""
+    return dloss.dim() == 0 and ops.is_plain(dloss) and dloss.is_cpu and dloss.item() == 1
+
+
 class CFPOFunction(torch.autograd.Function):
     """A policy loss whose forward also computes the gradient, which backward hands over.
 
-    ``apply(logits, inplace, token_ids, weights, temperature, grad_scale, with_entropy, backend,
-    settings, *token inputs)`` returns (loss (N,), logps (N,), entropy (N,) or (0,)); only the loss
-    is differentiable, and only with respect to the logits. With `inplace` the logits hold their
-    gradient afterwards. Backward can run once: a second call raises, but not in code that
+    ``apply(logits, inplace, summed, masked, token_ids, weights, temperature, grad_scale,
+    with_entropy, backend, settings, *token inputs)`` returns (loss, logps (N,), entropy (N,) or
+    (0,)); only the loss is differentiable, and only with respect to the logits. With `inplace` the
+    logits hold their gradient afterwards. The loss is 0-d if `summed`, else (N,). Without `masked`
+    no weight is 0 by a mask. Backward can run once: a second call raises, but not in code that
     torch.compile made, which does not see the check.
 
     Example:
@@ -55,6 +61,8 @@ class CFPOFunction(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         inplace: bool,
+        summed: bool,
+        masked: bool,
         token_ids: Tensor,
         weights: Tensor,
         temperature: Tensor,
@@ -67,13 +75,17 @@ class CFPOFunction(torch.autograd.Function):
         rows = (logits, token_ids, weights, temperature)
         terms = (list(inputs), *ops.flat(settings), grad_scale)
         if inplace:
-            loss, logps, entropy = ops.policy_loss_(*rows, with_entropy, backend, *terms)
+            loss, logps, entropy = ops.call(
+                ops.policy_loss_, *rows, with_entropy, backend, *terms
+            )
             dlogits = logits
         else:
-            loss, logps, entropy, dlogits = ops.policy_loss(
-                *rows, with_entropy, True, backend, *terms
+            loss, logps, entropy, dlogits = ops.call(
+                ops.policy_loss, *rows, with_entropy, True, backend, *terms
             )
-        ctx.save_for_backward(dlogits, weights, grad_scale)
+        if summed:  # here rather than outside: a node less for autograd
+            loss = loss.sum()
+        ctx.save_for_backward(dlogits, weights if masked else None, grad_scale)
         ctx.backend = backend
         ctx.spent = False
         ctx.mark_non_differentiable(logps, entropy)
@@ -88,10 +100,13 @@ class CFPOFunction(torch.autograd.Function):
         begin_only_backward(ctx)
         dlogits, weights, grad_scale = ctx.saved_tensors
         dlogits = dlogits.detach()
+        if grad_scale is None and _is_one(dloss):
+            return dlogits, *nothing
         factors = dloss if grad_scale is None else dloss / grad_scale
-        factors = torch.where(weights == 0, 1.0, factors)  # a masked row's zeros, also for inf, NaN
+        if weights is not None:  # a masked row's zeros, also for inf, NaN
+            factors = torch.where(weights == 0, 1.0, factors)
         # Where the factor is 1 this reads N numbers and touches nothing; the kernel looks.
-        ops.multiply_rows_(dlogits, factors, ctx.backend)
+        ops.call(ops.multiply_rows_, dlogits, factors, ctx.backend)
         return dlogits, *nothing
 
 
@@ -115,7 +130,7 @@ class TokenLogpsFunction(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = (logits, token_ids, weights, temperature)
-        logps, lse, entropy = ops.token_logps(*rows, with_entropy, backend)
+        logps, lse, entropy = ops.call(ops.token_logps, *rows, with_entropy, backend)
         ctx.save_for_backward(*rows, lse, entropy)
         ctx.inplace = inplace
         ctx.backend = backend
@@ -137,7 +152,7 @@ class TokenLogpsFunction(torch.autograd.Function):
         arguments = (token_ids, weights, temperature, ctx.backend, lse, entropy, dlogps, dentropy)
         if ctx.inplace:
             dlogits = logits.detach()
-            ops.token_logps_backward_(dlogits, *arguments)
+            ops.call(ops.token_logps_backward_, dlogits, *arguments)
         else:
-            dlogits = ops.token_logps_backward(logits, *arguments)
+            dlogits = ops.call(ops.token_logps_backward, logits, *arguments)
         return dlogits, *nothing

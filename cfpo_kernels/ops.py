@@ -4,11 +4,14 @@ Operators allocate their outputs and call the backend; they are not differentiab
 (autograd.py is). Signatures are flat because operator schemas are: `inputs` are the fields of
 TokenInputs, what follows is ``flat(settings)``. An empty tensor stands for an output that was not
 asked for. A name that ends in _ overwrites its first argument.
+
+``call`` is how the package runs them: where nothing but this package would see the operator, it
+calls what stands behind it. torch.library's way there and back is longer than a small kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -21,6 +24,60 @@ from .shapes import Shape
 
 # torch.library reads these annotations, and before torch 2.7 it does not know `Tensor | None`.
 # ruff: noqa: UP045
+
+
+# What an operator does, and its name, by the operator; filled by `_operator`.
+_BEHIND: dict[Any, tuple[Callable[..., Any], str]] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _operator(*, overwrites: str = "") -> Callable[[Callable[..., Any]], Any]:
+    """Makes an operator of a function, by its name."""
+
+    def make(function: Callable[..., Any]) -> Any:
+        name = f"cfpo_kernels::{function.__name__}"
+        mutated = (overwrites,) if overwrites else ()
+        operator = torch.library.custom_op(name, function, mutates_args=mutated)
+
+        def overwriting(*arguments: Any) -> Any:
+            found = function(*arguments)
+            torch.autograd.graph.increment_version(arguments[0])
+            return found
+
+        _BEHIND[operator] = (overwriting if overwrites else function), name
+        return operator
+
+    return make
+
+
+def call(operator: Any, *arguments: Any) -> Any:
+    """``operator(*arguments)``, past torch.library where nobody would see the difference."""
+    if not is_plain(*arguments):
+        return operator(*arguments)
+    function, name = _BEHIND[operator]
+    if torch.autograd._profiler_enabled():
+        with torch.profiler.record_function(name):
+            return function(*arguments)
+    return function(*arguments)
+
+
+def is_plain(*arguments: Any) -> bool:
+    """Whether a call is eager, with no mode or transform of torch around it that is to see it, and
+    all its tensors are what they seem: numbers in memory."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ) and all(map(_is_memory, arguments))
+
+
+def _is_memory(x: Any) -> bool:
+    if isinstance(x, Tensor):
+        # Fake tensors are a subclass; some are negative or zero by a flag alone.
+        return type(x) in _PLAIN and not (x.is_meta or x.is_neg() or x._is_zerotensor())
+    return type(x) is not list or all(map(_is_memory, x))
 
 
 def flat(settings: LossSettings) -> tuple[str, list[float], str, bool, float, float]:
@@ -60,7 +117,7 @@ def _policy_loss_into(
     return loss, logps, entropy
 
 
-@torch.library.custom_op("cfpo_kernels::policy_loss", mutates_args=())
+@_operator()
 def policy_loss(
     logits: Tensor,
     token_ids: Tensor,
@@ -96,7 +153,7 @@ def _(logits, token_ids, weights, temperature, with_entropy, with_gradient, *_):
     return *_outputs(weights, with_entropy), _gradient(logits, with_gradient)
 
 
-@torch.library.custom_op("cfpo_kernels::policy_loss_", mutates_args=("logits",))
+@_operator(overwrites="logits")
 def policy_loss_(
     logits: Tensor,
     token_ids: Tensor,
@@ -129,7 +186,7 @@ def _(logits, token_ids, weights, temperature, with_entropy, *_):  # type: ignor
     return _outputs(weights, with_entropy)
 
 
-@torch.library.custom_op("cfpo_kernels::token_logps", mutates_args=())
+@_operator()
 def token_logps(
     logits: Tensor,
     token_ids: Tensor,
@@ -157,7 +214,7 @@ def _(logits, token_ids, weights, temperature, with_entropy, backend):  # type: 
     return logps, torch.empty_like(weights, dtype=torch.float64), entropy
 
 
-@torch.library.custom_op("cfpo_kernels::token_logps_backward", mutates_args=())
+@_operator()
 def token_logps_backward(
     logits: Tensor,
     token_ids: Tensor,
@@ -188,7 +245,7 @@ def _(logits, *_):  # type: ignore[no-untyped-def]
     return _gradient(logits)
 
 
-@torch.library.custom_op("cfpo_kernels::token_logps_backward_", mutates_args=("logits",))
+@_operator(overwrites="logits")
 def token_logps_backward_(
     logits: Tensor,
     token_ids: Tensor,
@@ -217,9 +274,9 @@ def _(logits, *_):  # type: ignore[no-untyped-def]
     return None
 
 
-@torch.library.custom_op("cfpo_kernels::multiply_rows_", mutates_args=("x",))
+@_operator(overwrites="x")
 def multiply_rows_(x: Tensor, factors: Tensor, backend: str) -> None:
-    """x[i] *= factors[i], for x (..., V) and factors (N,)."""
+    """x[i] *= factors[i], for x (..., V) and factors (N,); or 0-d, for all rows."""
     if x.numel():
         backends.kernels(backend).multiply_rows(x, factors)
 

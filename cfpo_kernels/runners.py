@@ -40,9 +40,10 @@ class Runner(Protocol):
         """logps and entropy, differentiable; T * logsumexp(logits / T). (0,) if not asked for."""
 
     def loss(
-        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool, summed: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, differentiable; logps and entropy. For terms that look at one token only."""
+        """The loss, 0-d if `summed`, differentiable; logps and entropy, which are not. For terms
+        that look at one token only."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,21 @@ class KernelRunner:
             return TokenLogpsFunction.apply(
                 rows.logits, inplace, *of_rows, with_entropy, self.kernels
             )
-        logps, lse, entropy = ops.token_logps(rows.logits, *of_rows, with_entropy, self.kernels)
+        logps, lse, entropy = ops.call(
+            ops.token_logps, rows.logits, *of_rows, with_entropy, self.kernels
+        )
         return logps, entropy, lse
 
     def loss(
-        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool, summed: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         of_rows = (rows.token_ids, terms.weights, rows.temperature)
         if rows.logits.requires_grad and torch.is_grad_enabled():
             return CFPOFunction.apply(
                 rows.logits,
                 inplace,
+                summed,
+                rows.mask is not None,
                 *of_rows,
                 terms.grad_scale,
                 with_entropy,
@@ -86,7 +91,8 @@ class KernelRunner:
                 terms.settings,
                 *terms.inputs,
             )
-        loss, logps, entropy, _ = ops.policy_loss(
+        loss, logps, entropy, _ = ops.call(
+            ops.policy_loss,
             rows.logits,
             *of_rows,
             with_entropy,
@@ -96,7 +102,7 @@ class KernelRunner:
             *ops.flat(terms.settings),
             terms.grad_scale,
         )
-        return loss, logps, entropy
+        return loss.sum() if summed else loss, logps, entropy
 
 
 @dataclass(frozen=True)
@@ -125,12 +131,12 @@ class ReferenceRunner:
         )
 
     def loss(
-        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool, summed: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         with_entropy = with_entropy or terms.settings.needs_entropy
         logps, entropy, _ = self.score(rows, inplace, with_entropy)
         loss = loss_of_logps(logps, entropy, terms.weights, terms.inputs, terms.settings)
-        return loss, logps, entropy
+        return loss.sum() if summed else loss, logps, entropy
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ class ShardedRunner:
         )
 
     def loss(
-        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool, summed: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError("one_pass is False")
 

@@ -50,6 +50,20 @@ def row_weights(
     return torch.where(active, numerator / denominator, torch.zeros_like(numerator))
 
 
+def equal_weights(
+    like: Tensor, reduction: str, normalizer: float | Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The same where all tokens are active, without seq-*; in one step, but for a normalizer.
+
+    Args:
+        like: (N,), on the device.
+    """
+    # The host's float64 quotient rounds to that of float32: N has 24 bits at most.
+    count = like.shape[0] if reduction == "token-mean" and normalizer is None else 1
+    weights = torch.full_like(like, 1 / max(count, 1), dtype=dtype)
+    return weights if normalizer is None else weights / normalizer
+
+
 def padded_sequence_index(shape: torch.Size, device: torch.device) -> tuple[Tensor, int]:
     """The sequence of each token of a padded batch (..., T): one a row."""
     n_sequences = shape[:-1].numel()

@@ -12,7 +12,7 @@ from ..objectives import Objective
 from ..objectives.triton import TritonObjective
 from ..shapes import Shape
 from ..two_pass import Beyond, SequenceRatio, TorchObjective
-from ..weights import REDUCTIONS, row_weights
+from ..weights import REDUCTIONS, equal_weights, row_weights
 from . import values
 from .errors import type_error
 from .scalars import (
@@ -100,15 +100,19 @@ def check_loss_terms(
         ),
         *merged,  # type: ignore[call-arg]
     )
-    weights = row_weights(
-        rows.active,
-        chosen,
-        group=sequence_group,
-        sequence_index=sequence_index,
-        n_sequences=n_sequences,
-        normalizer=_normalizer(normalizer, rows.source),
-        dtype=rows.dtype,
-    )
+    divisor = _normalizer(normalizer, rows.source)
+    if isinstance(rows, Rows) and rows.mask is None and not chosen.startswith("seq-"):
+        weights = equal_weights(rows.token_ids, chosen, divisor, rows.dtype)
+    else:
+        weights = row_weights(
+            rows.active,
+            chosen,
+            group=sequence_group,
+            sequence_index=sequence_index,
+            n_sequences=n_sequences,
+            normalizer=divisor,
+            dtype=rows.dtype,
+        )
     function = ratio = None
     if not isinstance(objective, Objective):
         function = TorchObjective(objective, rows.shape, cu_seqlens)  # type: ignore[arg-type]

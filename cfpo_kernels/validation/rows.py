@@ -8,7 +8,7 @@ from torch import Tensor
 from . import values
 from .errors import type_error
 from .scalars import check_flag, positive_number, scalar_tensor
-from .tensors import active_rows, check_tensor, per_token
+from .tensors import active_rows, check_tensor, flat, per_token
 from .types import Logps, PerToken, Rows
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,8 +28,8 @@ def check_rows(
     """The checks that all entry points share."""
     checked = _logits(logits, takes_float64)
     ids = _token_ids(token_ids, checked)
-    active = active_rows(mask, PerToken("logits", checked))
-    rows = Rows("logits", checked, ids, _temperature(temperature, checked, active), active)
+    kept = None if mask is None else active_rows(mask, PerToken("logits", checked))
+    rows = Rows("logits", checked, ids, _temperature(temperature, checked, kept), kept)
     if check_flag("inplace", inplace) and _rows_overlap(checked):
         raise ValueError(
             "inplace=True needs rows that do not overlap in memory, got logits of shape "
@@ -101,10 +101,10 @@ def _token_ids(token_ids: object, like: Tensor, name: str = "logits", columns: s
             f"token_ids must have the shape of {source} without {columns}, "
             f"{tuple(like.shape[:-1])}, got {tuple(ids.shape)}"
         )
-    return ids.reshape(-1).to(torch.int64).contiguous()
+    return flat(ids, torch.int64)
 
 
-def _temperature(value: object, logits: Tensor, active: Tensor) -> Tensor:
+def _temperature(value: object, logits: Tensor, mask: Tensor | None) -> Tensor:
     shape = logits.shape[:-1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if not isinstance(value, Tensor):
@@ -125,9 +125,10 @@ def _temperature(value: object, logits: Tensor, active: Tensor) -> Tensor:
         )
     else:
         check_tensor("temperature", value, logits, "a floating-point tensor")
-    temperature = value.detach().reshape(-1).to(dtype).contiguous()
+    temperature = flat(value.detach(), dtype)
     if values.can_be_checked(temperature):
-        wrong = active & ~((temperature >= MIN_TEMPERATURE) & (temperature <= MAX_TEMPERATURE))
+        wrong = ~((temperature >= MIN_TEMPERATURE) & (temperature <= MAX_TEMPERATURE))
+        wrong = wrong.expand(shape.numel()) if mask is None else wrong & mask
         if wrong.any():
             position, got = values.first_wrong(wrong, temperature.expand(wrong.shape), shape)
             raise ValueError(

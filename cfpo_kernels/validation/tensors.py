@@ -30,7 +30,16 @@ def per_token(name: str, value: object, tokens: PerToken) -> Tensor:
         raise type_error(name, tensor, accepted)
     if tensor.shape != tokens.shape:
         raise shape_error(name, tensor, tokens)
-    return tensor.reshape(-1).to(tokens.dtype).contiguous()
+    return flat(tensor, tokens.dtype)
+
+
+def flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,), contiguous; the tensor itself where it is that."""
+    if tensor.dim() != 1:
+        tensor = tensor.reshape(-1)
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor.contiguous()
 
 
 def active_rows(mask: object, tokens: PerToken) -> Tensor:

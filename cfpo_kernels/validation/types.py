@@ -52,7 +52,14 @@ class Rows(PerToken):
 
     token_ids: Tensor  # (N,) int64
     temperature: Tensor  # (N,) or (1,)
-    active: Tensor  # (N,) bool
+    mask: Tensor | None  # (N,) bool; None: all
+
+    @property
+    def active(self) -> Tensor:
+        """(N,) bool, the rows that count; made at each call where there is no mask."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.shape.numel(), dtype=torch.bool, device=self.source.device)
 
     @property
     def logits(self) -> Tensor:

@@ -40,6 +40,17 @@ std::tuple<double, double> kl_term(const std::string& name, double distance, dou
   return {term.loss, term.dlogp};
 }
 
+// The first row of weight other than 0 whose token is outside [0, n_cols); -1: none.
+std::int64_t first_bad_token(std::uintptr_t token_ids, std::uintptr_t weights, std::int64_t n_rows,
+                             std::int64_t n_cols) {
+  const auto* ids = pointer<const std::int64_t>(token_ids);
+  const auto* weight = pointer<const float>(weights);
+  for (std::int64_t row = 0; row < n_rows; ++row) {
+    if ((ids[row] < 0 || ids[row] >= n_cols) && weight[row] != 0.0f) return row;
+  }
+  return -1;
+}
+
 struct CpuKernels {
   static cpu::Execution execution(int threads, const std::string& level) {
     return {threads, level};
@@ -79,6 +90,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("policy_term", &cfpo::bindings::policy_term, py::kw_only(), py::arg("shape"),
         py::arg("numbers"), py::arg("logp"), py::arg("log_ratio"), py::arg("advantage"),
         py::arg("low"), py::arg("high"), py::arg("token_weight"));
+  m.def("first_bad_token", &cfpo::bindings::first_bad_token,
+        py::call_guard<py::gil_scoped_release>(), py::arg("token_ids"), py::arg("weights"),
+        py::arg("n_rows"), py::arg("n_cols"));
   m.def("kl_term", &cfpo::bindings::kl_term, py::kw_only(), py::arg("estimator"),
         py::arg("distance"), py::arg("log_ratio"), py::arg("ratio_weighted"));
   cfpo::bindings::bind_kernels<cfpo::bindings::CpuKernels, int, std::string>(m, py::arg("threads"),

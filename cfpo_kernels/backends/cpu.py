@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..validation import values
+from .addresses import address
+from .base import KernelRows
 from .native import NativeBackend
 from .status import BackendStatus
 
@@ -42,6 +45,14 @@ class CpuBackend(NativeBackend):
         # CFPO_KERNELS_CPU_LEVEL forces an instruction set: for tests and for comparing.
         level = os.environ.get("CFPO_KERNELS_CPU_LEVEL", "")
         return nullcontext({"threads": torch.get_num_threads(), "level": level})
+
+    def check_tokens(self, rows: KernelRows) -> None:
+        if rows.sharded:
+            return
+        ids, n_cols = rows.token_ids, rows.logits.shape[-1]
+        where = native.first_bad_token(address(ids), address(rows.weights), ids.numel(), n_cols)
+        if where >= 0:
+            values.refuse_token(ids, where, n_cols, rows.logits.shape[:-1])
 
 
 CPU = CpuBackend()

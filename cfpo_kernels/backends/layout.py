@@ -18,6 +18,9 @@ class RowLayout(NamedTuple):
 
 def row_layout(tensor: Tensor) -> RowLayout | None:
     """The layout of the rows of (..., V), or None where they need more than two strides."""
+    if tensor.is_contiguous():  # as nearly always
+        n_rows = tensor.numel() // tensor.shape[-1]
+        return RowLayout(n_rows, 0, tensor.shape[-1] if n_rows > 1 else 0)
     dims: list[tuple[int, int]] = []  # (size, stride), merged where they continue each other
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         if size == 1:

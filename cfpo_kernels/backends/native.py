@@ -24,8 +24,7 @@ class NativeBackend:
         """A context manager that yields the arguments of which csrc makes a call's Execution."""
         raise NotImplementedError
 
-    @staticmethod
-    def check_tokens(rows: KernelRows) -> None:
+    def check_tokens(self, rows: KernelRows) -> None:
         # Here rather than with the other arguments, since compiled and direct calls of an operator
         # get past those. On a GPU only with CFPO_KERNELS_DEBUG: its kernels read no wrong address.
         if not rows.sharded and values.can_be_checked(rows.token_ids):

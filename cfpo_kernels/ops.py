@@ -1,17 +1,18 @@
 """The kernels as torch operators, so that torch.compile and opcheck can see through a call.
 
+The package calls them by the functions that begin with ``run_``. Those go straight to the backend
+where nobody would see an operator: torch.library's way there is longer than many a kernel.
+
 Operators allocate their outputs and call the backend; they are not differentiable themselves
 (autograd.py is). Signatures are flat because operator schemas are: `inputs` are the fields of
 TokenInputs, what follows is ``flat(settings)``. An empty tensor stands for an output that was not
 asked for. A name that ends in _ overwrites its first argument.
-
-``call`` is how the package runs them: where nothing but this package would see the operator, it
-calls what stands behind it. torch.library's way there and back is longer than a small kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional
 
 import torch
@@ -24,60 +25,6 @@ from .shapes import Shape
 
 # torch.library reads these annotations, and before torch 2.7 it does not know `Tensor | None`.
 # ruff: noqa: UP045
-
-
-# What an operator does, and its name, by the operator; filled by `_operator`.
-_BEHIND: dict[Any, tuple[Callable[..., Any], str]] = {}
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _operator(*, overwrites: str = "") -> Callable[[Callable[..., Any]], Any]:
-    """Makes an operator of a function, by its name."""
-
-    def make(function: Callable[..., Any]) -> Any:
-        name = f"cfpo_kernels::{function.__name__}"
-        mutated = (overwrites,) if overwrites else ()
-        operator = torch.library.custom_op(name, function, mutates_args=mutated)
-
-        def overwriting(*arguments: Any) -> Any:
-            found = function(*arguments)
-            torch.autograd.graph.increment_version(arguments[0])
-            return found
-
-        _BEHIND[operator] = (overwriting if overwrites else function), name
-        return operator
-
-    return make
-
-
-def call(operator: Any, *arguments: Any) -> Any:
-    """``operator(*arguments)``, past torch.library where nobody would see the difference."""
-    if not is_plain(*arguments):
-        return operator(*arguments)
-    function, name = _BEHIND[operator]
-    if torch.autograd._profiler_enabled():
-        with torch.profiler.record_function(name):
-            return function(*arguments)
-    return function(*arguments)
-
-
-def is_plain(*arguments: Any) -> bool:
-    """Whether a call is eager, with no mode or transform of torch around it that is to see it, and
-    all its tensors are what they seem: numbers in memory."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    ) and all(map(_is_memory, arguments))
-
-
-def _is_memory(x: Any) -> bool:
-    if isinstance(x, Tensor):
-        # Fake tensors are a subclass; some are negative or zero by a flag alone.
-        return type(x) in _PLAIN and not (x.is_meta or x.is_neg() or x._is_zerotensor())
-    return type(x) is not list or all(map(_is_memory, x))
 
 
 def flat(settings: LossSettings) -> tuple[str, list[float], str, bool, float, float]:
@@ -117,7 +64,40 @@ def _policy_loss_into(
     return loss, logps, entropy
 
 
-@_operator()
+def _token_logps(
+    rows: KernelRows, with_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    logps, _, entropy = _outputs(rows.weights, with_entropy)
+    lse = torch.empty_like(rows.weights, dtype=torch.float64)
+    if rows.logits.numel():
+        backends.kernels(backend).token_logps(
+            rows, logps=logps, lse=lse, entropy=_nonempty(entropy)
+        )
+    return logps, lse, entropy
+
+
+def _token_logps_backward_into(
+    dlogits: Tensor,
+    rows: KernelRows,
+    backend: str,
+    lse: Tensor,
+    entropy: Tensor,
+    dlogps: Tensor | None,
+    dentropy: Tensor | None,
+) -> Tensor:
+    if dlogits.numel():
+        backends.kernels(backend).token_logps_backward(
+            rows,
+            lse=lse,
+            entropy=_nonempty(entropy),
+            dlogps=dlogps,
+            dentropy=dentropy,
+            dlogits=dlogits,
+        )
+    return dlogits
+
+
+@torch.library.custom_op("cfpo_kernels::policy_loss", mutates_args=())
 def policy_loss(
     logits: Tensor,
     token_ids: Tensor,
@@ -153,7 +133,7 @@ def _(logits, token_ids, weights, temperature, with_entropy, with_gradient, *_):
     return *_outputs(weights, with_entropy), _gradient(logits, with_gradient)
 
 
-@_operator(overwrites="logits")
+@torch.library.custom_op("cfpo_kernels::policy_loss_", mutates_args=("logits",))
 def policy_loss_(
     logits: Tensor,
     token_ids: Tensor,
@@ -186,7 +166,7 @@ def _(logits, token_ids, weights, temperature, with_entropy, *_):  # type: ignor
     return _outputs(weights, with_entropy)
 
 
-@_operator()
+@torch.library.custom_op("cfpo_kernels::token_logps", mutates_args=())
 def token_logps(
     logits: Tensor,
     token_ids: Tensor,
@@ -196,16 +176,7 @@ def token_logps(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (logps (N,), lse (N,) float64, entropy (N,) or (0,))."""
-    logps, _, entropy = _outputs(weights, with_entropy)
-    lse = torch.empty_like(weights, dtype=torch.float64)
-    if logits.numel():
-        backends.kernels(backend).token_logps(
-            KernelRows(logits, token_ids, weights, temperature),
-            logps=logps,
-            lse=lse,
-            entropy=_nonempty(entropy),
-        )
-    return logps, lse, entropy
+    return _token_logps(KernelRows(logits, token_ids, weights, temperature), with_entropy, backend)
 
 
 @token_logps.register_fake
@@ -214,7 +185,7 @@ def _(logits, token_ids, weights, temperature, with_entropy, backend):  # type: 
     return logps, torch.empty_like(weights, dtype=torch.float64), entropy
 
 
-@_operator()
+@torch.library.custom_op("cfpo_kernels::token_logps_backward", mutates_args=())
 def token_logps_backward(
     logits: Tensor,
     token_ids: Tensor,
@@ -227,17 +198,10 @@ def token_logps_backward(
     dentropy: Optional[Tensor],
 ) -> Tensor:
     """Returns dlogits (..., V)."""
-    dlogits = _gradient(logits)
-    if logits.numel():
-        backends.kernels(backend).token_logps_backward(
-            KernelRows(logits, token_ids, weights, temperature),
-            lse=lse,
-            entropy=_nonempty(entropy),
-            dlogps=dlogps,
-            dentropy=dentropy,
-            dlogits=dlogits,
-        )
-    return dlogits
+    rows = KernelRows(logits, token_ids, weights, temperature)
+    return _token_logps_backward_into(
+        _gradient(logits), rows, backend, lse, entropy, dlogps, dentropy
+    )
 
 
 @token_logps_backward.register_fake
@@ -245,7 +209,7 @@ def _(logits, *_):  # type: ignore[no-untyped-def]
     return _gradient(logits)
 
 
-@_operator(overwrites="logits")
+@torch.library.custom_op("cfpo_kernels::token_logps_backward_", mutates_args=("logits",))
 def token_logps_backward_(
     logits: Tensor,
     token_ids: Tensor,
@@ -258,15 +222,8 @@ def token_logps_backward_(
     dentropy: Optional[Tensor],
 ) -> None:
     """Overwrites the logits with their gradient."""
-    if logits.numel():
-        backends.kernels(backend).token_logps_backward(
-            KernelRows(logits, token_ids, weights, temperature),
-            lse=lse,
-            entropy=_nonempty(entropy),
-            dlogps=dlogps,
-            dentropy=dentropy,
-            dlogits=logits,
-        )
+    rows = KernelRows(logits, token_ids, weights, temperature)
+    _token_logps_backward_into(logits, rows, backend, lse, entropy, dlogps, dentropy)
 
 
 @token_logps_backward_.register_fake
@@ -274,7 +231,7 @@ def _(logits, *_):  # type: ignore[no-untyped-def]
     return None
 
 
-@_operator(overwrites="x")
+@torch.library.custom_op("cfpo_kernels::multiply_rows_", mutates_args=("x",))
 def multiply_rows_(x: Tensor, factors: Tensor, backend: str) -> None:
     """x[i] *= factors[i], for x (..., V) and factors (N,); or 0-d, for all rows."""
     if x.numel():
@@ -284,3 +241,105 @@ def multiply_rows_(x: Tensor, factors: Tensor, backend: str) -> None:
 @multiply_rows_.register_fake
 def _(x, factors, backend):  # type: ignore[no-untyped-def]
     return None
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call is eager, with no mode or transform of torch around it that is to see it, and
+    its tensors are what they seem: numbers in memory."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for x in tensors:
+        # Fake tensors are a subclass; some tensors are negative, or zero, by a flag alone.
+        if x is not None and (
+            type(x) not in _PLAIN or x.is_meta or x.is_neg() or x._is_zerotensor()
+        ):
+            return False
+    return True
+
+
+def _shown(name: str) -> AbstractContextManager[Any]:
+    """Around a direct call: what a profiler has to see of it."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(f"cfpo_kernels::{name}")
+    return _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+def run_policy_loss(
+    rows: KernelRows,
+    terms: KernelTerms,
+    with_entropy: bool,
+    backend: str,
+    *,
+    with_gradient: bool = False,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns (loss, logps, entropy, dlogits), where `dlogits` are the logits with `inplace`."""
+    logits = rows.logits
+    if is_plain(*rows[:4], *terms.inputs, terms.grad_scale):
+        with _shown("policy_loss_" if inplace else "policy_loss"):
+            dlogits = logits if inplace else _gradient(logits, with_gradient)
+            found = _policy_loss_into(dlogits, rows, terms, with_entropy, backend)
+            if inplace:
+                torch.autograd.graph.increment_version(logits)
+            return *found, dlogits
+    flat_terms = (list(terms.inputs), *flat(terms.settings), terms.grad_scale)
+    if inplace:
+        return *policy_loss_(*rows[:4], with_entropy, backend, *flat_terms), logits
+    return policy_loss(*rows[:4], with_entropy, with_gradient, backend, *flat_terms)  # type: ignore[no-any-return]
+
+
+def run_token_logps(
+    rows: KernelRows, with_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (logps, lse, entropy)."""
+    if is_plain(*rows[:4]):
+        with _shown("token_logps"):
+            return _token_logps(rows, with_entropy, backend)
+    return token_logps(*rows[:4], with_entropy, backend)  # type: ignore[no-any-return]
+
+
+def run_token_logps_backward(
+    rows: KernelRows,
+    backend: str,
+    lse: Tensor,
+    entropy: Tensor,
+    dlogps: Tensor | None,
+    dentropy: Tensor | None,
+    *,
+    inplace: bool,
+) -> Tensor:
+    """Returns dlogits, which are the logits with `inplace`."""
+    logits, arguments = rows.logits, (backend, lse, entropy, dlogps, dentropy)
+    if is_plain(*rows[:4], lse, entropy, dlogps, dentropy):
+        with _shown("token_logps_backward_" if inplace else "token_logps_backward"):
+            dlogits = logits if inplace else _gradient(logits)
+            _token_logps_backward_into(dlogits, rows, *arguments)
+            if inplace:
+                torch.autograd.graph.increment_version(logits)
+            return dlogits
+    if inplace:
+        token_logps_backward_(*rows[:4], *arguments)
+        return logits
+    return token_logps_backward(*rows[:4], *arguments)  # type: ignore[no-any-return]
+
+
+def run_multiply_rows_(x: Tensor, factors: Tensor, backend: str) -> None:
+    """See ``multiply_rows_``."""
+    if not is_plain(x, factors):
+        multiply_rows_(x, factors, backend)
+    elif x.numel():
+        with _shown("multiply_rows_"):
+            backends.kernels(backend).multiply_rows(x, factors)
+            torch.autograd.graph.increment_version(x)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .autograd import CFPOFunction, TokenLogpsFunction
+from .autograd import CFPOFunction, LossCall, TokenLogpsFunction
+from .backends.base import KernelRows, KernelTerms
 from .formula import loss_of_logps
 from .tiles import Tiles
 from .validation import LossTerms, Rows, values
@@ -69,38 +70,21 @@ class KernelRunner:
             return TokenLogpsFunction.apply(
                 rows.logits, inplace, *of_rows, with_entropy, self.kernels
             )
-        logps, lse, entropy = ops.call(
-            ops.token_logps, rows.logits, *of_rows, with_entropy, self.kernels
+        logps, lse, entropy = ops.run_token_logps(
+            KernelRows(rows.logits, *of_rows), with_entropy, self.kernels
         )
         return logps, entropy, lse
 
     def loss(
         self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool, summed: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        of_rows = (rows.token_ids, terms.weights, rows.temperature)
+        of_rows = (rows.logits, rows.token_ids, terms.weights, rows.temperature)
+        of_tokens = KernelTerms(terms.inputs, terms.settings, terms.grad_scale)
         if rows.logits.requires_grad and torch.is_grad_enabled():
-            return CFPOFunction.apply(
-                rows.logits,
-                inplace,
-                summed,
-                rows.mask is not None,
-                *of_rows,
-                terms.grad_scale,
-                with_entropy,
-                self.kernels,
-                terms.settings,
-                *terms.inputs,
-            )
-        loss, logps, entropy, _ = ops.call(
-            ops.policy_loss,
-            rows.logits,
-            *of_rows,
-            with_entropy,
-            False,
-            self.kernels,
-            list(terms.inputs),
-            *ops.flat(terms.settings),
-            terms.grad_scale,
+            how = LossCall(self.kernels, summed, rows.mask is not None, with_entropy, inplace)
+            return CFPOFunction.apply(*of_rows, of_tokens, how)
+        loss, logps, entropy, _ = ops.run_policy_loss(
+            KernelRows(*of_rows), of_tokens, with_entropy, self.kernels
         )
         return loss.sum() if summed else loss, logps, entropy
 

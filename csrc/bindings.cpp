@@ -41,7 +41,7 @@ std::tuple<double, double> kl_term(const std::string& name, double distance, dou
 }
 
 // The first row of weight other than 0 whose token is outside [0, n_cols); -1: none.
-std::int64_t first_bad_token(std::uintptr_t token_ids, std::uintptr_t weights, std::int64_t n_rows,
+std::int64_t first_bad_token(Address token_ids, Address weights, std::int64_t n_rows,
                              std::int64_t n_cols) {
   const auto* ids = pointer<const std::int64_t>(token_ids);
   const auto* weight = pointer<const float>(weights);

@@ -46,3 +46,8 @@ def row_blocks(*tensors: Tensor, first: int = 0) -> Iterator[tuple[int, list[Ten
     rows_each = tensors[0].shape[1:-1].numel()
     for i in range(tensors[0].shape[0]):
         yield from row_blocks(*(tensor[i] for tensor in tensors), first=first + i * rows_each)
+
+
+def rows_from(x: Tensor | None, first: int) -> Tensor | None:
+    """The rest of (N,) from row number `first` on."""
+    return x if x is None or first == 0 else x[first:]

@@ -172,26 +172,25 @@ def policy_loss(
         inplace=inplace,
         takes_float64=chosen_runner.takes_float64,
     )
-    with torch.no_grad():
-        terms = validation.check_loss_terms(
-            rows,
-            chosen,
-            advantages=advantages,
-            old_logps=old_logps,
-            reduction=reduction,
-            normalizer=normalizer,
-            cu_seqlens=cu_seqlens,
-            token_weights=token_weights,
-            ref_logps=ref_logps,
-            log_ratio_bounds=log_ratio_bounds,
-            ratio_level=ratio_level,
-            sequence_group=sequence_group,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            kl_ratio_weighted=kl_ratio_weighted,
-            entropy_coef=entropy_coef,
-            grad_scale=grad_scale,
-        )
+    terms = validation.check_loss_terms(
+        rows,
+        chosen,
+        advantages=advantages,
+        old_logps=old_logps,
+        reduction=reduction,
+        normalizer=normalizer,
+        cu_seqlens=cu_seqlens,
+        token_weights=token_weights,
+        ref_logps=ref_logps,
+        log_ratio_bounds=log_ratio_bounds,
+        ratio_level=ratio_level,
+        sequence_group=sequence_group,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        kl_ratio_weighted=kl_ratio_weighted,
+        entropy_coef=entropy_coef,
+        grad_scale=grad_scale,
+    )
     summed = reduction != "none"
     if terms.beyond or not chosen_runner.one_pass:
         wanted = return_stats or terms.settings.needs_entropy or terms.beyond.needs_entropy

@@ -44,14 +44,14 @@ class LossCall(NamedTuple):
         backend: a name that ``backends.kernels`` takes.
         summed: the loss is 0-d, else (N,).
         masked: some weights may be 0 by a mask.
-        with_entropy: the entropy is wanted as an output.
+        with_scores: log-probs and entropies are wanted beside the loss.
         inplace: the logits hold their gradient afterwards.
     """
 
     backend: str
     summed: bool
     masked: bool
-    with_entropy: bool = False
+    with_scores: bool = False
     inplace: bool = False
 
 
@@ -59,8 +59,8 @@ class CFPOFunction(torch.autograd.Function):
     """A policy loss whose forward also computes the gradient, which backward hands over.
 
     ``apply(logits, token_ids, weights, temperature, terms, how)`` returns (loss, logps (N,),
-    entropy (N,) or (0,)); only the loss is differentiable, and only with respect to the logits.
-    Backward can run once: a second call raises, but not in code that torch.compile made, which does
+    entropy (N,)), the last two None unless ``how.with_scores``; only the loss is differentiable,
+    and only with respect to the logits. Backward can run once: a second call raises, but not in code that torch.compile made, which does
     not see the check.
 
     Example:
@@ -81,11 +81,11 @@ class CFPOFunction(torch.autograd.Function):
         temperature: Tensor,
         terms: KernelTerms,
         how: LossCall,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         loss, logps, entropy, dlogits = ops.run_policy_loss(
             KernelRows(logits, token_ids, weights, temperature),
             terms,
-            how.with_entropy,
+            how.with_scores,
             how.backend,
             with_gradient=True,
             inplace=how.inplace,
@@ -95,8 +95,10 @@ class CFPOFunction(torch.autograd.Function):
         ctx.save_for_backward(dlogits, weights if how.masked else None, terms.grad_scale)
         ctx.backend = how.backend
         ctx.spent = False
-        ctx.mark_non_differentiable(logps, entropy)
         ctx.set_materialize_grads(False)
+        if not how.with_scores:
+            return loss, None, None
+        ctx.mark_non_differentiable(logps, entropy)
         return loss, logps, entropy
 
     @staticmethod

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import backends
 from .backends.base import KernelRows, KernelTerms
 from .inputs import LossSettings, TokenInputs
+from .plain import is_plain
 from .shapes import Shape
 
 # torch.library reads these annotations, and before torch 2.7 it does not know `Tensor | None`.
@@ -241,29 +242,6 @@ def multiply_rows_(x: Tensor, factors: Tensor, backend: str) -> None:
 @multiply_rows_.register_fake
 def _(x, factors, backend):  # type: ignore[no-untyped-def]
     return None
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether a call is eager, with no mode or transform of torch around it that is to see it, and
-    its tensors are what they seem: numbers in memory."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    ):
-        return False
-    for x in tensors:
-        # Fake tensors are a subclass; some tensors are negative, or zero, by a flag alone.
-        if x is not None and (
-            type(x) not in _PLAIN or x.is_meta or x.is_neg() or x._is_zerotensor()
-        ):
-            return False
-    return True
 
 
 def _shown(name: str) -> AbstractContextManager[Any]:

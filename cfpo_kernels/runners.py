@@ -41,10 +41,10 @@ class Runner(Protocol):
         """logps and entropy, differentiable; T * logsumexp(logits / T). (0,) if not asked for."""
 
     def loss(
-        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool, summed: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, 0-d if `summed`, differentiable; logps and entropy, which are not. For terms
-        that look at one token only."""
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_scores: bool, summed: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, 0-d if `summed`, differentiable; logps and entropy, there `with_scores`. For
+        terms that look at one token only."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ class KernelRunner:
         return logps, entropy, lse
 
     def loss(
-        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool, summed: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_scores: bool, summed: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         of_rows = (rows.logits, rows.token_ids, terms.weights, rows.temperature)
         of_tokens = KernelTerms(terms.inputs, terms.settings, terms.grad_scale)
         if rows.logits.requires_grad and torch.is_grad_enabled():
-            how = LossCall(self.kernels, summed, rows.mask is not None, with_entropy, inplace)
+            how = LossCall(self.kernels, summed, rows.mask is not None, with_scores, inplace)
             return CFPOFunction.apply(*of_rows, of_tokens, how)
         loss, logps, entropy, _ = ops.run_policy_loss(
-            KernelRows(*of_rows), of_tokens, with_entropy, self.kernels
+            KernelRows(*of_rows), of_tokens, with_scores, self.kernels
         )
         return loss.sum() if summed else loss, logps, entropy
 
@@ -115,9 +115,9 @@ class ReferenceRunner:
         )
 
     def loss(
-        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool, summed: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with_entropy = with_entropy or terms.settings.needs_entropy
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_scores: bool, summed: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        with_entropy = with_scores or terms.settings.needs_entropy
         logps, entropy, _ = self.score(rows, inplace, with_entropy)
         loss = loss_of_logps(logps, entropy, terms.weights, terms.inputs, terms.settings)
         return loss.sum() if summed else loss, logps, entropy
@@ -159,8 +159,8 @@ class ShardedRunner:
         )
 
     def loss(
-        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool, summed: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_scores: bool, summed: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         raise NotImplementedError("one_pass is False")
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .plain import filled
+
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none")
 
 
@@ -51,17 +53,17 @@ def row_weights(
 
 
 def equal_weights(
-    like: Tensor, reduction: str, normalizer: float | Tensor | None, dtype: torch.dtype
+    n_tokens: int,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    """The same where all tokens are active, without seq-*; in one step, but for a normalizer.
-
-    Args:
-        like: (N,), on the device.
-    """
-    # The host's float64 quotient rounds to that of float32: N has 24 bits at most.
-    count = like.shape[0] if reduction == "token-mean" and normalizer is None else 1
-    weights = torch.full_like(like, 1 / max(count, 1), dtype=dtype)
-    return weights if normalizer is None else weights / normalizer
+    """``row_weights`` where all tokens are active, but for seq-*; to be read only."""
+    if normalizer is not None:
+        return torch.ones(n_tokens, dtype=dtype, device=device) / normalizer
+    count = max(n_tokens, 1) if reduction == "token-mean" else 1
+    return filled(n_tokens, 1 / count, dtype, device)
 
 
 def padded_sequence_index(shape: torch.Size, device: torch.device) -> tuple[Tensor, int]:

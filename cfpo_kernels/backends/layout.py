@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,14 +35,18 @@ def row_layout(tensor: Tensor) -> RowLayout | None:
     return RowLayout(inner, dims[0][1] if len(dims) == 2 else 0, inner_stride)
 
 
-def row_blocks(*tensors: Tensor, first: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
+def row_blocks(*tensors: Tensor, first: int = 0) -> Iterable[tuple[int, Sequence[Tensor]]]:
     """Cuts tensors of one shape (..., V) along leading dimensions until each has a layout.
 
-    Yields the number of the first row and the pieces. Nearly always there is one piece.
+    Gives the number of the first row and the pieces. Nearly always there is one piece.
     """
-    if all(row_layout(tensor) is not None for tensor in tensors):
-        yield first, list(tensors)
-        return
+    for tensor in tensors:
+        if row_layout(tensor) is None:
+            return _cut(tensors, first)
+    return ((first, tensors),)
+
+
+def _cut(tensors: Sequence[Tensor], first: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
     rows_each = tensors[0].shape[1:-1].numel()
     for i in range(tensors[0].shape[0]):
         yield from row_blocks(*(tensor[i] for tensor in tensors), first=first + i * rows_each)

@@ -100,7 +100,9 @@ def check_loss_terms(
     )
     divisor = _normalizer(normalizer, rows.source)
     if isinstance(rows, Rows) and rows.mask is None and not chosen.startswith("seq-"):
-        weights = equal_weights(rows.token_ids, chosen, divisor, rows.dtype)
+        weights = equal_weights(
+            rows.shape.numel(), chosen, divisor, rows.dtype, rows.source.device
+        )
     else:
         weights = row_weights(
             rows.active,
@@ -153,7 +155,8 @@ def _bounds(
         raise type_error("log_ratio_bounds", value, "a pair (low, high)")
     low = _bound("log_ratio_bounds[0]", value[0], tokens)
     high = _bound("log_ratio_bounds[1]", value[1], tokens)
-    return (low, high), objective.bounds_of(low, high, advantages)
+    with torch.no_grad():
+        return (low, high), objective.bounds_of(low, high, advantages)
 
 
 def _bound(name: str, value: object, tokens: PerToken) -> Tensor:

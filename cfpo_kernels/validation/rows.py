@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..plain import filled
 from . import values
 from .errors import type_error
 from .scalars import check_flag, positive_number, scalar_tensor
@@ -113,7 +114,7 @@ def _temperature(value: object, logits: Tensor, mask: Tensor | None) -> Tensor:
             raise ValueError(
                 f"temperature must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, got {number}"
             )
-        return torch.full((1,), number, dtype=dtype, device=logits.device)
+        return filled(1, number, dtype, logits.device)
     if not value.is_floating_point():
         raise type_error("temperature", value, "a number or a floating-point tensor")
     if value.dim() == 0 and len(shape) > 0:

@@ -24,7 +24,7 @@ class CudaQuery(TypedDict):
 # tests/test_native_stub.py compares this file with the module.
 
 # Only where cuda_built: the four kernels below, with `device`, `stream`, `workspace` and
-# `row_kernel` in place of `threads` and `level`, and workspace_bytes(logits, device).
+# `row_kernel` in place of `threads`, and workspace_bytes(logits, device).
 cuda: ModuleType
 build_id: str
 cuda_built: bool
@@ -73,7 +73,6 @@ def policy_loss(
     logps: Address,
     entropy: Address,
     threads: int,
-    level: str,
 ) -> None: ...
 def token_logps(
     logits: Rows,
@@ -87,7 +86,6 @@ def token_logps(
     lse: Address,
     entropy: Address,
     threads: int,
-    level: str,
 ) -> None: ...
 def token_logps_backward(
     logits: Rows,
@@ -103,8 +101,7 @@ def token_logps_backward(
     dlogps: Address,
     dentropy: Address,
     threads: int,
-    level: str,
 ) -> None: ...
 def multiply_rows(
-    rows: Rows, factors: Address, factor_stride: int, threads: int, level: str
+    rows: Rows, factors: Address, factor_stride: int, threads: int
 ) -> None: ...

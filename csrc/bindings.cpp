@@ -2,6 +2,8 @@
 //
 // Torch-free on purpose: one build serves every torch version. cfpo_kernels/backends/native.py is
 // the only caller of kernels, and hands over addresses after every argument was checked.
+#include <cstdlib>
+
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "kernel_bindings.h"
@@ -52,8 +54,11 @@ std::int64_t first_bad_token(Address token_ids, Address weights, std::int64_t n_
 }
 
 struct CpuKernels {
-  static cpu::Execution execution(int threads, const std::string& level) {
-    return {threads, level};
+  // CFPO_KERNELS_CPU_LEVEL forces an instruction set: for tests and for comparing. Read here: a
+  // variable that is not set costs Python an exception.
+  static cpu::Execution execution(int threads) {
+    const char* level = std::getenv("CFPO_KERNELS_CPU_LEVEL");
+    return {threads, level == nullptr ? "" : level};
   }
   static constexpr auto policy_loss = cpu::policy_loss;
   static constexpr auto token_logps = cpu::token_logps;
@@ -95,8 +100,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("n_rows"), py::arg("n_cols"));
   m.def("kl_term", &cfpo::bindings::kl_term, py::kw_only(), py::arg("estimator"),
         py::arg("distance"), py::arg("log_ratio"), py::arg("ratio_weighted"));
-  cfpo::bindings::bind_kernels<cfpo::bindings::CpuKernels, int, std::string>(m, py::arg("threads"),
-                                                                             py::arg("level"));
+  cfpo::bindings::bind_kernels<cfpo::bindings::CpuKernels, int>(m, py::arg("threads"));
 #if defined(CFPO_WITH_CUDA)
   m.attr("cuda_built") = true;
   m.def("cuda_query", &cfpo::bindings::cuda_query);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,10 +39,8 @@ class CpuBackend(NativeBackend):
 
     def execution(
         self, logits: Tensor, workspace: bool = False
-    ) -> AbstractContextManager[tuple[int, str]]:
-        # CFPO_KERNELS_CPU_LEVEL forces an instruction set: for tests and for comparing.
-        level = os.environ.get("CFPO_KERNELS_CPU_LEVEL", "")
-        return nullcontext((torch.get_num_threads(), level))
+    ) -> AbstractContextManager[tuple[int]]:
+        return nullcontext((torch.get_num_threads(),))
 
     def check_tokens(self, rows: KernelRows) -> None:
         if rows.sharded:

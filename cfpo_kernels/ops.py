@@ -36,9 +36,18 @@ def unflat(kind: str, numbers: Sequence[float], *others: Any) -> LossSettings:
     return LossSettings(Shape(kind, *numbers), *others)
 
 
-def _outputs(weights: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    entropy = weights.new_empty(weights.shape if with_entropy else (0,))
+def _outputs(weights: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    entropy = torch.empty_like(weights) if with_entropy else None
     return torch.empty_like(weights), torch.empty_like(weights), entropy
+
+
+def _or_empty(entropy: Tensor | None, weights: Tensor) -> Tensor:
+    return weights.new_empty(0) if entropy is None else entropy
+
+
+def _fake_outputs(weights: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    loss, logps, entropy = _outputs(weights, with_entropy)
+    return loss, logps, _or_empty(entropy, weights)
 
 
 def _gradient(logits: Tensor, wanted: bool = True) -> Tensor:
@@ -50,17 +59,12 @@ def _nonempty(x: Tensor) -> Tensor | None:
 
 
 def _policy_loss_into(
-    dlogits: Tensor, rows: KernelRows, terms: KernelTerms, with_entropy: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    dlogits: Tensor | None, rows: KernelRows, terms: KernelTerms, with_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
     loss, logps, entropy = _outputs(rows.weights, with_entropy)
     if rows.logits.numel():
         backends.kernels(backend).policy_loss(
-            rows,
-            terms,
-            loss=loss,
-            logps=logps,
-            entropy=_nonempty(entropy),
-            dlogits=_nonempty(dlogits),
+            rows, terms, loss=loss, logps=logps, entropy=entropy, dlogits=dlogits
         )
     return loss, logps, entropy
 
@@ -71,10 +75,8 @@ def _token_logps(
     logps, _, entropy = _outputs(rows.weights, with_entropy)
     lse = torch.empty_like(rows.weights, dtype=torch.float64)
     if rows.logits.numel():
-        backends.kernels(backend).token_logps(
-            rows, logps=logps, lse=lse, entropy=_nonempty(entropy)
-        )
-    return logps, lse, entropy
+        backends.kernels(backend).token_logps(rows, logps=logps, lse=lse, entropy=entropy)
+    return logps, lse, _or_empty(entropy, rows.weights)
 
 
 def _token_logps_backward_into(
@@ -120,18 +122,18 @@ def policy_loss(
     dlogits = _gradient(logits, with_gradient)
     settings = unflat(shape, numbers, kl_estimator, kl_ratio_weighted, kl_coef, entropy_coef)
     loss, logps, entropy = _policy_loss_into(
-        dlogits,
+        _nonempty(dlogits),
         KernelRows(logits, token_ids, weights, temperature),
         KernelTerms(TokenInputs(*inputs), settings, grad_scale),  # type: ignore[arg-type]
         with_entropy,
         backend,
     )
-    return loss, logps, entropy, dlogits
+    return loss, logps, _or_empty(entropy, weights), dlogits
 
 
 @policy_loss.register_fake
 def _(logits, token_ids, weights, temperature, with_entropy, with_gradient, *_):  # type: ignore[no-untyped-def]
-    return *_outputs(weights, with_entropy), _gradient(logits, with_gradient)
+    return *_fake_outputs(weights, with_entropy), _gradient(logits, with_gradient)
 
 
 @torch.library.custom_op("cfpo_kernels::policy_loss_", mutates_args=("logits",))
@@ -153,18 +155,19 @@ def policy_loss_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Overwrites the logits with their gradient; returns (loss, logps, entropy)."""
     settings = unflat(shape, numbers, kl_estimator, kl_ratio_weighted, kl_coef, entropy_coef)
-    return _policy_loss_into(
+    loss, logps, entropy = _policy_loss_into(
         logits,
         KernelRows(logits, token_ids, weights, temperature),
         KernelTerms(TokenInputs(*inputs), settings, grad_scale),  # type: ignore[arg-type]
         with_entropy,
         backend,
     )
+    return loss, logps, _or_empty(entropy, weights)
 
 
 @policy_loss_.register_fake
 def _(logits, token_ids, weights, temperature, with_entropy, *_):  # type: ignore[no-untyped-def]
-    return _outputs(weights, with_entropy)
+    return _fake_outputs(weights, with_entropy)
 
 
 @torch.library.custom_op("cfpo_kernels::token_logps", mutates_args=())
@@ -182,7 +185,7 @@ def token_logps(
 
 @token_logps.register_fake
 def _(logits, token_ids, weights, temperature, with_entropy, backend):  # type: ignore[no-untyped-def]
-    logps, _, entropy = _outputs(weights, with_entropy)
+    logps, _, entropy = _fake_outputs(weights, with_entropy)
     return logps, torch.empty_like(weights, dtype=torch.float64), entropy
 
 
@@ -262,12 +265,15 @@ def run_policy_loss(
     *,
     with_gradient: bool = False,
     inplace: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns (loss, logps, entropy, dlogits), where `dlogits` are the logits with `inplace`."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns (loss, logps, entropy, dlogits), where `dlogits` are the logits with `inplace`.
+
+    What is not wanted may be None or anything.
+    """
     logits = rows.logits
     if is_plain(*rows[:4], *terms.inputs, terms.grad_scale):
         with _shown("policy_loss_" if inplace else "policy_loss"):
-            dlogits = logits if inplace else _gradient(logits, with_gradient)
+            dlogits = logits if inplace else _gradient(logits) if with_gradient else None
             found = _policy_loss_into(dlogits, rows, terms, with_entropy, backend)
             if inplace:
                 torch.autograd.graph.increment_version(logits)

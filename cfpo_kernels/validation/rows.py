@@ -10,7 +10,7 @@ from . import values
 from .errors import type_error
 from .scalars import check_flag, positive_number, scalar_tensor
 from .tensors import active_rows, check_tensor, flat, per_token
-from .types import Logps, PerToken, Rows
+from .types import Logps, PerToken, Rows, wide
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Well inside float32, so that neither 1/T nor logits/T is lost to overflow or underflow.
@@ -107,7 +107,7 @@ def _token_ids(token_ids: object, like: Tensor, name: str = "logits", columns: s
 
 def _temperature(value: object, logits: Tensor, mask: Tensor | None) -> Tensor:
     shape = logits.shape[:-1]
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = wide(logits.dtype)
     if not isinstance(value, Tensor):
         number = positive_number("temperature", value)
         if not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .errors import shape_error, type_error
-from .types import PerToken
+from .types import PerToken, wide
 
 
 def check_tensor(
@@ -92,4 +92,4 @@ def same_shape(name: str, value: object, like_name: str, like: Tensor) -> Tensor
 
 def result_dtype(tensor: Tensor) -> torch.dtype:
     """float32, or float64 for float64."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return wide(tensor.dtype)

@@ -15,6 +15,11 @@ from ..two_pass import Beyond, TokenTerms
 AnyObjective = Objective | Callable[[TokenTerms], Tensor]
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Of numbers made of floating-point ones: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 _COLUMNS = {"logits": "V", "hidden": "H"}
 
 
@@ -30,7 +35,7 @@ class PerToken:
 
     def __post_init__(self) -> None:
         self.shape = self.source.shape[:-1] if self.columns else self.source.shape
-        self.dtype = torch.promote_types(self.source.dtype, torch.float32)
+        self.dtype = wide(self.source.dtype)
 
     @property
     def columns(self) -> str:

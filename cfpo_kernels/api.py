@@ -192,6 +192,8 @@ def policy_loss(
         grad_scale=grad_scale,
     )
     summed = reduction != "none"
+    logps: Tensor | None
+    entropy: Tensor | None
     if terms.beyond or not chosen_runner.one_pass:
         wanted = return_stats or terms.settings.needs_entropy or terms.beyond.needs_entropy
         logps, entropy, _ = chosen_runner.score(rows, inplace, wanted)
@@ -204,6 +206,7 @@ def policy_loss(
     loss = loss if summed else loss.reshape(rows.shape)
     if not return_stats:
         return loss
+    assert logps is not None and entropy is not None  # they were asked for
     with torch.no_grad():
         stats = collect_stats(
             logps,

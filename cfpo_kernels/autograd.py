@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .backends.base import KernelRows, KernelTerms
+from .plain import is_plain
 
 
 def refuse_create_graph() -> None:
@@ -34,7 +35,7 @@ def begin_only_backward(ctx: Any) -> None:
 
 def _is_one(dloss: Tensor) -> bool:
     """Of a number that can be looked at for nothing."""
-    return dloss.dim() == 0 and ops.is_plain(dloss) and dloss.is_cpu and dloss.item() == 1
+    return dloss.dim() == 0 and is_plain(dloss) and dloss.is_cpu and dloss.item() == 1
 
 
 class LossCall(NamedTuple):
@@ -60,8 +61,8 @@ class CFPOFunction(torch.autograd.Function):
 
     ``apply(logits, token_ids, weights, temperature, terms, how)`` returns (loss, logps (N,),
     entropy (N,)), the last two None unless ``how.with_scores``; only the loss is differentiable,
-    and only with respect to the logits. Backward can run once: a second call raises, but not in code that torch.compile made, which does
-    not see the check.
+    and only with respect to the logits. Backward can run once: a second call raises, but not in
+    code that torch.compile made, which does not see the check.
 
     Example:
         >>> logits = torch.zeros(2, 3, requires_grad=True)

@@ -249,7 +249,7 @@ def _(x, factors, backend):  # type: ignore[no-untyped-def]
 
 def _shown(name: str) -> AbstractContextManager[Any]:
     """Around a direct call: what a profiler has to see of it."""
-    if torch.autograd._profiler_enabled():
+    if torch._C._autograd._profiler_enabled():
         return torch.profiler.record_function(f"cfpo_kernels::{name}")
     return _NOTHING
 
@@ -281,7 +281,7 @@ def run_policy_loss(
     flat_terms = (list(terms.inputs), *flat(terms.settings), terms.grad_scale)
     if inplace:
         return *policy_loss_(*rows[:4], with_entropy, backend, *flat_terms), logits
-    return policy_loss(*rows[:4], with_entropy, with_gradient, backend, *flat_terms)  # type: ignore[no-any-return]
+    return policy_loss(*rows[:4], with_entropy, with_gradient, backend, *flat_terms)
 
 
 def run_token_logps(
@@ -291,7 +291,7 @@ def run_token_logps(
     if is_plain(*rows[:4]):
         with _shown("token_logps"):
             return _token_logps(rows, with_entropy, backend)
-    return token_logps(*rows[:4], with_entropy, backend)  # type: ignore[no-any-return]
+    return token_logps(*rows[:4], with_entropy, backend)
 
 
 def run_token_logps_backward(
@@ -316,7 +316,7 @@ def run_token_logps_backward(
     if inplace:
         token_logps_backward_(*rows[:4], *arguments)
         return logits
-    return token_logps_backward(*rows[:4], *arguments)  # type: ignore[no-any-return]
+    return token_logps_backward(*rows[:4], *arguments)
 
 
 def run_multiply_rows_(x: Tensor, factors: Tensor, backend: str) -> None:

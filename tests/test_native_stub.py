@@ -103,7 +103,10 @@ def test_the_stub_is_right() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("lse: Address,\n    entropy: Address,\n    threads", "entropy: Address,\n    lse: Address,\n    threads"),
+        (
+            "lse: Address,\n    entropy: Address,\n    threads",
+            "entropy: Address,\n    lse: Address,\n    threads",
+        ),
         ("kl_ratio_weighted: bool", "kl_weighted_by_ratio: bool"),
         ("dlogits: Rows | None", "dlogits: Rows"),
         ("columns: list[Address]", "columns: list[float]"),

@@ -18,7 +18,6 @@ from limits import HANGS_AFTER
 from oracle import Case, check, make_case, run, with_everything
 
 import cfpo_kernels
-from cfpo_kernels.backends import cpu
 
 
 def rows_of(case: Case, rows: slice | torch.Tensor) -> Case:

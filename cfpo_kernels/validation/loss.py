@@ -100,9 +100,7 @@ def check_loss_terms(
     )
     divisor = _normalizer(normalizer, rows.source)
     if isinstance(rows, Rows) and rows.mask is None and not chosen.startswith("seq-"):
-        weights = equal_weights(
-            rows.shape.numel(), chosen, divisor, rows.dtype, rows.source.device
-        )
+        weights = equal_weights(rows.shape.numel(), chosen, divisor, rows.dtype, rows.source.device)
     else:
         weights = row_weights(
             rows.active,

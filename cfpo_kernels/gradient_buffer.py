@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -40,36 +38,19 @@ class _Kept:
     storage: torch.UntypedStorage | None = None
 
 
-class _Caller(threading.local):
-    eager = False
-
-
-_kept, _caller, _lock = _Kept(), _Caller(), threading.Lock()
-
-
-@contextmanager
-def eager_call() -> Iterator[None]:
-    """Around an operator that eager code calls: the operators cannot tell who does."""
-    if not _kept.enabled or torch.compiler.is_compiling():
-        yield
-        return
-    before, _caller.eager = _caller.eager, True
-    try:
-        yield
-    finally:
-        _caller.eager = before
+_kept, _lock = _Kept(), threading.Lock()
 
 
 def new_gradient(logits: Tensor) -> Tensor:
-    """Memory for dlogits, contiguous (..., V)."""
-    if not _caller.eager or logits.device.type != "cpu":
+    """Memory for dlogits, contiguous (..., V); for eager calls, which see nothing of it."""
+    if not _kept.enabled or logits.device.type != "cpu":
         return logits.new_empty(logits.shape)
     with _lock:
         storage = _kept.storage
         needed = logits.numel() * logits.element_size()
         if storage is None or storage.nbytes() < needed or not _only_kept(storage):
             storage = torch.UntypedStorage(needed)
-            if _kept.enabled:
+            if _kept.enabled:  # still
                 _kept.storage = storage
         # A tensor of its own, where a view of a kept one would share its version counter.
         strides = [logits.shape[k + 1 :].numel() for k in range(logits.dim())]

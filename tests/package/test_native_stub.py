@@ -27,8 +27,8 @@ SPELLINGS = [
     (r"\bOptional\[((?:[^][]|\[[^][]*\])*)\]", r"\1 | None"),
 ]
 # What a call of the CUDA kernels has in place of the CPU kernels' last arguments.
-ON_CPU = "threads: int, level: str"
-ON_CUDA = "device: int, stream: int, workspace: int, row_kernel: str"
+ON_CPU = "threads: int"
+ON_CUDA = "device: int, stream: int, workspace: int | Tensor | None, row_kernel: str"
 
 
 def spelled(text: str) -> str:
@@ -103,11 +103,14 @@ def test_the_stub_is_right() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("lse: int,\n    entropy: int,\n    threads", "entropy: int,\n    lse: int,\n    threads"),
+        (
+            "lse: Address,\n    entropy: Address,\n    threads",
+            "entropy: Address,\n    lse: Address,\n    threads",
+        ),
         ("kl_ratio_weighted: bool", "kl_weighted_by_ratio: bool"),
         ("dlogits: Rows | None", "dlogits: Rows"),
-        ("columns: list[int]", "columns: list[float]"),
-        ("Rows = tuple[int, ", "Rows = tuple["),
+        ("columns: list[Address]", "columns: list[float]"),
+        ("Rows = tuple[int | Tensor | None, ", "Rows = tuple["),
         ("def policy_term(\n    *,\n", "def policy_term(\n"),
         ("def cpu_levels() -> list[str]: ...\n", ""),
         ("def cpu_levels() -> list[str]", "def cpu_levels() -> list[int]"),

@@ -20,7 +20,6 @@ import pybind11
 from repository import ROOT
 from torch import Tensor
 
-from cfpo_kernels.backends.addresses import address
 from cfpo_kernels.backends.cuda import CudaBackend
 
 CXX = next((c for c in (os.environ.get("CXX"), "c++", "g++") if c and shutil.which(c)), "c++")
@@ -86,18 +85,11 @@ class EmulatedBackend(CudaBackend):
 
     def execution(
         self, logits: Tensor, workspace: bool = False
-    ) -> AbstractContextManager[dict[str, Any]]:
+    ) -> AbstractContextManager[tuple[Any, ...]]:
         self.memory = self.workspace(logits, 0) if workspace else None
         if self.memory is not None:
             self.memory.fill_(0xFF)
-        return nullcontext(
-            {
-                "device": 0,
-                "stream": 0,
-                "workspace": address(self.memory),
-                "row_kernel": self.wanted_row_kernel(),
-            }
-        )
+        return nullcontext((0, 0, self.memory, self.wanted_row_kernel()))
 
 
 H100 = (132, 227 * 1024, 228 * 1024)

@@ -1,4 +1,4 @@
-// The Python module cfpo_kernels._C: numbers in, raw pointers through, exceptions out.
+// The Python module cfpo_kernels._C: numbers and tensors' addresses in, exceptions out.
 //
 // Torch-free on purpose: one build serves every torch version. cfpo_kernels/backends/native.py is
 // the only caller of kernels, and hands over addresses after every argument was checked.

@@ -1,5 +1,5 @@
 // The four kernel functions as Python functions, for any set of kernels: the CPU's, CUDA's, and
-// CUDA's as emulated in the tests. Numbers in, raw pointers through, exceptions out.
+// CUDA's as emulated in the tests. Numbers and tensors' addresses in, exceptions out.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -9,12 +9,13 @@ device runs the short battery, once a machine.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
 import warnings
 from dataclasses import dataclass, field
-from types import FrameType
+from types import FrameType, ModuleType
 
 import torch
 
@@ -71,25 +72,23 @@ def forget() -> None:
     _warned.clear()
 
 
+@functools.cache
+def _targets() -> ModuleType:
+    """It imports the backends, which import this; an import at each call takes its time."""
+    from . import targets
+
+    return targets
+
+
 def kernels_for(
     device: torch.device, dtype: torch.dtype, n_cols: int, inplace: bool, compiling: bool
 ) -> str:
     """A name that ``backends.kernels`` takes, or "reference"."""
-    if device.type == "cpu":
+    kind = _targets().kind_of(device)
+    if kind == "cpu":
         table = _tables.get(_CPU) or _cpu_table()
         if cpu.native is not None and (table.record is None or not _failed(table.record, dtype)):
             return "cpu"
-    return _other_kernels_for(device, dtype, n_cols, inplace, compiling)
-
-
-def _other_kernels_for(
-    device: torch.device, dtype: torch.dtype, n_cols: int, inplace: bool, compiling: bool
-) -> str:
-    from . import targets
-
-    kind = targets.kind_of(device)
-    if kind == "cpu":
-        table = _cpu_table()
     elif kind == "gpu":
         table = _gpu_table(device, compiling)
         chosen = table.choose(dtype, n_cols)

@@ -42,7 +42,8 @@ test-all: $(STAMPS)/native $(STAMPS)/test $(STAMPS)/trainers ## Run every test, 
 test-triton: $(STAMPS)/native $(STAMPS)/test ## Run the tests of the Triton kernels, interpreted
 	TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -n auto --backend triton \
 	  tests/test_triton_interpreted.py tests/test_triton_tools.py \
-	  tests/test_loss.py tests/test_token_logps.py tests/test_edges.py tests/test_autograd.py $(ARGS)
+	  tests/test_loss.py tests/test_token_logps.py tests/test_edges.py tests/test_autograd.py \
+	  tests/test_shards.py tests/test_softcap.py $(ARGS)
 
 lint: $(STAMPS)/torch $(STAMPS)/dev ## Check style, formatting and types
 	$(VENV)/bin/ruff check .

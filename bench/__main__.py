@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bench import implementations, report
+from bench import implementations, linear, report
 from bench.cases import CASE_SETS, Case, find_cases
 from bench.checks import WrongResult
 from bench.harness import Implementation
@@ -17,6 +17,7 @@ examples:
   python -m bench                                     all CPU cases
   python -m bench --cases cpu-128256-bf16             one case
   python -m bench --cases gpu --json h100.json        all GPU cases, every sample kept
+  python -m bench --cases linear                      the loss from hidden states
   python -m bench --from-json h100.json --plot h100.png
 """
 
@@ -38,7 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     except WrongResult as error:
         print(f"error: {error}. Nothing is reported of this case.", file=sys.stderr)
         return 1
-    report.print_report(result)
+    if result.get("kind") == "linear":
+        linear.print_report(result)
+    else:
+        report.print_report(result)
     if options.json:
         report.save(result, options.json)
     if options.plot:
@@ -69,7 +73,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def measure_linear(options: argparse.Namespace) -> dict:
+    cases = linear.cases_of(options.cases)
+    threads = options.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    each = 1 + 2 * len(linear.implementations()) + options.rounds
+    with report.progress_bar(len(cases) * each) as tell:
+        found = [
+            linear.run_case(case, options.rounds, threads, not options.no_memory, tell)
+            for case in cases
+        ]
+    return linear.make_report(found, options.rounds, threads)
+
+
 def measure(options: argparse.Namespace) -> dict:
+    if options.cases.startswith("linear"):
+        return measure_linear(options)
     cases = find_cases(options.cases)
     if options.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {options.rounds}")

@@ -1,5 +1,6 @@
 """The report as one picture: time in units of a copy of the logits."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -22,6 +23,9 @@ MARKERS = "osD^vP"
 def save(report: dict, path: Path) -> None:
     """Bars at the headline vocabulary; beside them lines over vocabularies, where there are any."""
     matplotlib.rcParams.update({"font.size": 10.5, "axes.spines.top": False})
+    if report.get("kind") == "linear":
+        save_linear(report, path)
+        return
     headline = headline_case(report["cases"])
     others = [case for case in report["cases"] if is_comparable(case, headline)]
     others.sort(key=lambda case: case["vocabulary"])
@@ -39,6 +43,59 @@ def save(report: dict, path: Path) -> None:
     draw_bars(bar_axes, headline, bars_shown)
     add_words(figure, report, headline)
     figure.savefig(path, dpi=150, facecolor="white")
+
+
+def save_linear(report: dict, path: Path) -> None:
+    """Time and memory of the loss from hidden states, a row of panels for each case."""
+    cases = report["cases"]
+    height = 1.2 + sum(1.1 + 0.36 * len(case["results"]) for case in cases)
+    figure = Figure(figsize=(11.5, height))
+    figure.set_layout_engine(
+        "constrained", rect=(0, 0.3 / height, 1, 1 - 0.8 / height), wspace=0.05
+    )
+    panels = figure.subplots(len(cases), 2, squeeze=False)
+    for (left, right), case in zip(panels, cases, strict=True):
+        results = sorted(case["results"], key=lambda result: result["median_ms"])
+        title = f"{case['rows']:,} tokens, head {case['hidden']} × {case['vocabulary']:,}"
+        draw_plain_bars(
+            left,
+            results,
+            [result["ratio_to_products"] for result in results],
+            "time ÷ time of the three plain products",
+            lambda ratio: f"{short(ratio)}×",
+        )
+        left.set_title(f"{title}, {case['dtype_name']}", loc="left", fontsize=10.5, color=FAINT)
+        left.axvline(1, color=INK, linewidth=1.2, linestyle="--", zorder=3)
+        memory = [(result["extra_bytes"] or 0) / 2**20 for result in results]
+        draw_plain_bars(right, results, memory, "MiB beside the inputs, gradients included", short)
+        right.set_yticks([])
+    figure.suptitle(
+        "PPO loss and gradients from hidden states",
+        x=0.01,
+        ha="left",
+        fontsize=14,
+        fontweight="bold",
+        color=INK,
+    )
+    add_footer(figure, report, cases[0]["device"])
+    figure.savefig(path, dpi=150, facecolor="white")
+
+
+def draw_plain_bars(
+    axes: Axes, results: list[dict], values: list[float], label: str, text: Callable[[float], str]
+) -> None:
+    axes.barh(range(len(results)), values, color=[COLOURS[r["kind"]] for r in results], height=0.72)
+    for row, (result, value) in enumerate(zip(results, values, strict=True)):
+        weight = "bold" if result["kind"] == "ours" else "normal"
+        axes.text(value, row, f" {text(value)}", va="center", fontweight=weight, color=INK)
+    axes.set_yticks(range(len(results)), [result["label"] for result in results])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, 1.18 * max(*values, 1e-9))
+    axes.set_xlabel(label)
+    axes.grid(True, axis="x", color="#e3e6e9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["right", "left"]].set_visible(False)
 
 
 def headline_case(cases: list[dict]) -> dict:
@@ -191,10 +248,14 @@ def add_words(figure: Figure, report: dict, headline: dict) -> None:
         frameon=False,
         columnspacing=1.6,
     )
+    add_footer(figure, report, headline["device"])
+
+
+def add_footer(figure: Figure, report: dict, kind: str) -> None:
     versions = report["versions"]
     threads = report["settings"]["threads"]
-    device = device_name(report["machine"], headline["device"])
-    where = device if headline["device"] == "cuda" else f"{device}, {threads} threads"
+    device = device_name(report["machine"], kind)
+    where = device if kind == "cuda" else f"{device}, {threads} threads"
     commit = (versions["git_commit"] or "unknown")[:10]
     figure.text(
         0.01,

@@ -39,7 +39,7 @@ def _runner(
             "autograd's own buffers; backend='auto' takes it as a permission"
         )
     if vocab_parallel is not None:
-        return ShardedRunner(tiles(resolved), Shards.of(vocab_parallel, n_cols))
+        return ShardedRunner(tiles(resolved), Shards.of(vocab_parallel, n_cols, logits.device))
     return found
 
 
@@ -127,6 +127,8 @@ def policy_loss(
             sequence's with ratio_level="sequence", differentiated by the token's own log p.
         entropy_coef: factor of the entropy bonus, in nats.
         temperature: number, 0-d tensor, or (...) float for one a row.
+        vocab_parallel: the logits are one process's columns of the vocabulary, and token ids those
+            of the whole; see :class:`VocabParallel`. Two reads of the logits.
         inplace: the gradient overwrites the logits, so that no V-sized memory is allocated; see
             :func:`cfpo_loss`.
         grad_scale: number or 0-d tensor, AMP's loss scale: in the gradient before it is rounded to
@@ -287,6 +289,8 @@ def cfpo_loss(
             ratio_level="sequence" by the sequence's, differentiated by the token's own log p.
         entropy_coef: factor of the entropy bonus.
         temperature: number, 0-d tensor, or (...) float for one a row.
+        vocab_parallel: the logits are one process's columns of the vocabulary, and token ids those
+            of the whole; see :class:`VocabParallel`. Two reads of the logits.
         inplace: the gradient overwrites the logits, so that no V-sized memory is allocated; their
             old values are gone when this returns, and autograd refuses to use them. The gradient of
             a leaf is then the leaf's own memory. With backend="auto" it is a permission: where only
@@ -367,7 +371,7 @@ def token_logps(
     from the same logits.
 
     Args:
-        logits, token_ids, mask, temperature, backend: see :func:`cfpo_loss`.
+        logits, token_ids, mask, temperature, vocab_parallel, backend: see :func:`cfpo_loss`.
         return_entropy: also return the rows' entropies, differentiable too.
         return_lse: also return ``logsumexp(logits / temperature)``, not differentiable.
         inplace: backward overwrites the logits with their gradient.

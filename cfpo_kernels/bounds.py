@@ -50,7 +50,7 @@ def total_variation(anchor_logps: Tensor, delta: float | Tensor) -> tuple[Tensor
         (tensor([0.8000, 0.0000]), tensor([ 1.2000, 11.0000]))
     """
     logp = _anchors(anchor_logps)
-    log_step = scalars.scalar(scalars.positive("delta", delta), logp.device).log() - logp
+    log_step = scalars.on_device(scalars.positive("delta", delta), logp.device).log() - logp
     return _rounded(_log1m_exp(log_step), _log1p_exp(log_step), anchor_logps)
 
 
@@ -69,7 +69,7 @@ def chi_squared(anchor_logps: Tensor, delta: float | Tensor) -> tuple[Tensor, Te
         (tensor([0.8000]), tensor([1.2000]))
     """
     logp = _anchors(anchor_logps)
-    log_delta = scalars.scalar(scalars.positive("delta", delta), logp.device).log()
+    log_delta = scalars.on_device(scalars.positive("delta", delta), logp.device).log()
     log_step = (log_delta + _log1m_exp(logp) - logp) / 2
     return _rounded(_log1m_exp(log_step), _log1p_exp(log_step), anchor_logps)
 
@@ -90,7 +90,7 @@ def kl(anchor_logps: Tensor, delta: float | Tensor) -> tuple[Tensor, Tensor]:
         ([6915.0, 3128.0], [13085.0, 22008.0])
     """
     logp = _anchors(anchor_logps)
-    step = scalars.scalar(scalars.positive("delta", delta), logp.device)
+    step = scalars.on_device(scalars.positive("delta", delta), logp.device)
     p, rest = logp.exp().clamp(min=SMALLEST), (-torch.expm1(logp)).clamp(min=SMALLEST)
     low = torch.where(logp < math.log(SMALLEST), -math.inf, _lower_root(p, rest, step))
     # The divergence does not care which of two outcomes is called the token. So the upper root is
@@ -130,7 +130,7 @@ def band(
     largest = scalars.above_one("cap", cap)
     logp = _anchors(anchor_logps)
     low, high = solve[chosen](logp, delta)
-    high = torch.minimum(torch.minimum(high, -logp), scalars.scalar(largest, logp.device).log())
+    high = torch.minimum(torch.minimum(high, -logp), scalars.on_device(largest, logp.device).log())
     return _rounded(low, high, anchor_logps)
 
 
@@ -163,12 +163,12 @@ def dac(
     logp = _anchors(anchor_logps)
 
     def step(name: str, epsilon: float | Tensor) -> Tensor:
-        log_epsilon = scalars.scalar(scalars.positive(name, epsilon), logp.device).log()
+        log_epsilon = scalars.on_device(scalars.positive(name, epsilon), logp.device).log()
         # Finite, and so is what is made of it.
         return (math.log(4) + log_epsilon - logp).exp().clamp(max=1e307)
 
     below, above = step("epsilon_low", epsilon_low).clamp(max=1), step("epsilon_high", epsilon_high)
-    largest = scalars.scalar(scalars.above_one("cap", cap), logp.device)
+    largest = scalars.on_device(scalars.above_one("cap", cap), logp.device)
     # sqrt(1 + x) - 1 = x / (1 + sqrt(1 + x)), which keeps its digits near 0.
     low = torch.log1p(-below / (1 + (1 - below).sqrt()) / 2)
     high = torch.log1p(above / (1 + (1 + above).sqrt()) / 2)
@@ -283,7 +283,7 @@ def bapo(
         # The order of the search: every lower bound with the first upper one, then the others.
         gains = torch.cat([gains[:1].expand(len(lows)), gains[1:]])
         losses = torch.cat([losses, losses[-1:].expand(len(highs) - 1)])
-        unmet = gains < scalars.scalar(goal, x.device) * losses
+        unmet = gains < scalars.on_device(goal, x.device) * losses
         steps = unmet.double().cumprod(0).sum()
         raised = steps.clamp(max=len(lows) - 1)
         widened = (steps - raised).clamp(max=len(highs) - 1)

@@ -42,7 +42,7 @@ def dpo_loss(
         tensor([0.3133, 1.3133])
     """
     chosen, rejected = _pairs(chosen_log_ratios, rejected_log_ratios)
-    margin = scalars.scalar(scalars.positive("beta", beta), chosen.device) * (chosen - rejected)
+    margin = scalars.on_device(scalars.positive("beta", beta), chosen.device) * (chosen - rejected)
     return _loss(-logsigmoid(margin), chosen_log_ratios)
 
 
@@ -70,7 +70,7 @@ def ipo_loss(
         tensor([1.])
     """
     chosen, rejected = _pairs(chosen_log_ratios, rejected_log_ratios)
-    goal = 0.5 / scalars.scalar(scalars.positive("beta", beta), chosen.device)
+    goal = 0.5 / scalars.on_device(scalars.positive("beta", beta), chosen.device)
     return _loss((chosen - rejected - goal) ** 2, chosen_log_ratios)
 
 
@@ -103,8 +103,8 @@ def chi_po_loss(
         (tensor([0.1269]), tensor([0.0546]))
     """
     chosen, rejected = _pairs(chosen_log_ratios, rejected_log_ratios)
-    scale = scalars.scalar(scalars.positive("beta", beta), chosen.device)
-    largest = 2 * scalars.scalar(scalars.positive("r_max", r_max), chosen.device)
+    scale = scalars.on_device(scalars.positive("beta", beta), chosen.device)
+    largest = 2 * scalars.on_device(scalars.positive("r_max", r_max), chosen.device)
     # Beyond the range of exp the pair is far outside the clip, unless the two are equal: scaled
     # down together they keep their order, and the difference its sign.
     with torch.no_grad():
@@ -156,10 +156,10 @@ def fpo_loss(
             ("rejected_feature_distances", rejected_feature_distances),
         )
     ]
-    scale = scalars.scalar(scalars.positive("beta", beta), chosen.device)
+    scale = scalars.on_device(scalars.positive("beta", beta), chosen.device)
     weight = scalars.number("alpha", alpha, "a finite number", lambda x: abs(x) < float("inf"))
     drift = features[1] - features[0].detach()
-    margin = chosen - rejected - scalars.scalar(weight, chosen.device) * drift
+    margin = chosen - rejected - scalars.on_device(weight, chosen.device) * drift
     return _loss(-logsigmoid(scale * margin), chosen_log_ratios)
 
 

@@ -106,4 +106,4 @@ def _bounds(low: object, high: object, device: torch.device) -> tuple[Tensor, Te
     most = math.inf if high is None else scalars.number("high", high, accepted, lambda x: x >= 0)
     if not isinstance(least, Tensor) and not isinstance(most, Tensor) and least > most:
         raise ValueError(f"low must be at most high, got low={low}, high={high}")
-    return scalars.scalar(least, device), scalars.scalar(most, device)
+    return scalars.on_device(least, device), scalars.on_device(most, device)

@@ -87,7 +87,8 @@ class KernelTiles:
         )
 
     def multiply_rows_(self, x: Tensor, factors: Tensor) -> None:
-        backends.kernels(self.kernels).multiply_rows(x, factors)
+        if x.numel():
+            backends.kernels(self.kernels).multiply_rows(x, factors.contiguous())
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,10 @@ class ReferenceTiles:
     def score(self, rows: KernelRows, with_entropy: bool) -> Scores:
         active = rows.weights != 0
         if values.can_be_checked(rows.token_ids) and not rows.sharded:
-            shape = rows.token_ids.shape
-            values.check_token_range(rows.token_ids, active, rows.logits.shape[-1], shape)
+            shape, n_cols = rows.token_ids.shape, rows.logits.shape[-1]
+            values.check_token_range(rows.token_ids, active, n_cols, shape)
         logps, entropy, lse = reference.token_logps(
-            rows.logits,
+            rows.logits.reshape(-1, rows.logits.shape[-1]),
             rows.token_ids,
             active,
             rows.temperature,

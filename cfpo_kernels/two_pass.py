@@ -133,10 +133,18 @@ class SequenceRatio:
         counts = sequence_totals(chosen.to(torch.int64), self.index, self.n_sequences, self.longest)
         return counts[self.index] > 0
 
-    def of(self, take: Callable[[Tensor], Tensor]) -> SequenceRatio:
-        """That of some rows, which `take` takes of (N,) tensors in order; of whole sequences."""
-        kept, index = torch.unique_consecutive(take(self.index), return_inverse=True)
-        n_sequences = kept.shape[0]
+    def of(self, take: Callable[[Tensor], Tensor], n_sequences: int | None) -> SequenceRatio:
+        """That of some rows, which `take` takes of (N,) tensors in order; of whole sequences.
+
+        n_sequences: how many these are, where they follow each other; None: it is counted, for
+            which a GPU would be waited for.
+        """
+        index = take(self.index)
+        if n_sequences is None:
+            kept, index = torch.unique_consecutive(index, return_inverse=True)
+            n_sequences = kept.shape[0]
+        else:
+            index = index - index[:1]
         return SequenceRatio(index, n_sequences, self.longest, self.by_token, self.group)
 
     def mean(self, log_ratio: Tensor, active: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ REDUCTIONS = ("all_reduce", "reduce_scatter", "none")
 class VocabParallel:
     """How the vocabulary is split over a process group.
 
+    Make it once: the first call with it asks the other processes for their parts, and waits for
+    the device.
+
     Args:
         group: of ``torch.distributed``; all of its processes make the same calls with the same
             token ids, masks and numbers.
@@ -33,12 +36,25 @@ class VocabParallel:
             order along the first dimension; they are gathered here, and their gradient is summed
             and split. "none": by the caller, as after Megatron's
             ``copy_to_tensor_model_parallel_region`` or with a DTensor's partial placement.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value; at the first call, where the
+            processes' columns are not the vocabulary, each of them once.
+
+    Example:
+        >>> def loss_of(hidden, weight, group, rank):  # weight: rows rank * 512 to rank * 512 + 511
+        ...     where = cfpo_kernels.VocabParallel(group, start=rank * 512, vocab_size=1024)
+        ...     return cfpo_kernels.linear_cfpo_loss(
+        ...         hidden, weight, token_ids, advantages, old_logps, vocab_parallel=where
+        ...     )
     """
 
     group: Any
     start: int
     vocab_size: int
     reduce_hidden_grad: str = "all_reduce"
+    # Not by value: another process's part may differ where this one's is the same.
+    known: dict[Any, Shards] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("start", "vocab_size"):
@@ -57,31 +73,74 @@ class VocabParallel:
             )
 
 
+# Where all shards begin on a multiple of this, rows have the bits of any other such split.
+BLOCK = 1024
+
+
 @dataclass(frozen=True)
 class Shards:
-    """This process's columns [start, start + n_cols) of a vocabulary of `vocab_size`."""
+    """This process's columns [start, start + n_cols) of a vocabulary of `vocab_size`.
+
+    Attributes:
+        block: columns of a block; blocks are summed one by one and merged in order.
+        counts: how many blocks each rank has.
+        order: (blocks,) int64, where each block of the vocabulary, in order, stands among those of
+            all ranks, of which each brings as many as the one that has most.
+    """
 
     group: Any
     start: int
     n_cols: int
     vocab_size: int
+    block: int
+    counts: tuple[int, ...]
+    order: Tensor
 
     @staticmethod
-    def of(given: object, n_cols: int) -> Shards:
-        """Of a VocabParallel, and as many columns as this process has with padding."""
+    def of(given: object, n_cols: int, device: torch.device) -> Shards:
+        """Of a VocabParallel, and as many columns as this process has with padding.
+
+        All processes of the group have to call this: they tell each other their columns.
+        """
         if not isinstance(given, VocabParallel):
             raise type_error("vocab_parallel", given, "a VocabParallel")
-        kept = min(n_cols, given.vocab_size - given.start)
-        if kept < 1:
-            raise ValueError(
-                "vocab_parallel needs a column of the vocabulary on each process, got "
-                f"start={given.start} of vocab_size={given.vocab_size}"
-            )
-        return Shards(given.group, given.start, kept, given.vocab_size)
+        kept = max(0, min(n_cols, given.vocab_size - given.start))
+        if (kept, device) not in given.known:
+            ranges = _ranges(given.group, given.start, kept, device)
+            given.known[kept, device] = Shards._from_ranges(given, kept, ranges, device)
+        return given.known[kept, device]
 
-    def exchange(self, rows: KernelRows, scores: Scores) -> Callable[[], Scores]:
-        """Sends what this shard knows of each row; what it returns waits for the others' and
-        merges, in the order of ranks, so that all processes have the same bits.
+    @staticmethod
+    def _from_ranges(
+        given: VocabParallel, kept: int, ranges: list[tuple[int, int]], device: torch.device
+    ) -> Shards:
+        end = 0
+        for start, size in sorted(ranges):
+            if start != end or size == 0:
+                end = -1
+                break
+            end += size
+        if end != given.vocab_size:
+            described = ", ".join(f"[{start}, {start + size})" for start, size in ranges)
+            raise ValueError(
+                "vocab_parallel: the columns of all processes must be the vocabulary, each of them "
+                f"once, and some on each process; got {described} of vocab_size={given.vocab_size}"
+            )
+        aligned = all(start % BLOCK == 0 for start, _ in ranges)
+        block = BLOCK if aligned else max(size for _, size in ranges)
+        counts = tuple(-(-size // block) for _, size in ranges)
+        order = [
+            rank * max(counts) + i
+            for rank in sorted(range(len(ranges)), key=lambda r: ranges[r])
+            for i in range(counts[rank])
+        ]
+        where = torch.tensor(order, device=device)
+        return Shards(given.group, given.start, kept, given.vocab_size, block, counts, where)
+
+    def score(self, tiles: Tiles, rows: KernelRows, with_entropy: bool) -> Callable[[], Scores]:
+        """Stage 1 of this shard's (n, n_cols) logits, sent to the others; what it returns waits for
+        theirs and merges all, in the order of the vocabulary, so that all processes have the same
+        bits.
         """
         active = rows.weights != 0
         temperature = torch.where(active, rows.temperature, 1.0).double()
@@ -89,28 +148,88 @@ class Shards:
         ids = rows.token_ids + self.start
         picked = rows.logits.gather(1, torch.where(here, rows.token_ids, 0)[:, None]).squeeze(1)
         logit = torch.where(here, picked.double() / temperature, -torch.inf)
-        entropy = scores.lse.new_zeros(()) if scores.entropy is None else scores.entropy
-        mine = torch.stack([scores.lse / temperature, logit, entropy.double().expand_as(logit)])
-        everyone = [torch.empty_like(mine) for _ in range(self.group.size())]
+        lse, entropy = self._of_blocks(tiles, rows, with_entropy)
+        mine = torch.cat([lse / temperature, entropy, logit[None]])
+        everyone = [torch.empty_like(mine) for _ in self.counts]
         work = torch.distributed.all_gather(everyone, mine, group=self.group, async_op=True)
 
         def merged() -> Scores:
             work.wait()
-            lses, logits, entropies = torch.stack(everyone).unbind(1)
-            lse = lses.logsumexp(0)
-            logps = logits.amax(0) - lse
+            most = max(self.counts)
+            of_blocks = torch.stack([x[:-1].unflatten(0, (-1, most)) for x in everyone], 1)
+            lses, *entropies = of_blocks.flatten(1, 2)[:, self.order]
+            highest = lses.amax(0)
+            # A NaN or an infinity is all that counts, and a row of -inf is nothing.
+            above = torch.where(highest.isfinite(), lses - highest, lses)
+            lse = highest + _in_order(above.exp()).log()
+            logps = torch.stack([x[-1] for x in everyone]).amax(0) - lse
             known = (ids >= 0) & (ids < self.vocab_size)
             logps = torch.where(active, torch.where(known, logps, torch.nan), 0.0)
-            share = (lses - lse).exp()
-            parts = torch.where(share == 0, 0.0, share * (entropies + (lse - lses)))
             dtype = rows.weights.dtype
-            return Scores(
-                logps.to(dtype),
-                torch.where(active, lse * temperature, 0.0),
-                None if scores.entropy is None else parts.sum(0).to(dtype),
-            )
+            entropy = None
+            if with_entropy:
+                share = (lses - lse).exp()
+                parts = torch.where(share == 0, 0.0, share * (entropies[0] + (lse - lses)))
+                entropy = torch.where(active, _in_order(parts), 0.0).to(dtype)
+            return Scores(logps.to(dtype), torch.where(active, lse * temperature, 0.0), entropy)
 
         return merged
+
+    def _of_blocks(
+        self, tiles: Tiles, rows: KernelRows, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """T * logsumexp (blocks, n) and, if asked for, entropy (blocks, n), float64; -inf and 0
+        where another rank has a block more.
+        """
+        n_rows, most = rows.logits.shape[0], max(self.counts)
+        temperature = rows.temperature
+        lse = torch.full((most, n_rows), -torch.inf, dtype=torch.float64, device=rows.logits.device)
+        entropy = torch.zeros_like(lse if with_entropy else lse[:0])
+        whole = self.n_cols // self.block
+        for first, count, size in (
+            (0, whole, self.block),
+            (whole, 1, self.n_cols - whole * self.block),
+        ):
+            if count == 0 or size == 0:
+                continue
+            columns = slice(first * self.block, first * self.block + count * size)
+            logits = rows.logits[:, columns].unflatten(1, (count, size))
+            begins = torch.arange(columns.start, columns.stop, size, device=logits.device)
+
+            def of_block(x: Tensor, count: int = count) -> Tensor:
+                return x[:, None].expand(-1, count).reshape(-1).contiguous()
+
+            found = tiles.score(
+                rows._replace(
+                    logits=logits,
+                    token_ids=(rows.token_ids[:, None] - begins).reshape(-1),
+                    weights=of_block(rows.weights),
+                    temperature=temperature if temperature.numel() == 1 else of_block(temperature),
+                ),
+                with_entropy,
+            )
+            blocks = slice(first, first + count)
+            lse[blocks] = found.lse.reshape(n_rows, count).t()
+            if found.entropy is not None:
+                entropy[blocks] = found.entropy.reshape(n_rows, count).t()
+        return lse, entropy
+
+
+def _ranges(group: Any, start: int, n_cols: int, device: torch.device) -> list[tuple[int, int]]:
+    """The first column and the number of columns of each rank."""
+    mine = torch.tensor([start, n_cols], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    torch.distributed.all_gather(everyone, mine, group=group)
+    return [(int(x[0]), int(x[1])) for x in everyone]
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    """The sum of (k, n) over k, by halves: elementwise, so that n changes no bit."""
+    while parts.shape[0] > 1:
+        half = parts.shape[0] // 2
+        sums = parts[0 : 2 * half : 2] + parts[1 : 2 * half : 2]
+        parts = torch.cat([sums, parts[2 * half :]])
+    return parts[0]
 
 
 class ShardedLogpsFunction(torch.autograd.Function):
@@ -129,7 +248,7 @@ class ShardedLogpsFunction(torch.autograd.Function):
         shards: Shards,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = KernelRows(logits.detach(), token_ids, weights, temperature, sharded=True)
-        logps, lse, entropy = shards.exchange(rows, tiles.score(rows, with_entropy))()
+        logps, lse, entropy = shards.score(tiles, rows, with_entropy)()
         entropy = logps.new_empty(0) if entropy is None else entropy
         ctx.save_for_backward(logits, *rows[1:4], logps, lse, entropy)
         ctx.inplace, ctx.tiles = inplace, tiles
@@ -154,6 +273,8 @@ class ShardedLogpsFunction(torch.autograd.Function):
             dlogps,
             None if dentropy is None else dentropy.contiguous(),
         )
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
         return dlogits, *(None,) * 7
 
 
@@ -200,36 +321,53 @@ def shared_by_all(hidden: Tensor, given: VocabParallel) -> Tensor:
 
 
 def from_dtensors(
-    hidden: Any, weight: Any, bias: Any
-) -> tuple[Tensor, Tensor, Tensor | None, VocabParallel]:
+    hidden: Any, weight: Any, bias: Any, lora: Any
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None, VocabParallel]:
     """The local tensors of a head that is split over the rows of a tensor-parallel mesh.
 
-    The hidden states, whole on each process or split by tokens, get gradients of their own
-    placement; so do the weight and the bias.
+    The hidden states (and an adapter's u), whole on each process or split by tokens, get gradients
+    of their own placement; so do the weight and the bias (and the adapter's B).
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    mesh = weight.device_mesh
-    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if x is not None and (
-            not isinstance(x, DTensor) or x.device_mesh != mesh or mesh.ndim != 1
-        ):
+    mesh, vocab_size = weight.device_mesh, weight.shape[0]
+
+    def checked(name: str, x: Any) -> Any:
+        if not isinstance(x, DTensor) or x.device_mesh != mesh or mesh.ndim != 1:
             raise ValueError(
                 f"{name} must be a DTensor on the weight's mesh, and that of one dimension; "
                 "otherwise pass local tensors and vocab_parallel="
             )
-        if name != "hidden" and x is not None and tuple(x.placements) != (Shard(0),):
+        return x
+
+    def of_tokens(name: str, x: Any) -> Tensor:
+        replicated = checked(name, x).redistribute(placements=[Replicate()])
+        return replicated.to_local(grad_placements=[Partial()])
+
+    def of_columns(name: str, x: Any) -> Tensor:
+        if tuple(checked(name, x).placements) != (Shard(0),):
             raise ValueError(
                 f"{name} must be split over the vocabulary, Shard(0), got {x.placements}"
             )
-    replicated = hidden.redistribute(placements=[Replicate()])
-    group, vocab_size = mesh.get_group(), weight.shape[0]
+        return x.to_local()
+
     # As torch.chunk splits: all parts but the last ones have as many rows.
     each = -(-vocab_size // mesh.size())
-    start = min(mesh.get_local_rank() * each, vocab_size)
+    if each * (mesh.size() - 1) >= vocab_size:
+        raise ValueError(
+            f"weight must have rows on each of {mesh.size()} processes, got {vocab_size} in all"
+        )
+    local = of_columns("weight", weight)
+    start = mesh.get_local_rank() * each
+    given = VocabParallel(mesh.get_group(), start, vocab_size, "none")
+    # Known without asking.
+    ranges = [(s, min(each, vocab_size - s)) for s in range(0, vocab_size, each)]
+    found = Shards._from_ranges(given, local.shape[0], ranges, local.device)
+    given.known[local.shape[0], local.device] = found
     return (
-        replicated.to_local(grad_placements=[Partial()]),
-        weight.to_local(),
-        None if bias is None else bias.to_local(),
-        VocabParallel(group, start, vocab_size, "none"),
+        of_tokens("hidden", hidden),
+        local,
+        None if bias is None else of_columns("bias", bias),
+        None if lora is None else (of_tokens("lora[0]", lora[0]), of_columns("lora[1]", lora[1])),
+        given,
     )

@@ -90,10 +90,15 @@ def test_every_kernel_is_there(usages: list[Any]) -> None:
         for rest in ((stage,) if stage == "logps_backward" else (stage, f"{stage}, entropy"))
     }
     wanted |= {
+        f"row_kernel<{dtype}, {rest}, softcap>"
+        for dtype in ("float32", "bfloat16", "float16")
+        for rest in ("policy, entropy", "logps_backward")
+    }
+    wanted |= {
         f"cluster_kernel<{dtype}, {stage}{entropy}>"
         for dtype in ("float32", "bfloat16", "float16")
         for stage in ("policy",)
-        for entropy in ("", ", entropy")
+        for entropy in ("", ", entropy", ", entropy, softcap")
     }
     archs = {usage.arch for usage in usages}
     assert len(archs) == sum("virtual" not in arch for arch in cpu.native.cuda_archs.split(","))

@@ -30,6 +30,7 @@ def test_every_file_with_gpu_tests_is_run() -> None:
     assert names == {
         "test_cuda_gpu.py",
         "test_cuda_kernels.py",
+        "test_cuda_shards.py",
         "test_gpu.py",
         "test_gpu_triton.py",
     }
@@ -63,6 +64,7 @@ def test_what_was_found_is_kept_when_it_is_cut_off(on_a_gpu: list[str], tmp_path
         "verify": 0,
         "test_cuda_gpu": 0,
         "test_cuda_kernels": 1,
+        "test_cuda_shards": 0,
     }
 
 

@@ -210,7 +210,7 @@ def test_a_step_from_logits() -> None:
     torch.testing.assert_close(logits.grad, leaf.grad.float(), rtol=1e-5, atol=1e-8)
 
 
-BETA = 'scalars.scalar(scalars.positive("beta", beta), chosen.device) * '
+BETA = 'scalars.on_device(scalars.positive("beta", beta), chosen.device) * '
 CHI = "scale * (powers + chosen - rejected)"
 CLIP = "margin.clamp(-largest, largest)"
 DRIFT = "features[1] - features[0].detach()"
@@ -228,7 +228,7 @@ PLANTED = {
         CLIP,
         f"margin + ({CLIP} - margin).detach()",
     ),
-    "alpha dropped": ("fpo_loss", "scalars.scalar(weight, chosen.device) * drift", "drift"),
+    "alpha dropped": ("fpo_loss", "scalars.on_device(weight, chosen.device) * drift", "drift"),
     "features exchanged": ("fpo_loss", DRIFT, f"-({DRIFT})"),
     "a gradient of the chosen features": ("fpo_loss", "features[0].detach()", "features[0]"),
     "no gradient of the rejected": ("fpo_loss", "features[1] - ", "features[1].detach() - "),

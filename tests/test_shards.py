@@ -60,11 +60,12 @@ class Arrived(NamedTuple):
 
 
 def gradient(rows: KernelRows, arrived: Arrived, inplace: bool = False) -> Tensor:
-    """Written into memory beside which nothing may change."""
+    """Written into memory beside which nothing may change; aligned where V is a multiple of 8."""
     logits = rows.logits
     n, v = logits.shape
-    memory = torch.full((n, v + 6), 7.0, dtype=logits.dtype)
-    dlogits = memory[:, 3 : v + 3]
+    pad = 3 if v % 8 else 8
+    memory = torch.full((n, v + 2 * pad), 7.0, dtype=logits.dtype)
+    dlogits = memory[:, pad : v + pad]
     if inplace:
         rows = rows._replace(logits=dlogits.copy_(logits))
     kernels(logits).token_logps_backward(
@@ -75,7 +76,7 @@ def gradient(rows: KernelRows, arrived: Arrived, inplace: bool = False) -> Tenso
         dentropy=arrived.dentropy,
         dlogits=dlogits,
     )
-    assert (memory[:, :3] == 7.0).all() and (memory[:, v + 3 :] == 7.0).all()
+    assert (memory[:, :pad] == 7.0).all() and (memory[:, v + pad :] == 7.0).all()
     return dlogits.clone()
 
 
@@ -117,7 +118,7 @@ def temperatures(n: int) -> Tensor:
 # --- Stage 1 --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("v", [1, 7, 1000, 20001, 50257])
+@pytest.mark.parametrize("v", [1, 7, 1000, 20001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_token_that_is_elsewhere(dtype: torch.dtype, v: int, level: str) -> None:
     ids = torch.tensor([0, v - 1, v // 2, v, v + 3, -1, -v, *FAR])
@@ -133,6 +134,24 @@ def test_a_token_that_is_elsewhere(dtype: torch.dtype, v: int, level: str) -> No
     whole = sums(rows_of(case.logits[:3], ids[:3], t[:3]))
     for name, x in whole._asdict().items():
         assert torch.equal(getattr(got, name)[:3], x), f"{name} of a token that is here"
+
+
+def test_a_row_alone_has_the_same_bits(level: str) -> None:
+    """Also where several threads or programs share it."""
+    v = 40001
+    ids = torch.tensor([0, v, -1, v - 1, v + 32768])
+    case, t = make_case(5, v), temperatures(5)
+    case.logits[4] = -math.inf
+    rows = rows_of(case.logits, ids, t, sharded=True)
+    want = sums(rows)
+    arrived = Arrived(want.lse.clamp(min=3.0), want.entropy, t, -t)
+    dlogits = gradient(rows, arrived)
+    for i in range(5):
+        alone = rows_of(*(x[i : i + 1] for x in (case.logits, ids, t)), sharded=True)
+        for x, y in zip(sums(alone), want, strict=True):
+            assert torch.equal(x, y[i : i + 1])
+        its = Arrived(*(x[i : i + 1] for x in arrived if x is not None))
+        assert torch.equal(gradient(alone, its), dlogits[i : i + 1])
 
 
 @pytest.mark.parametrize("peak", [0.5, 0.9, 0.99, 0.9999, 0.999999])
@@ -216,7 +235,7 @@ def test_only_shards_miss_their_token(level: str) -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("v", [3, 1000, 20001, 50257])
+@pytest.mark.parametrize("v", [3, 1000, 20001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_of_columns(dtype: torch.dtype, v: int, inplace: bool, level: str) -> None:
     g = torch.Generator().manual_seed(v)

@@ -45,8 +45,7 @@ def slope(y: Tensor, softcap: float) -> Tensor:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("softcap", SOFTCAPS)
-@pytest.mark.parametrize("v", [1, 7, 1000, 20001, 50257])
+@pytest.mark.parametrize(("v", "softcap"), [(1, 4.0), (7, 4.0), (1000, 30.0), (20001, 4.0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_of_log_probs(
     dtype: torch.dtype, v: int, softcap: float, inplace: bool, level: str
@@ -96,14 +95,14 @@ def policy_gradient(rows: KernelRows, case: Case, inplace: bool = False) -> Tens
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("everything", [False, True])
-@pytest.mark.parametrize("v", [1, 7, 1000, 20001, 50257])
+@pytest.mark.parametrize("v", [1, 7, 1000, 20001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_of_a_loss(
     dtype: torch.dtype, v: int, everything: bool, inplace: bool, level: str
 ) -> None:
     """What the kernels give without a softcap, which others compare with float64, times the slope;
     and rounded once."""
-    for softcap in SOFTCAPS:
+    for softcap in SOFTCAPS if v == 7 else SOFTCAPS[:1]:
         case = capped(make_case(8, v, dtype, seed=v), softcap)
         if everything:
             case = with_everything(case)

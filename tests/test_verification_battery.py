@@ -121,7 +121,7 @@ def test_the_short_battery_has_every_kind_of_call() -> None:
     chosen = cases.short()
     assert 70 <= len(chosen) <= 100 and len(set(chosen)) == len(chosen)
     assert {case.call for case in chosen} == {
-        "train", "score", "on-policy", "backward", "multiply",
+        "train", "score", "on-policy", "backward", "shards", "multiply",
     }  # fmt: skip
     assert min(case.n_cols for case in chosen) == 1
     assert max(case.n_cols for case in chosen) == 262144

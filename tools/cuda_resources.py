@@ -45,6 +45,7 @@ def readable(function: str) -> str:
     stages = {"PolicyStage": "policy", "LogpsBackward": "logps_backward"}
     words += [word for tag, word in {**stages, "LogpsStage": "logps"}.items() if tag in arguments]
     words += ["entropy"] if "Lb1E" in arguments else []
+    words += ["softcap"] if "6CappedI" in arguments else []
     return f"{name}<{', '.join(words)}>"
 
 

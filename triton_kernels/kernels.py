@@ -14,6 +14,9 @@ Common arguments:
     token_ids_ptr: int64
     weights_ptr: 0: the row is not read and its gradient is zeros
     temperature_ptr, temperature_stride: one a row (1) or one for all (0)
+    absent: stands for the logit of a token outside [0, V): NaN; or -inf where the rows are columns
+        of longer ones, which have the token
+    inverse_softcap: 0, or 1 / softcap of logits that are softcap * tanh(z / softcap)
     BLOCK, SEGMENT: see softmax.py; they decide the last bits of a row
 Programs take every n-th row or piece of one, so that a launch may have fewer programs than rows:
 the rows that are on their way between stage 1 and stage 3 have to fit the L2 cache together.
@@ -112,7 +115,7 @@ def _row_statistics(
     partials_ptr,
     row,
     column,
-    known,
+    absent,
     scale,
     n_cols,
     BLOCK: tl.constexpr,
@@ -123,7 +126,7 @@ def _row_statistics(
 ):
     """Stage 1 of a whole row."""
     if partials_ptr is None:
-        z_target = target_logit(x_ptr + shift, column, known)
+        z_target = target_logit(x_ptr + shift, column, absent)
         guess, lift, usable = guess_reference(x_ptr, shift, n_cols, column, scale, BLOCK, SHIFTED)
         ref, rest, weighted = sum_columns(
             x_ptr,
@@ -143,7 +146,7 @@ def _row_statistics(
         )
     else:
         ref, rest, weighted, z_target = _merge_partials(partials_ptr, row, n_cols, SEGMENT)
-    return join_target(z_target, scale, ref, rest, weighted, WITH_ENTROPY)
+    return join_target(z_target, scale, ref, rest, weighted, absent == float("-inf"), WITH_ENTROPY)
 
 
 @_kernel
@@ -191,6 +194,7 @@ def policy_loss_kernel(
     p7: tl.float32,
     kl_coef: tl.float32,
     entropy_coef: tl.float32,
+    inverse_softcap: tl.float32,
     OBJECTIVE: tl.constexpr,
     KL: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
@@ -224,7 +228,7 @@ def policy_loss_kernel(
                 if entropy_ptr is not None:
                     tl.store(entropy_ptr + row, 0.0)
         else:
-            column, known = target_column(token_ids_ptr, row, n_cols)
+            column = target_column(token_ids_ptr, row, n_cols)
             scale = _row_scale(temperature_ptr, row, temperature_stride)
             ref, log2_total, total, exact_logp, complement, entropy = _row_statistics(
                 x_ptr,
@@ -232,7 +236,7 @@ def policy_loss_kernel(
                 partials_ptr,
                 row,
                 column,
-                known,
+                float("nan"),
                 scale,
                 n_cols,
                 BLOCK,
@@ -309,6 +313,7 @@ def policy_loss_kernel(
                     ref,
                     constant,
                     linear,
+                    inverse_softcap,
                     BLOCK,
                     SHIFTED,
                     WITH_ENTROPY,
@@ -332,6 +337,7 @@ def token_logps_kernel(
     logits_inner: tl.int64,
     logits_outer: tl.int64,
     logits_step: tl.int64,
+    absent: tl.float32,
     WITH_ENTROPY: tl.constexpr,
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
@@ -350,7 +356,7 @@ def token_logps_kernel(
             x_place, shift = row_place(
                 row, logits_first, logits_inner, logits_outer, logits_step, UNIT, SHIFTED
             )
-            column, known = target_column(token_ids_ptr, row, n_cols)
+            column = target_column(token_ids_ptr, row, n_cols)
             scale = _row_scale(temperature_ptr, row, temperature_stride)
             ref, log2_total, _, exact_logp, _, entropy = _row_statistics(
                 logits_ptr + x_place,
@@ -358,7 +364,7 @@ def token_logps_kernel(
                 partials_ptr,
                 row,
                 column,
-                known,
+                absent,
                 scale,
                 n_cols,
                 BLOCK,
@@ -398,6 +404,7 @@ def token_logps_backward_kernel(
     dlogits_outer: tl.int64,
     dlogits_step: tl.int64,
     n_pieces: tl.int32,  # programs that share a row
+    inverse_softcap: tl.float32,
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -429,7 +436,7 @@ def token_logps_backward_kernel(
         if (tl.load(weights_ptr + row) == 0) | ((c == 0) & (h == 0)):
             write_zeros(d_ptr, shift, begin, end, BLOCK, SHIFTED)
         else:
-            column, known = target_column(token_ids_ptr, row, n_cols)
+            column = target_column(token_ids_ptr, row, n_cols)
             scale = _row_scale(temperature_ptr, row, temperature_stride)
             log2_total = tl.load(lse_ptr + row) * scale.to(tl.float64)
             ref = tl.floor(log2_total.to(tl.float32))
@@ -440,8 +447,8 @@ def token_logps_backward_kernel(
             # target_value may depend on the logit: the thread that stores it has loaded it before.
             logp = log2_sum
             place = column + shift
-            if (place >= begin) & (place < end):
-                z = target_logit(x_ptr + shift, column, known).to(tl.float64)
+            if (column >= 0) & (place >= begin) & (place < end):
+                z = tl.load(x_ptr + place).to(tl.float64)
                 logp = (z * scale.to(tl.float64) - log2_total) * LN2
             logp32 = logp.to(tl.float32)
             entropy = 0.0
@@ -470,6 +477,7 @@ def token_logps_backward_kernel(
                 ref,
                 constant,
                 linear,
+                inverse_softcap,
                 BLOCK,
                 SHIFTED,
                 dentropy_ptr is not None,
@@ -490,6 +498,7 @@ def sum_segments_kernel(
     logits_inner: tl.int64,
     logits_outer: tl.int64,
     logits_step: tl.int64,
+    absent: tl.float32,
     WITH_ENTROPY: tl.constexpr,
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
@@ -507,7 +516,7 @@ def sum_segments_kernel(
             row, logits_first, logits_inner, logits_outer, logits_step, UNIT, SHIFTED
         )
         x_ptr = logits_ptr + x_place
-        column, known = target_column(token_ids_ptr, row, n_cols)
+        column = target_column(token_ids_ptr, row, n_cols)
         scale = _row_scale(temperature_ptr, row, temperature_stride)
         guess, lift, usable = guess_reference(x_ptr, shift, n_cols, column, scale, BLOCK, SHIFTED)
         begin = segment * SEGMENT
@@ -532,7 +541,7 @@ def sum_segments_kernel(
         tl.store(of_row + 3 * segment + 1, total)
         tl.store(of_row + 3 * segment + 2, weighted)
         if segment == 0:
-            z_target = target_logit(x_ptr + shift, column, known)
+            z_target = target_logit(x_ptr + shift, column, absent)
             tl.store(of_row + 3 * n_segments, z_target.to(tl.float64))
 
 

@@ -23,16 +23,16 @@ def row_place(
 
 @triton.jit
 def target_column(token_ids_ptr, row, n_cols):
-    """The row's token as int32, and whether it is in the vocabulary; column 0 stands in if not."""
+    """The row's token as int32, or -1 where it is none of the columns."""
     token = tl.load(token_ids_ptr + row)
-    known = (token >= 0) & (token < n_cols)
-    return tl.where(known, token, 0).to(tl.int32), known
+    return tl.where((token >= 0) & (token < n_cols), token, -1).to(tl.int32)
 
 
 @triton.jit
-def target_logit(x_ptr, column, known):
-    """The target's logit in float32; NaN for a token that is not in the vocabulary.
+def target_logit(x_ptr, column, absent):
+    """The target's logit in float32; `absent` for a token that is none of the columns.
 
     Read before a reduction of stage 1 it is read before any thread overwrites the row.
     """
-    return tl.where(known, tl.load(x_ptr + column).to(tl.float32), float("nan"))
+    logit = tl.load(x_ptr + tl.maximum(column, 0)).to(tl.float32)
+    return tl.where(column >= 0, logit, absent)

@@ -250,8 +250,10 @@ def sum_columns(
 
 
 @triton.jit
-def join_target(z_target, scale, ref, rest, weighted, WITH_ENTROPY: tl.constexpr):
+def join_target(z_target, scale, ref, rest, weighted, sharded, WITH_ENTROPY: tl.constexpr):
     """Joins the target with the sums over the rest of its row.
+
+    A shard that has bans alone has no mass; a whole row of them is NaN.
 
     Returns (ref, log2 of the sum in float64, the sum, logp in float64, 1 - p, entropy), float32
     unless said otherwise. A few operations are in float64, which is slow on some GPUs, but cheap
@@ -259,6 +261,7 @@ def join_target(z_target, scale, ref, rest, weighted, WITH_ENTROPY: tl.constexpr
     """
     u = z_target.to(tl.float64) * scale.to(tl.float64)
     top = tl.maximum(ref, tl.ceil(u.to(tl.float32)))
+    empty = sharded & (top <= -LARGEST_REF) & (z_target == z_target) & (rest == rest)
     top = tl.where(tl.abs(top) < LARGEST_REF, top, float("nan"))
     gap = u - top.to(tl.float64)
     mass = tl.exp2(gap.to(tl.float32))
@@ -280,8 +283,10 @@ def join_target(z_target, scale, ref, rest, weighted, WITH_ENTROPY: tl.constexpr
         # The target's share apart: where it has nearly all the mass, the others' terms are small.
         own = tl.where(mass == 0, 0.0, -logp.to(tl.float32) * mass)
         others = (log2_total * rest - weighted) * LN2
-        entropy = (own + others.to(tl.float32)) / total
-    return top, log2_total, total, logp, rest32 / total, entropy
+        entropy = tl.where(empty, 0.0, (own + others.to(tl.float32)) / total)
+    logp = tl.where(empty, float("-inf"), logp)
+    log2_total = tl.where(empty, float("-inf"), log2_total)
+    return tl.where(empty, 0.0, top), log2_total, total, logp, rest32 / total, entropy
 
 
 @triton.jit
@@ -302,13 +307,28 @@ def gradient_coefficients(
 
 @triton.jit
 def _gradient_block(
-    x, columns, target, target_value, scale, ref, constant, linear, WITH_ENTROPY: tl.constexpr
+    x,
+    columns,
+    target,
+    target_value,
+    scale,
+    ref,
+    constant,
+    linear,
+    inverse_softcap,
+    WITH_ENTROPY: tl.constexpr,
 ):
-    u = tl.fma(x.to(tl.float32), scale, -ref)
+    x = x.to(tl.float32)
+    u = tl.fma(x, scale, -ref)
     factor = constant
     if WITH_ENTROPY:
         factor = tl.fma(linear, tl.maximum(u, _LOWEST), constant)
-    return tl.where(columns == target, target_value, tl.exp2(u) * factor)
+    d = tl.where(columns == target, target_value, tl.exp2(u) * factor)
+    if inverse_softcap != 0:
+        # dy/dz of y = softcap tanh(z / softcap); 0 for a ban by -inf, whose 2^u is 0 too.
+        t = x * inverse_softcap
+        d *= tl.maximum(tl.fma(-t, t, 1.0), 0.0)
+    return d
 
 
 @triton.jit
@@ -324,13 +344,15 @@ def write_gradient(
     ref,
     constant,
     linear,
+    inverse_softcap,
     BLOCK: tl.constexpr,
     SHIFTED: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
     """Stage 3 at places [begin, end), backwards: what stage 1 read last is in the cache still.
 
-    begin is a multiple of BLOCK. x and d may be the same memory.
+    begin is a multiple of BLOCK. x and d may be the same memory. inverse_softcap: not 0 where the
+    logits have been through a softcap, and the gradient is that of what came in.
     """
     lanes = tl.arange(0, BLOCK)
     dtype = d_ptr.dtype.element_ty
@@ -341,7 +363,16 @@ def write_gradient(
         x = _load_edge(x_ptr, tail, shift, end, BLOCK, SHIFTED)
         places = tail + lanes
         d = _gradient_block(
-            x, places, target, target_value, scale, ref, constant, linear, WITH_ENTROPY
+            x,
+            places,
+            target,
+            target_value,
+            scale,
+            ref,
+            constant,
+            linear,
+            inverse_softcap,
+            WITH_ENTROPY,
         )
         tl.store(d_ptr + places, d.to(dtype), mask=_inside(tail, shift, end, BLOCK, SHIFTED))
 
@@ -354,7 +385,16 @@ def write_gradient(
         ahead = _load_ahead(x_ptr, start - BLOCK, first < start, BLOCK, "evict_first")
         places = start + lanes
         d = _gradient_block(
-            x, places, target, target_value, scale, ref, constant, linear, WITH_ENTROPY
+            x,
+            places,
+            target,
+            target_value,
+            scale,
+            ref,
+            constant,
+            linear,
+            inverse_softcap,
+            WITH_ENTROPY,
         )
         tl.store(d_ptr + places, d.to(dtype), eviction_policy="evict_first")
         x = ahead
@@ -363,7 +403,16 @@ def write_gradient(
             x = _load_edge(x_ptr, begin, shift, end, BLOCK, SHIFTED)
             places = begin + lanes
             d = _gradient_block(
-                x, places, target, target_value, scale, ref, constant, linear, WITH_ENTROPY
+                x,
+                places,
+                target,
+                target_value,
+                scale,
+                ref,
+                constant,
+                linear,
+                inverse_softcap,
+                WITH_ENTROPY,
             )
             tl.store(d_ptr + places, d.to(dtype), mask=places >= shift)
 

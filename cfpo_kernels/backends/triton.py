@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -245,6 +246,15 @@ def _row_inputs(rows: KernelRows, first: int) -> dict[str, Any]:
     }
 
 
+def _absent(rows: KernelRows) -> float:
+    """Stands for the logit of a token outside [0, V)."""
+    return -math.inf if rows.sharded else math.nan
+
+
+def _inverse_softcap(rows: KernelRows) -> float:
+    return 1 / rows.softcap if rows.softcap else 0.0
+
+
 def _token_columns(terms: KernelTerms, first: int) -> dict[str, Tensor | None]:
     inputs = terms.inputs
     if not terms.settings.kl_coef:
@@ -272,7 +282,7 @@ def _objective(settings: LossSettings) -> dict[str, Any]:
     }
 
 
-def _partials(launch: _Launch, inputs: dict[str, Any]) -> Tensor | None:
+def _partials(launch: _Launch, inputs: dict[str, Any], absent: float) -> Tensor | None:
     """Stage 1 by a program a segment, where rows are so few that whole ones would leave most of
     the GPU idle."""
     if not launch.is_split():
@@ -284,6 +294,7 @@ def _partials(launch: _Launch, inputs: dict[str, Any]) -> Tensor | None:
         partials,
         **inputs,
         **launch.rows(),
+        absent=absent,
         WITH_ENTROPY=launch.with_entropy,
         SEGMENT=launch.tile.segment,
         **launch.constants(),
@@ -312,13 +323,14 @@ class TritonBackend:
         entropy: Tensor | None,
         dlogits: Tensor | None,
     ) -> None:
+        rows.check_whole()
         kernel = _module("kernels").policy_loss_kernel
         settings = terms.settings
         with_entropy = entropy is not None or settings.needs_entropy
         for first, launch in _launches(rows.logits, dlogits, with_entropy=with_entropy):
             inputs = _row_inputs(rows, first)
             with _on(launch.logits.tensor.device):
-                partials = _partials(launch, inputs)
+                partials = _partials(launch, inputs, _absent(rows))
                 pieces = 1
                 if partials is not None and launch.dlogits is not None:
                     pieces = launch.pieces()
@@ -337,6 +349,7 @@ class TritonBackend:
                     **launch.gradient_rows(),
                     n_pieces=pieces,
                     **_objective(settings),
+                    inverse_softcap=_inverse_softcap(rows),
                     WITH_ENTROPY=with_entropy,
                     SEGMENT=launch.tile.segment,
                     **launch.constants(),
@@ -348,7 +361,7 @@ class TritonBackend:
         for first, launch in _launches(rows.logits, with_entropy=entropy is not None):
             inputs = _row_inputs(rows, first)
             with _on(launch.logits.tensor.device):
-                partials = _partials(launch, inputs)
+                partials = _partials(launch, inputs, _absent(rows))
                 programs = launch.n_rows if partials is not None else launch.row_programs()
                 _module("kernels").token_logps_kernel[(programs,)](
                     launch.logits.tensor,
@@ -358,6 +371,7 @@ class TritonBackend:
                     lse_ptr=_from(lse, first),
                     entropy_ptr=_from(entropy, first),
                     **launch.rows(),
+                    absent=_absent(rows),
                     WITH_ENTROPY=entropy is not None,
                     SEGMENT=launch.tile.segment,
                     **launch.constants(),
@@ -387,6 +401,7 @@ class TritonBackend:
                     **launch.rows(),
                     **launch.gradient_rows(),
                     n_pieces=pieces,
+                    inverse_softcap=_inverse_softcap(rows),
                     SEGMENT=launch.tile.segment,
                     **launch.constants(),
                 )

@@ -21,9 +21,9 @@ from ..validation.rows import check_hidden_rows
 from ..validation.scalars import positive_number
 from ..vocab_parallel import Shards, VocabParallel, from_dtensors, shared_by_all
 from .arguments import check_parameters, is_dtensor, precision
-from .batch import Batch
+from .batch import Batch, Parameters
 from .fused import fused_loss
-from .plan import Chunk, Selection, by_sequence, default_chunk, in_order, select
+from .plan import LEAST_ROWS, Chunk, Selection, by_sequence, default_chunk, in_order, select
 from .scores import scores_of
 from .support import check_support, positions, support_logits
 
@@ -32,6 +32,7 @@ ACCUMULATE = ("float32", "weight")
 FEW_CHUNKS = 4
 
 
+@torch.compiler.disable
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -77,6 +78,17 @@ def linear_policy_loss(
         others: see :func:`linear_cfpo_loss`.
 
     Returns, raises, memory: see :func:`linear_cfpo_loss`.
+
+    Example:
+        >>> hidden, weight = torch.randn(6, 16), torch.randn(1000, 16, requires_grad=True)
+        >>> token_ids, advantages = torch.randint(0, 1000, (6,)), torch.randn(6)
+        >>> objective = cfpo_kernels.PPOClip(0.2, 0.28)
+        >>> loss, stats = cfpo_kernels.linear_policy_loss(
+        ...     hidden, weight, token_ids, advantages, objective=objective, return_stats=True
+        ... )
+        >>> loss.backward()
+        >>> stats.ratio_max
+        tensor(1.)
     """
     chosen = validation.check_objective(objective)
     validation.check_flag("return_stats", return_stats)
@@ -209,10 +221,6 @@ def linear_cfpo_loss(
             like the head's parameters.
         weight: (V, H), the head, as in ``nn.Linear``, in the dtype of hidden (under autocast both
             are cast). A view of a larger one will do, such as ``weight[:vocab_size]``.
-        token_ids, advantages, old_logps, epsilon, epsilon_high, mask, reduction, normalizer,
-            cu_seqlens, token_weights, ref_logps, log_ratio_bounds, ratio_level, sequence_group,
-            kl_coef, kl_estimator, kl_ratio_weighted, entropy_coef, temperature, backend,
-            return_stats: see :func:`cfpo_loss`, (B, T, H) and packed (N, H) for (B, T, V), (N, V).
         bias: (V,), or None.
         lora: a pair (u, B) of an adapter on the head, ``u = scale * hidden @ A.T`` (..., r) and
             ``B`` (V, r), both differentiable: logits gain ``u @ B.T``, and no merged weight exists.
@@ -228,9 +236,9 @@ def linear_cfpo_loss(
             sampled token has to be among them. No product over the vocabulary is made at all.
         vocab_parallel: weight and bias are one process's part of the vocabulary, see
             :class:`VocabParallel`.
-        chunk_tokens: rows of each product. The last one is filled up with zeros, so that a token's
-            bits do not depend on the others: use one number for scoring and for training. None:
-            from V, dtype and kind of device, 128 on a CPU.
+        chunk_tokens: rows of each product. The last one is filled up with zeros (and all to 16), so
+            that a token's bits do not depend on the others: use one number for scoring and for
+            training. None: from V, dtype and kind of device, 128 on a CPU.
         active_tokens: at least as many tokens as are unmasked, where the mask is on a GPU: only so
             many are multiplied, without waiting for the device. More unmasked tokens than that make
             the loss, or the log-probs, NaN. None: on a GPU all tokens are multiplied.
@@ -240,6 +248,7 @@ def linear_cfpo_loss(
             in its final dtype, at the price of a fourth product.
         grad_scale: see :func:`cfpo_loss`. The incoming gradient has that scale already where the
             loss takes two passes (low_memory, reduction="none", a callable), and it is not needed.
+        others: see :func:`cfpo_loss`, with (B, T, H) for (B, T, V) and packed (N, H) for (N, V).
 
     Returns, raises: see :func:`cfpo_loss`. Also
         TypeError, ValueError: a head that is quantised, sharded outside its forward, or empty.
@@ -302,6 +311,7 @@ def linear_cfpo_loss(
     )
 
 
+@torch.compiler.disable
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -338,6 +348,13 @@ def linear_token_logps(
     Memory and products: without a gradient one product and a tile of logits. With a frozen head,
     and without entropies, two products, and forward keeps a gradient of hidden. Otherwise backward
     multiplies all but the last tile again, four products, over the vocabulary in slices.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 3, 16), torch.randn(1000, 16)
+        >>> token_ids = torch.randint(0, 1000, (2, 3))
+        >>> cfpo_kernels.linear_token_logps(hidden, weight, token_ids).exp()
+        tensor([[0.0010, 0.0010, 0.0010],
+                [0.0010, 0.0010, 0.0010]])
     """
     validation.check_flag("return_entropy", return_entropy)
     head = _Head(
@@ -396,24 +413,25 @@ class _Head:
             validation.check_choice("accumulate", accumulate, ACCUMULATE) == "float32"
         )
         if is_dtensor(weight) and is_dtensor(hidden):
-            hidden, weight, bias, vocab_parallel = from_dtensors(hidden, weight, bias)
-        if isinstance(vocab_parallel, VocabParallel) and isinstance(hidden, Tensor):
-            hidden = shared_by_all(hidden, vocab_parallel)
+            hidden, weight, bias, lora, vocab_parallel = from_dtensors(hidden, weight, bias, lora)
         takes_float64 = chosen == backends.REFERENCE
-        self.hidden = hidden
-        self.parameters, self.shape = check_parameters(hidden, weight, bias, lora, takes_float64)
+        self.parameters, shape = check_parameters(hidden, weight, bias, lora, takes_float64)
         for parameter in self.parameters:
             if parameter is not None:
                 refuse_tangents(parameter)
-        self.n_cols = self.parameters.weight.shape[0]
+        widest = self.n_cols = self.parameters.weight.shape[0]
         self.shards = None
         if vocab_parallel is not None:
-            self.shards = Shards.of(vocab_parallel, self.n_cols)
+            self.shards = Shards.of(vocab_parallel, self.n_cols, self.parameters.weight.device)
+            assert isinstance(vocab_parallel, VocabParallel)  # Shards.of
+            widest = self.shards.vocab_size  # the same on each process
+            self.parameters, shape = _of_all(self.parameters, shape, vocab_parallel)
+        self.hidden = self.parameters.hidden.reshape(*shape, hidden.shape[-1])
         self.dtypes = precision(self.parameters, logits_dtype, self.softcap)
-        device = hidden.device
+        device = self.hidden.device
         resolved = backends.resolve(chosen, device, self.dtypes.logits, self.n_cols)
         self.tiles, self.runs_triton = tiles(resolved), runner(resolved).runs_triton
-        self.chunk = default_chunk(self.n_cols, self.dtypes.logits, device)
+        self.chunk = default_chunk(widest, self.dtypes.logits, device)
         if chunk_tokens is not None:
             self.chunk = _positive_int("chunk_tokens", chunk_tokens)
 
@@ -462,7 +480,7 @@ class _Head:
             tile_dtype=self.dtypes.logits,
             rounded=self.dtypes.rounded,
             softcap=0.0 if self.softcap is None else self.softcap / self.scale,
-            chunk=self.chunk,
+            chunk=max(self.chunk, LEAST_ROWS),
             wanted=wanted,
             scored=in_order(selection.scored, 0, self.chunk),
             has_masked=selection.has_masked,
@@ -470,6 +488,21 @@ class _Head:
             shards=self.shards,
             accumulates=self.accumulates,
         )
+
+
+def _of_all(
+    parameters: Parameters, shape: torch.Size, vocab_parallel: VocabParallel
+) -> tuple[Parameters, torch.Size]:
+    """With the rows of all tokens, and the gradient of all shards; and the tokens' shape."""
+    hidden, u = (
+        None if x is None else shared_by_all(x, vocab_parallel)
+        for x in (parameters.hidden, parameters.u)
+    )
+    assert hidden is not None
+    if hidden.shape != parameters.hidden.shape:
+        times = hidden.shape[0] // parameters.hidden.shape[0]
+        shape = torch.Size((times * shape[0], *shape[1:]))
+    return parameters._replace(hidden=hidden, u=u), shape
 
 
 def _idle(rows: Rows, terms: LossTerms) -> Tensor | None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..validation.errors import type_error
 from ..validation.rows import KERNEL_DTYPES
 from .batch import Parameters
+from .products import autocast_dtype
 
 QUANTISED = (
     "a head that is quantised or computed from other parameters has no weight that could be "
@@ -46,6 +48,7 @@ def check_parameters(
     accepted = "a float32, bfloat16 or float16 tensor of shape (..., H)"
     if not isinstance(hidden, Tensor):
         raise type_error("hidden", hidden, accepted)
+    _check_local("hidden", hidden)
     dtypes = (*KERNEL_DTYPES, torch.float64) if takes_float64 else KERNEL_DTYPES
     if hidden.dtype not in dtypes:
         more = "; float64 needs backend='reference'" if hidden.dtype == torch.float64 else ""
@@ -83,7 +86,7 @@ def check_weight(weight: object, device: torch.device) -> Tensor:
         raise type_error("weight", weight, accepted)
     if is_dtensor(weight):
         raise ValueError(f"weight must be {accepted}, got a DTensor: {SHARDED}")
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+    if type(weight) not in (Tensor, nn.Parameter, FakeTensor) or not weight.is_floating_point():
         name = f"{type(weight).__name__} of {weight.dtype}"
         raise TypeError(f"weight must be {accepted}, got a {name}: {QUANTISED}")
     if weight.numel() == 0:
@@ -96,11 +99,21 @@ def check_weight(weight: object, device: torch.device) -> Tensor:
 def _matrix(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise type_error(name, value, "a floating-point tensor")
+    _check_local(name, value)
     if value.device != device:
         raise ValueError(f"{name} must be on the device of hidden, {device}, got {value.device}")
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     return value
+
+
+def _check_local(name: str, value: Tensor) -> None:
+    """Of a head whose weight is local; from_dtensors takes the others apart."""
+    if is_dtensor(value):
+        raise ValueError(
+            f"{name} must be a local tensor where the hidden states or the weight is one, "
+            "got a DTensor"
+        )
 
 
 def is_dtensor(x: object) -> bool:
@@ -118,9 +131,8 @@ def precision(parameters: Parameters, logits_dtype: object, softcap: float | Non
     operands keep the weight's.
     """
     hidden, weight = parameters.hidden.dtype, parameters.weight.dtype
-    device = parameters.hidden.device.type
+    autocast = autocast_dtype(parameters.hidden.device)
     wide = torch.promote_types(weight, torch.float32)
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     accepted = {weight, wide} if autocast is None else {weight, wide, autocast}
     if logits_dtype is not None and logits_dtype not in accepted:
         raise ValueError(

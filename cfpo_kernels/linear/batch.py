@@ -107,8 +107,10 @@ class Batch:
     def score(self, tile: Tensor, chunk: Chunk, with_entropy: bool) -> Callable[[], Scores]:
         """Stage 1. What it returns waits for the other shards of the vocabulary."""
         rows = self.kernel_rows(tile, chunk, self.rows.active.to(self.rows.dtype))
+        if self.shards is not None:
+            return self.shards.score(self.tiles, rows, with_entropy)
         scores = self.tiles.score(rows, with_entropy)
-        return (lambda: scores) if self.shards is None else self.shards.exchange(rows, scores)
+        return lambda: scores
 
 
 class Sums:
@@ -122,7 +124,7 @@ class Sums:
         self.batch, self.head, self.parameters = batch, head, parameters
         self.needs = Parameters(*needs)  # type: ignore[arg-type]
         hidden, u = (
-            torch.zeros_like(x) if x is not None and needed else None
+            _zeros(x) if x is not None and needed else None
             for x, needed in ((parameters.hidden, needs[0]), (parameters.u, needs[3]))
         )
         self.found: list[Tensor | None] = [hidden, None, None, u, None]
@@ -142,26 +144,29 @@ class Sums:
         p, needs = self.parameters, self.needs
         return Gradients(x=new(p.hidden, bool(needs.hidden)), u=new(p.u, bool(needs.u)))
 
-    def of_columns(self, n_cols: int, *, several: bool) -> Gradients:
+    def of_columns(self, columns: slice, *, several: bool) -> Gradients:
         """To add up some columns of the head in, from several tiles or from one."""
-        operand = self.batch.dtype
-        dtype = wide(operand) if several and self.batch.accumulates else operand
+        n_cols = columns.stop - columns.start
+        dtype = wide(self.batch.dtype) if several and self.batch.accumulates else self.batch.dtype
 
-        def new(x: Tensor | None, needed: bool) -> Pieces | None:
-            if x is None or not needed:
+        def new(place: int) -> Pieces | None:
+            like = self.parameters[place]
+            if like is None or not self.needs[place]:
                 return None
-            step = n_cols if dtype == x.dtype else SLICE
-            sizes = [(s.stop - s.start, x.shape[1]) for s in slices(n_cols, step)]
-            pieces = [torch.zeros(size, dtype=dtype, device=x.device) for size in sizes]
-            return Pieces(step, pieces, several)
+            if dtype == like.dtype:  # in its final place
+                gradient = self.found[place]
+                if gradient is None:  # columns that nobody asks for are 0
+                    gradient = self.found[place] = _zeros(like)
+                return Pieces(n_cols, [gradient[columns]], several)
+            sizes = [(s.stop - s.start, like.shape[1]) for s in slices(n_cols, SLICE)]
+            new_pieces = [torch.zeros(size, dtype=dtype, device=like.device) for size in sizes]
+            return Pieces(SLICE, new_pieces, several)
 
-        p, needs = self.parameters, self.needs
         bias = None
-        if p.bias is not None and needs.bias:
-            bias = torch.zeros(n_cols, dtype=wide(operand), device=p.bias.device)
-        return Gradients(
-            weight=new(p.weight, bool(needs.weight)), lora=new(p.lora, bool(needs.lora)), bias=bias
-        )
+        if self.parameters.bias is not None and self.needs.bias:
+            device = self.parameters.bias.device
+            bias = torch.zeros(n_cols, dtype=wide(self.batch.dtype), device=device)
+        return Gradients(weight=new(1), lora=new(4), bias=bias)
 
     def put_rows(self, chunk: Chunk, sums: Gradients) -> None:
         for place, total in ((0, sums.x), (3, sums.u)):
@@ -176,12 +181,11 @@ class Sums:
             like = self.parameters[place]
             if given is None or like is None:
                 continue
+            if place != 2 and given.pieces[0].dtype == like.dtype:
+                continue  # in its final place
             gradient, first = self.found[place], start
-            if gradient is None and [x.shape for x in given.pieces] == [like.shape]:
-                self.found[place] = given.pieces[0].to(like.dtype)
-                continue
-            if gradient is None:  # columns that nobody asks for are 0
-                gradient = self.found[place] = torch.zeros_like(like)
+            if gradient is None:
+                gradient = self.found[place] = _zeros(like)
             while given.pieces:
                 piece = given.pieces.pop(0)
                 gradient[first : first + piece.shape[0]] = piece
@@ -189,6 +193,11 @@ class Sums:
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         return tuple(
-            torch.zeros_like(x) if found is None and needed and x is not None else found
+            _zeros(x) if found is None and needed and x is not None else found
             for found, needed, x in zip(self.found, self.needs, self.parameters, strict=True)
         )
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Rows that kernels take, whatever the strides of `like`."""
+    return torch.zeros_like(like, memory_format=torch.contiguous_format)

@@ -18,6 +18,7 @@ from ..tiles import Scores, loss_and_slopes
 from ..validation import LossTerms
 from .batch import Batch, Parameters, Sums
 from .plan import Chunk
+from .products import without_autocast
 
 
 class _Tile(NamedTuple):
@@ -46,7 +47,7 @@ class _Fused:
         self.head = batch.head(parameters)
         self.sums = Sums(batch, self.head, parameters, needs)
         several = len(batch.wanted) > 1
-        self.of_columns = self.sums.of_columns(self.head.n_cols, several=several)
+        self.of_columns = self.sums.of_columns(slice(0, self.head.n_cols), several=several)
         self.loss, self.logps, self.entropy = (torch.zeros_like(terms.weights) for _ in range(3))
 
     def run(self) -> None:
@@ -65,7 +66,11 @@ class _Fused:
             tile = self.project(tiles[0], chunk)
             scores = (tile.scores or self.batch.score(tile.logits, chunk, True))()
             self.keep(chunk, scores)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """After `run`, whose tiles need no memory any more."""
         self.sums.put_columns(0, self.of_columns)
+        return self.sums.gradients()
 
     def project(self, logits: Tensor, chunk: Chunk) -> _Tile:
         x, u = self.batch.operands(chunk, self.parameters)
@@ -89,7 +94,11 @@ class _Fused:
             )
         else:
             scores, ratio = tile.scores(), terms.beyond.ratio
-            beyond = terms.beyond._replace(ratio=None if ratio is None else ratio.of(chunk.of))
+            if ratio is not None:
+                # Of tokens that are left out nothing is known, but on a CPU.
+                n_sequences = None if chunk.index is not None else chunk.size // ratio.longest
+                ratio = ratio.of(chunk.of, n_sequences)
+            beyond = terms.beyond._replace(ratio=ratio)
             loss, dlogps, dentropy = loss_and_slopes(
                 scores, rows.weights, inputs, terms.settings, beyond, terms.grad_scale
             )
@@ -120,7 +129,7 @@ class _FusedLoss(torch.autograd.Function):
         given = Parameters(*parameters)  # type: ignore[arg-type]
         run = _Fused(batch, terms, given, ctx.needs_input_grad[3:], with_entropy)
         run.run()
-        ctx.save_for_backward(terms.grad_scale, *run.sums.gradients())
+        ctx.save_for_backward(terms.grad_scale, terms.weights, *run.gradients())
         ctx.tiles, ctx.spent = batch.tiles, False
         ctx.mark_non_differentiable(run.logps, run.entropy)
         ctx.set_materialize_grads(False)
@@ -131,12 +140,16 @@ class _FusedLoss(torch.autograd.Function):
         if dloss is None:
             return (None,) * 8
         begin_only_backward(ctx)
-        grad_scale, *gradients = ctx.saved_tensors
+        grad_scale, weights, *gradients = ctx.saved_tensors
         factor = dloss if grad_scale is None else dloss / grad_scale
-        for gradient in gradients:
+        # What masked rows gave stays 0, also for inf and NaN.
+        factor = torch.where((weights != 0).any(), factor, 1.0)
+        of_rows = torch.where(weights == 0, 1.0, factor)
+        for name, gradient in zip(Parameters._fields, gradients, strict=True):
             if gradient is not None:
                 rows = gradient.detach().reshape(-1, gradient.shape[-1])
-                ctx.tiles.multiply_rows_(rows, factor.expand(rows.shape[0]))
+                factors = of_rows if name in ("hidden", "u") else factor.expand(rows.shape[0])
+                ctx.tiles.multiply_rows_(rows, factors)
         return None, None, None, *gradients
 
 
@@ -145,9 +158,9 @@ def fused_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the rows' losses, differentiable; logps and entropy (N,), 0 where not wanted."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parameters):
-        with torch.autocast(parameters.hidden.device.type, enabled=False):
+        with without_autocast(parameters.hidden.device):
             return _FusedLoss.apply(batch, terms, with_entropy, *parameters)
-    with torch.no_grad(), torch.autocast(parameters.hidden.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(parameters.hidden.device):
         run = _Fused(batch, terms, parameters, (False,) * 5, with_entropy)
         run.run()
         return run.loss.sum(), run.logps, run.entropy

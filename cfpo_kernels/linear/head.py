@@ -81,12 +81,6 @@ class Head:
         if self.softcap:
             tile.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def x_dtype(self, wanted: torch.dtype) -> torch.dtype:
-        """Of ``Gradients.x`` over all columns: `wanted` where one product gives it, else wider."""
-        one = self.tile_dtype == self.weight.dtype == wanted
-        one = one and operand_dtype(wanted, wanted, self.weight.device) == wanted
-        return wanted if one else wide(wanted)
-
     def add_gradients(
         self, tile: Tensor, x: Tensor, u: Tensor | None, columns: slice, to: Gradients
     ) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 # A product of 128 rows costs 1.3 times as much a row as one of 512 on a CPU (docs/linear.md), and a
 # call with few rows costs one product.
 CPU_ROWS, GPU_ROWS = 128, 1024
+# With fewer rows MKL's products in float32 depend on where in the tile a row is.
+LEAST_ROWS = 16
 TILE_BYTES = 1 << 30
 
 

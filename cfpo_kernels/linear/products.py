@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +57,21 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         out += a @ b
     else:
         out.copy_(a @ b)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast makes of the operands; None where it is off."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def slices(size: int, step: int) -> Iterator[slice]:

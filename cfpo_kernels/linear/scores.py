@@ -18,7 +18,7 @@ from ..tiles import Scores
 from .batch import Batch, Parameters, Sums
 from .head import SLICE, Head
 from .plan import Chunk
-from .products import slices
+from .products import slices, without_autocast
 
 
 class _All:
@@ -77,7 +77,7 @@ class _Scores(torch.autograd.Function):
         tile, ctx.tile = ctx.tile, None
         dlogps = torch.zeros_like(logps) if dlogps is None else dlogps
         scores = Scores(logps, lse, entropy if dentropy is not None else None)
-        with torch.autocast(logps.device.type, enabled=False):
+        with without_autocast(logps.device):
             head = batch.head(parameters)
             sums = Sums(batch, head, parameters, ctx.needs_input_grad[2:])
             _add_slices(batch, head, parameters, sums, tile, scores, dlogps, dentropy)
@@ -103,7 +103,7 @@ def _add_slices(
     step = SLICE if several else head.n_cols
     fresh = batch.new_tile(min(step, head.n_cols)) if several else kept
     for columns in slices(head.n_cols, step):
-        of_columns = sums.of_columns(columns.stop - columns.start, several=several)
+        of_columns = sums.of_columns(columns, several=several)
         for i, (chunk, (x, u)) in enumerate(zip(chunks, operands, strict=True)):
             if i == len(chunks) - 1:
                 tile = kept[:, columns]
@@ -147,7 +147,7 @@ class _LateScores(torch.autograd.Function):
             to = sums.of_rows(all_columns=True)
             head.add_gradients(tile, x, u, columns, to)
             sums.put_rows(chunk, to)
-        ctx.save_for_backward(*sums.gradients())
+        ctx.save_for_backward(batch.rows.active, *sums.gradients())
         ctx.tiles, ctx.spent = batch.tiles, False
         ctx.mark_non_differentiable(found.lse)
         ctx.set_materialize_grads(False)
@@ -158,10 +158,11 @@ class _LateScores(torch.autograd.Function):
         if dlogps is None:
             return (None,) * 6
         begin_only_backward(ctx)
-        gradients = ctx.saved_tensors
+        active, *gradients = ctx.saved_tensors
+        factors = torch.where(active, dlogps, 1.0)  # a masked row's zeros, also for inf and NaN
         for gradient in gradients:
             if gradient is not None:
-                ctx.tiles.multiply_rows_(gradient.detach(), dlogps)
+                ctx.tiles.multiply_rows_(gradient.detach(), factors)
         return None, *gradients
 
 
@@ -170,7 +171,7 @@ def scores_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logps and entropy, differentiable; T * logsumexp(z / T); all (N,)."""
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters]
-    with torch.autocast(parameters.hidden.device.type, enabled=False):
+    with without_autocast(parameters.hidden.device):
         if not any(needs):
             with torch.no_grad():
                 found, _ = _score_all(batch, batch.head(parameters), parameters, with_entropy)

@@ -12,7 +12,7 @@ from ..validation.errors import type_error
 from ..validation.tensors import check_tensor
 from .batch import Parameters
 from .plan import Chunk, in_order
-from .products import is_fast, wide
+from .products import is_fast, wide, without_autocast
 
 GATHERED_BYTES = 64 << 20  # of the head's rows that are gathered at a time
 
@@ -72,11 +72,11 @@ class _SupportLogits(torch.autograd.Function):
         ctx.save_for_backward(active, support, *given)
         ctx.dtype = dtype
         logits = parameters.hidden.new_empty(support.shape, dtype=out)
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits.device):
             for chunk, ids, padded in _chunks(parameters, active, support):
                 z: Tensor | float = 0.0
                 for x, weight, *_ in _factors(parameters, parameters):
-                    operand, gathered = _operands(x, weight, chunk, ids, active, dtype)
+                    operand, gathered = _operands(x, weight, chunk, ids, active, dtype, out)
                     z = z + torch.bmm(gathered, operand[:, :, None])[:, :, 0]
                 if parameters.bias is not None:
                     z = z + parameters.bias[ids]
@@ -95,11 +95,13 @@ class _SupportLogits(torch.autograd.Function):
             return torch.zeros_like(x, dtype=wide(x.dtype))
 
         sums = Parameters(*map(new, parameters, needs))  # type: ignore[arg-type]
-        with torch.autocast(dlogits.device.type, enabled=False):
+        with without_autocast(dlogits.device):
             for chunk, ids, padded in _chunks(parameters, active, support):
                 dz = chunk.of(dlogits).masked_fill(padded, 0.0).to(wide(ctx.dtype))
                 for x, weight, dx, dweight in _factors(parameters, sums):
-                    operand, gathered = _operands(x, weight, chunk, ids, active, ctx.dtype)
+                    operand, gathered = _operands(
+                        x, weight, chunk, ids, active, ctx.dtype, dlogits.dtype
+                    )
                     if dx is not None:
                         products = torch.bmm(dz[:, None, :], gathered.to(dz.dtype))[:, 0]
                         chunk.write(dx, products)
@@ -137,9 +139,18 @@ def _chunks(
 
 
 def _operands(
-    x: Tensor, weight: Tensor, chunk: Chunk, ids: Tensor, active: Tensor, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    chunk: Chunk,
+    ids: Tensor,
+    active: Tensor,
+    dtype: torch.dtype,
+    out: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(m, k) hidden states, 0 where masked, and (m, ids, k) rows of the weight."""
-    fast = dtype if is_fast(dtype, x.device) else wide(dtype)
+    """(m, k) hidden states, 0 where masked, and (m, ids, k) rows of the weight.
+
+    Rounded to `dtype`, and wider where a product into `out` needs that.
+    """
+    fast = dtype if out == dtype and is_fast(dtype, x.device) else wide(dtype)
     operand = torch.where(chunk.of(active)[:, None], chunk.of(x), 0)
     return operand.to(dtype).to(fast), weight[ids].to(dtype).to(fast)

@@ -96,7 +96,7 @@ def above_one(name: str, value: object) -> float | Tensor:
     return number(name, value, "a number above 1", lambda x: x > 1)
 
 
-def scalar(value: float | Tensor, device: torch.device) -> Tensor:
+def on_device(value: float | Tensor, device: torch.device) -> Tensor:
     """0-d float64. Filled on the device: a copy from the host would wait for it."""
     if isinstance(value, Tensor):
         return value.to(device, torch.float64, non_blocking=True)

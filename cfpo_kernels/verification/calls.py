@@ -67,7 +67,7 @@ def call(kernels: Backend, case: Case, inputs: Inputs) -> Outputs:
     before = _snapshot(inputs)
     read_only = None if case.inplace or case.call == "multiply" else rows.logits.clone()
     dlogits: Tensor | None = None
-    if case.call in ("train", "on-policy", "backward", "multiply"):
+    if case.call in ("train", "on-policy", "backward", "shards", "multiply"):
         if case.inplace:
             dlogits = rows.logits
         else:
@@ -86,6 +86,10 @@ def call(kernels: Backend, case: Case, inputs: Inputs) -> Outputs:
         assert dlogits is not None
         dlogits.copy_(rows.logits)
         kernels.multiply_rows(dlogits, inputs.factors)
+    elif case.call == "shards":
+        assert dlogits is not None
+        entropy = array("entropy") if case.entropy else None
+        _call_in_shards(kernels, inputs, array("logps"), entropy, dlogits)
     else:
         kernels.token_logps(
             rows,
@@ -120,3 +124,46 @@ def call(kernels: Backend, case: Case, inputs: Inputs) -> Outputs:
     if read_only is not None:
         untouched = untouched and torch.equal(_bits(read_only), _bits(rows.logits))
     return Outputs(arrays, dlogits, untouched)
+
+
+def _call_in_shards(
+    kernels: Backend, inputs: Inputs, logps: Tensor, entropy: Tensor | None, dlogits: Tensor
+) -> None:
+    """What "backward" does, from two halves of the columns; see ``Backend.token_logps``."""
+    rows, n_cols = inputs.rows, dlogits.shape[-1]
+    middle = n_cols // 16 * 8
+    pieces = [piece for piece in (range(middle), range(middle, n_cols)) if piece]
+    columns = [slice(piece.start, piece.stop) for piece in pieces]
+    shards = [
+        rows._replace(
+            logits=rows.logits[..., piece], token_ids=rows.token_ids - piece.start, sharded=True
+        )
+        for piece in columns
+    ]
+    count, n = len(shards), len(logps)
+    their_logps, their_entropy = torch.full((2, count, n), math.nan, device=logps.device)
+    their_lse = torch.full_like(their_logps, math.nan, dtype=torch.float64)
+    for i, shard in enumerate(shards):
+        kernels.token_logps(
+            shard,
+            logps=their_logps[i],
+            lse=their_lse[i],
+            entropy=None if entropy is None else their_entropy[i],
+        )
+    t = rows.temperature.double()
+    lse = (their_lse / t).logsumexp(0)
+    gaps = lse - their_lse / t
+    gaps = torch.where(gaps == math.inf, 0.0, gaps)  # the entropy of nothing is 0
+    logps.copy_(torch.where(inputs.active, (their_logps - gaps).amax(0), 0.0))
+    if entropy is not None:
+        merged = ((their_lse / t - lse).exp() * (their_entropy + gaps)).sum(0)
+        entropy.copy_(torch.where(inputs.active, merged, 0.0))
+    for shard, piece in zip(shards, columns, strict=True):
+        kernels.token_logps_backward(
+            shard,
+            lse=lse * t,
+            entropy=entropy,
+            dlogps=inputs.dlogps,
+            dentropy=inputs.dentropy,
+            dlogits=dlogits[..., piece],
+        )

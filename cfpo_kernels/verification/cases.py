@@ -26,6 +26,7 @@ KINDS = ("inside", "outside", "masked", "confident", "banned", "no advantage", "
 LOG_RATIOS = (0.05, -0.4, 0.0, 0.11, -0.05, 0.3, 0.0, -0.15, 0.6)
 CONFIDENT = 0.99999
 OFFSET = 500.0
+SOFTCAP = 30.0  # Gemma 2's
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,15 @@ class Case:
     layout: str = "whole"  # "sliced": x[:, :-1] of (2, T, V); "late": not where a vector begins
     inplace: bool = False
     # "train": loss and gradient; "loss": without a gradient; "score": log-probs; "on-policy": the
-    # loss of what was just scored; "backward": the gradient of log-probs; "multiply".
+    # loss of what was just scored; "backward": the gradient of log-probs; "shards": the same from
+    # two halves of the columns; "multiply".
     call: str = "train"
     entropy: bool = False
     everything: bool = False  # KL, entropy bonus, weights, a temperature a row, a gradient scale
     kl_estimator: str = "k3"
     kl_ratio_weighted: bool = False
     objective: Objective = field(default_factory=CFPO)
+    softcap: float = 0.0
 
     def problem(self) -> Case:
         """What decides the numbers; the rest only says where they lie. The same for cases that can
@@ -58,6 +61,7 @@ class Case:
         options += [type(self.objective).__name__] if self.call in ("train", "loss") else []
         options += ["KL, entropy, weights, temperatures"] if self.everything else []
         options += ["entropy"] if self.entropy else []
+        options += ["softcap"] if self.softcap else []
         return f"{self.call}, V = {self.n_cols}" + "".join(f", {option}" for option in options)
 
 
@@ -109,6 +113,16 @@ def short() -> list[Case]:
         for v in (100352, 128256, 151936)
         for inplace in (False, True)
     ]
+    # Halves with vectors, tiles and thus Triton kernels of their own would be new ones.
+    cases += [Case("shards", 151936, call="shards", inplace=inplace) for inplace in (False, True)]
+    cases += [
+        Case("softcap", 128256, softcap=SOFTCAP, inplace=True),
+        Case("softcap", 128256, softcap=SOFTCAP, many=False),
+        Case("softcap", 50257, softcap=SOFTCAP),
+        Case("softcap", 32000, softcap=SOFTCAP, everything=True, objective=clip),
+        Case("softcap", 64, softcap=SOFTCAP),
+        Case("softcap", 128256, softcap=SOFTCAP, call="backward"),
+    ]
     cases += [Case("multiply", v, call="multiply") for v in (100352, 128256)]
     return cases
 
@@ -130,12 +144,16 @@ def long() -> list[Case]:
             cases.append(Case("loss", v, call="loss", objective=objective))
             cases.append(Case("loss", v, call="loss", objective=objective, everything=True))
         for layout in ("whole", "sliced", "late"):
-            for call in ("train", "backward", "score"):
+            for call in ("train", "backward", "shards", "score"):
                 for many in (False, True):
                     case = Case("layouts", v, layout=layout, call=call, many=many)
                     cases += [case]
                     if call != "train":
                         cases += [replace(case, entropy=True)]
+        for call in ("train", "backward", "shards"):
+            for many in (False, True):
+                case = Case("softcap", v, call=call, softcap=SOFTCAP, many=many)
+                cases += [case, replace(case, inplace=True, entropy=call != "train")]
         bounds = Case("bounds", v, everything=True, objective=DPPO(1.3, drift=0.1))
         cases += [bounds, replace(bounds, kl_ratio_weighted=True)]
         cases += [Case("on-policy", v, call="on-policy", many=many) for many in (False, True)]
@@ -207,7 +225,10 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, n_rows: in
     )
     target = torch.where(others == -math.inf, 0.0, others + lift)
     x.scatter_(1, token_ids[:, None], target[:, None])
-    x += torch.where(kinds == KINDS.index("offset"), OFFSET, 0.0)[:, None]
+    if case.softcap:
+        x = torch.where(x == -math.inf, x, case.softcap * torch.tanh(x / case.softcap))
+    else:
+        x += torch.where(kinds == KINDS.index("offset"), OFFSET, 0.0)[:, None]
     x[kinds == KINDS.index("masked")] = math.nan
     logits = x.to(dtype)
 
@@ -245,7 +266,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, n_rows: in
         )
         grad_scale = torch.full((), 64.0, dtype=torch.float32, device=device)
     terms = KernelTerms(inputs, settings, grad_scale)
-    rows = KernelRows(logits, token_ids, weights, temperature)
+    rows = KernelRows(logits, token_ids, weights, temperature, softcap=case.softcap)
     dentropy = uniform(-0.5, 0.5) if case.entropy else None
     factors = torch.where(kinds % 2 == 0, 1.0, uniform(0.5, 2.0))
     return Inputs(rows, terms, kinds, uniform(-1.0, 1.0), dentropy, factors)
@@ -270,9 +291,9 @@ def exact_results(case: Case, inputs: Inputs, rows: Tensor) -> Exact:
     chosen = terms.inputs.each(lambda x: x[rows].double())
     with torch.enable_grad():
         logps, entropy, _ = reference.token_logps(
-            logits, token_ids, weights != 0, temperature, True, False
+            logits, token_ids, weights != 0, temperature, True, False, softcap=case.softcap
         )
-        if case.call == "backward":
+        if case.call in ("backward", "shards"):
             arrived = inputs.dlogps[rows].double() * logps
             if inputs.dentropy is not None:
                 arrived = arrived + inputs.dentropy[rows].double() * entropy
@@ -304,7 +325,7 @@ def _floor(
     """See ``compare.Exact``. log p is known to 1e-6, and the slope of the objective's derivative is
     up to |A| over the width of its trust region; terms of the entropy cancel in themselves."""
     p = log_p.exp()
-    if case.call == "backward":
+    if case.call in ("backward", "shards"):
         slope = torch.zeros_like(advantages)
         bonus = 0.0 if inputs.dentropy is None else 0.5
     else:

@@ -154,9 +154,8 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
     const bool exists = row < n_rows() && row >= 0;
     const bool active = exists && !stage_.skip(row);
     if (active) {
-      const std::int64_t token = Block::problem().token_ids[row];
       row_ = row;
-      token_ = token >= 0 && token < Block::logits().n_cols ? static_cast<int>(token) : -1;
+      token_ = static_cast<int>(Block::problem().column(row));
       scale_ = row_scale(Block::problem(), row);
     } else if (exists && hw::cluster_rank() == 0) {
       stage_.skipped(row);
@@ -208,7 +207,8 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
 template <class T, class Stage, bool kEntropy>
 class ClusterWorker : ClusterBlock<T, Stage> {
   using Block = ClusterBlock<T, Stage>;
-  using Block::dlogits_, Block::logits, Block::n_rows, Block::plan_, Block::row_step_;
+  using Block::dlogits_, Block::logits, Block::n_rows, Block::plan_, Block::row_step_,
+      Block::stage_;
 
  public:
   CFPO_DEVICE ClusterWorker(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan)
@@ -349,7 +349,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     for (int i = begin_; i < end_; ++i) {
       write_gradient<T, kEntropy>(bytes + i * kSegmentBytes, x.shift,
                                   Segment<T>(out.begin, out.count, i),
-                                  column_in_segment<T>(column, i), g);
+                                  column_in_segment<T>(column, i), g, slope_of(stage_));
     }
     hw::fence_async();
     hw::sync_threads(plan_.warps * kWarpThreads);  // the next chunk's first vector was read too
@@ -367,7 +367,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     for (int at = from + lane_index() * kVectorBytes; at < to; at += kWarpThreads * kVectorBytes) {
       float values[kVectorElements<T>];
       unpack<T>(hw::load_shared(bytes + at), values);
-      gradient_vector<T, kEntropy>(values, (at - x.shift) / kSize, column, g);
+      gradient_vector<T, kEntropy>(values, (at - x.shift) / kSize, column, g, slope_of(stage_));
       hw::store_shared(bytes + at, pack<T>(values));
     }
     const T* columns = reinterpret_cast<const T*>(bytes + x.shift);
@@ -388,7 +388,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     const int i = first + lane_index();
     if (i >= last) return;
     const float x = load_shared_element(columns + i);
-    store_element(out.begin + i, gradient_at<kEntropy>(x, i, column, g));
+    store_element(out.begin + i, gradient_at<kEntropy>(x, i, column, g, slope_of(stage_)));
   }
 
   int first_segment_;  // of the slice

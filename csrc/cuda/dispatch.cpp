@@ -41,6 +41,13 @@ void run(const Stage& stage, const Rows& dlogits, const Execution& execution) {
   });
 }
 
+// The same for logits that may be behind a softcap.
+template <class Stage>
+void run_capped(const Stage& stage, const Rows& dlogits, const Execution& execution) {
+  if (stage.p.problem.inverse_softcap == 0.0f) return run(stage, dlogits, execution);
+  run(Capped<Stage>{stage}, dlogits, execution);
+}
+
 }  // namespace
 
 std::int64_t workspace_bytes(const Rows& logits, int device) {
@@ -50,7 +57,7 @@ std::int64_t workspace_bytes(const Rows& logits, int device) {
 }
 
 void policy_loss(const PolicyLossParams& params, const Execution& execution) {
-  run(PolicyStage{params}, params.dlogits, execution);
+  run_capped(PolicyStage{params}, params.dlogits, execution);
 }
 
 void token_logps(const TokenLogpsParams& params, const Execution& execution) {
@@ -58,7 +65,7 @@ void token_logps(const TokenLogpsParams& params, const Execution& execution) {
 }
 
 void token_logps_backward(const TokenLogpsBackwardParams& params, const Execution& execution) {
-  run(LogpsBackwardStage{params}, params.dlogits, execution);
+  run_capped(LogpsBackwardStage{params}, params.dlogits, execution);
 }
 
 void multiply_rows(const Rows& rows, const float* factors, std::int64_t factor_stride,

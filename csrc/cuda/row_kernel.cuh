@@ -59,7 +59,7 @@ class RowWorker {
       next_x_ = find_row(following());
       if (leads()) shared_row(hw::thread_index()).target = target_logit();
       if (x_ != nullptr) {
-        token_ = static_cast<int>(problem().token_ids[row()]);
+        token_ = static_cast<int>(problem().column(row()));
         if (!started_) start(x_);
         if (Stage::kSums) sum_row();
       }
@@ -96,12 +96,12 @@ class RowWorker {
   CFPO_DEVICE bool leads() const {
     return hw::thread_index() < plan_.rows_per_block && led_row() < n_rows();
   }
-  // Read early, since nothing else hides the latency. NaN for a token that does not exist.
+  // Read early, since nothing else hides the latency.
   CFPO_DEVICE float target_logit() const {
     if (stage_.skip(led_row())) return 0.0f;
-    const std::int64_t token = problem().token_ids[led_row()];
-    if (token < 0 || token >= logits_.n_cols) return NAN;
-    return load_element(static_cast<const T*>(logits_.row(led_row())) + token);
+    const std::int64_t column = problem().column(led_row());
+    if (column < 0) return problem().absent_logit();
+    return load_element(static_cast<const T*>(logits_.row(led_row())) + column);
   }
 
   // Rows are kept where both sweeps are wanted, else they pass. base_ is the window of the row's
@@ -186,7 +186,8 @@ class RowWorker {
   }
   CFPO_DEVICE RowStats stats(const SharedRow& shared) const {
     if constexpr (Stage::kSums) {
-      return join_target(row_scale(problem(), led_row()), shared.target, shared.sum);
+      return join_target(row_scale(problem(), led_row()), shared.target, shared.sum,
+                         problem().sharded);
     } else {
       return stage_.stats(led_row(), shared.target);
     }
@@ -212,7 +213,8 @@ class RowWorker {
       if (!in_window) windows_.wait();
       write_gradient<T, kLinear>(windows_.at(window(i)), alignment_shift(x_),
                                  Segment<T>(out, logits_.n_cols, segment_number(i)),
-                                 column_in_segment<T>(token_, segment_number(i)), gradient);
+                                 column_in_segment<T>(token_, segment_number(i)), gradient,
+                                 slope_of(stage_));
       if (!keeps_rows()) {
         pass(i);
       } else if (i >= kept()) {

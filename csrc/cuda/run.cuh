@@ -24,6 +24,16 @@ void with_flag(bool flag, Run run) {
   }
 }
 
+// Of a stage that sums, each kernel exists with and without the sums for the entropy; but behind a
+// softcap only with them, which change no bit of anything else.
+template <class Stage, bool kEntropy>
+constexpr bool kExists = Stage::kSums ? kEntropy || !kCapped<Stage> : !kEntropy;
+
+template <class Stage>
+bool with_entropy(const Stage& stage) {
+  return Stage::kSums && (kCapped<Stage> || stage.entropy());
+}
+
 template <class T, class Stage>
 void run_row_kernel(const Stage& stage, const Rows& dlogits, int n_segments,
                     const DeviceLimits& limits, const Execution& execution) {
@@ -33,8 +43,8 @@ void run_row_kernel(const Stage& stage, const Rows& dlogits, int n_segments,
   grid.blocks = row_blocks(stage.p.problem.logits.n_rows, plan, limits);
   grid.threads = plan.warps() * kWarpThreads;
   grid.shared_bytes = RowSharedMemory(plan).bytes;
-  with_flag(Stage::kSums && stage.entropy(), [&](auto entropy) {
-    if constexpr (Stage::kSums || !entropy.value) {
+  with_flag(with_entropy(stage), [&](auto entropy) {
+    if constexpr (kExists<Stage, entropy.value>) {
       launch("row_kernel", row_kernel<T, Stage, entropy.value>, grid, execution, stage, dlogits,
              plan);
     }
@@ -49,11 +59,13 @@ bool run_cluster_kernel(const Stage& stage, const Rows& dlogits, const ClusterPl
   grid.cluster = plan.cluster;
   grid.threads = (plan.warps + 1) * kWarpThreads;
   grid.shared_bytes = plan.shared.bytes;
-  with_flag(stage.entropy(), [&](auto entropy) {
-    const auto kernel = cluster_kernel<T, Stage, entropy.value>;
-    const std::int64_t together = clusters_at_once("cluster_kernel", kernel, grid, execution);
-    grid.blocks = std::min(stage.p.problem.logits.n_rows, together) * plan.cluster;
-    if (together > 0) launch("cluster_kernel", kernel, grid, execution, stage, dlogits, plan);
+  with_flag(with_entropy(stage), [&](auto entropy) {
+    if constexpr (kExists<Stage, entropy.value>) {
+      const auto kernel = cluster_kernel<T, Stage, entropy.value>;
+      const std::int64_t together = clusters_at_once("cluster_kernel", kernel, grid, execution);
+      grid.blocks = std::min(stage.p.problem.logits.n_rows, together) * plan.cluster;
+      if (together > 0) launch("cluster_kernel", kernel, grid, execution, stage, dlogits, plan);
+    }
   });
   return grid.blocks > 0;
 }

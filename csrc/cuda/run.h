@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/stages.h"
+#include "cuda/capped.h"
 #include "cuda/kernels.h"
 
 namespace cfpo::cuda {

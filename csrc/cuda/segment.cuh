@@ -9,6 +9,7 @@
 #pragma once
 
 #include "core/row_math.h"
+#include "cuda/capped.h"
 #include "cuda/elements.cuh"
 #include "cuda/plan.h"
 
@@ -169,40 +170,45 @@ CFPO_DEVICE float gradient_element(float x, const GradientCoefs& coefs) {
   return e * std::fma(coefs.linear, finite_exponent(u), coefs.constant);
 }
 
-// Of a column with logit x.
-template <bool kLinear>
-CFPO_DEVICE float gradient_at(float x, int column, int target, const RowGradient& g) {
-  return column == target ? g.target : gradient_element<kLinear>(x, g.coefs);
+// Of a column with logit x; `slope`: see capped.h.
+template <bool kLinear, class SlopeOf>
+CFPO_DEVICE float gradient_at(float x, int column, int target, const RowGradient& g,
+                              SlopeOf slope) {
+  return (column == target ? g.target : gradient_element<kLinear>(x, g.coefs)) * slope(x);
 }
 
 // x: logits of the columns from `column`, which become their gradients.
-template <class T, bool kLinear>
-CFPO_DEVICE void gradient_vector(float* x, int column, int target, const RowGradient& g) {
+template <class T, bool kLinear, class SlopeOf>
+CFPO_DEVICE void gradient_vector(float* x, int column, int target, const RowGradient& g,
+                                 SlopeOf slope) {
+  float slopes[kVectorElements<T>];
+  for (int j = 0; j < kVectorElements<T>; ++j) slopes[j] = slope(x[j]);
   for (int j = 0; j < kVectorElements<T>; ++j) x[j] = gradient_element<kLinear>(x[j], g.coefs);
   if (target >= column && target < column + kVectorElements<T>) {
     for (int j = 0; j < kVectorElements<T>; ++j) {
       if (column + j == target) x[j] = g.target;
     }
   }
+  for (int j = 0; j < kVectorElements<T>; ++j) x[j] *= slopes[j];
 }
 
 // The gradient of the segment in `window`. `shift` is that of the logits, which may differ from
 // that of `out`; `target`: the column that gets g.target; kLinear may be false where
 // g.coefs.linear is 0.
-template <class T, bool kLinear>
+template <class T, bool kLinear, class SlopeOf>
 CFPO_DEVICE void write_gradient(const char* window, int shift, const Segment<T>& out, int target,
-                                const RowGradient& g) {
+                                const RowGradient& g, SlopeOf slope) {
   write_segment(
       out,
       [&](int column, float* x) {
         const int byte = shift + column * static_cast<int>(sizeof(T));
         const int within = byte % kVectorBytes;
         unpack<T>(load_shifted(window + (byte - within), within), x);
-        gradient_vector<T, kLinear>(x, column, target, g);
+        gradient_vector<T, kLinear>(x, column, target, g, slope);
       },
       [&](int column) {
         const T* x = reinterpret_cast<const T*>(window + shift) + column;
-        return gradient_at<kLinear>(load_shared_element(x), column, target, g);
+        return gradient_at<kLinear>(load_shared_element(x), column, target, g, slope);
       });
 }
 

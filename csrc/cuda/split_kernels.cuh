@@ -24,7 +24,7 @@ CFPO_DEVICE void wait_split() {
   hw::sync_warp();
 }
 
-// targets[row]: the target's logit, or NaN; the second kernel may find it overwritten.
+// targets[row]: the target's logit; the second kernel may find it overwritten.
 template <class T, bool kEntropy>
 CFPO_KERNEL(kSplitThreads, 4)
 split_sums_kernel(CFPO_ARGUMENT Problem problem, CFPO_ARGUMENT SplitWorkspace workspace) {
@@ -37,13 +37,13 @@ split_sums_kernel(CFPO_ARGUMENT Problem problem, CFPO_ARGUMENT SplitWorkspace wo
   const T* x = static_cast<const T*>(logits.row(row));
   const Segment<const T> segment(x, logits.n_cols, index);
   const char* window = fetch_split(segment, hw::read_again());
-  const std::int64_t token = problem.token_ids[row];
+  const std::int64_t column = problem.column(row);
   if (index == 0 && lane_index() == 0) {
-    workspace.targets[row] = token >= 0 && token < logits.n_cols ? load_element(x + token) : NAN;
+    workspace.targets[row] = column >= 0 ? load_element(x + column) : problem.absent_logit();
   }
   wait_split();
   const PartialSum part = sum_segment<T, kEntropy>(
-      window, segment, column_in_segment<T>(token, index), row_scale(problem, row));
+      window, segment, column_in_segment<T>(column, index), row_scale(problem, row));
   if (lane_index() == 0)
     workspace.parts[static_cast<std::int64_t>(row) * n_segments + index] = part;
 }
@@ -58,18 +58,19 @@ CFPO_DEVICE RowGradient split_second_stage(const Stage& stage, int row,
     const RowSum sum =
         merge_segments(workspace.parts + static_cast<std::int64_t>(row) * n_segments, n_segments);
     if (lane_index() != 0) return {};
-    return stage(row, join_target(row_scale(problem, row), workspace.targets[row], sum), publish);
+    const RowStats stats =
+        join_target(row_scale(problem, row), workspace.targets[row], sum, problem.sharded);
+    return stage(row, stats, publish);
   } else {
     if (lane_index() != 0) return {};
     // Only the block that has the target uses it, and has not overwritten it yet.
-    const std::int64_t token = problem.token_ids[row];
+    const std::int64_t column = problem.column(row);
     const int warps = hw::block_threads() / kWarpThreads;
     const std::int64_t first =
         static_cast<std::int64_t>(hw::block_index_y()) * warps * kSegmentColumns<T>;
-    const bool here = token >= first && token < first + warps * kSegmentColumns<T> &&
-                      token < problem.logits.n_cols;
+    const bool here = column >= first && column < first + warps * kSegmentColumns<T>;
     const T* x = static_cast<const T*>(problem.logits.row(row));
-    return stage(row, stage.stats(row, here ? load_element(x + token) : 0.0f), publish);
+    return stage(row, stage.stats(row, here ? load_element(x + column) : 0.0f), publish);
   }
 }
 
@@ -105,7 +106,8 @@ split_finish_kernel(CFPO_ARGUMENT Stage stage, CFPO_ARGUMENT Rows dlogits,
   hw::sync_block();
   if (!mine) return;
   write_gradient<T, true>(window, alignment_shift(x), Segment<T>(out, dlogits.n_cols, index),
-                          column_in_segment<T>(stage.p.problem.token_ids[row], index), *gradient);
+                          column_in_segment<T>(stage.p.problem.token_ids[row], index), *gradient,
+                          slope_of(stage));
 }
 
 constexpr int split_shared_bytes() {

@@ -3,4 +3,6 @@
 namespace cfpo::cuda {
 template void run_stage<bfloat16, LogpsBackwardStage>(const LogpsBackwardStage&, const Rows&,
                                                       const Execution&);
+template void run_stage<bfloat16, Capped<LogpsBackwardStage>>(const Capped<LogpsBackwardStage>&,
+                                                              const Rows&, const Execution&);
 }  // namespace cfpo::cuda

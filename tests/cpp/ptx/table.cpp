@@ -217,7 +217,9 @@ void add_other_accesses(Table& t) {
   add_access<u32, Space::kGeneric>(t, "", "u32");
   add_load<i8, kParam, 1>(t, ".param", "s8", "");
   add_load<u8, kParam, 1>(t, ".param", "u8", "");
-  for (const char* type : {"b32", "u32", "s32"}) add_load<u32, kParam, 1>(t, ".param", type, "");
+  for (const char* type : {"b32", "u32", "s32", "f32"}) {
+    add_load<u32, kParam, 1>(t, ".param", type, "");
+  }
   for (const char* type : {"b64", "u64", "f64"}) add_load<u64, kParam, 1>(t, ".param", type, "");
 }
 

@@ -1,0 +1,157 @@
+"""A head that FSDP2 or DDP wraps: the loss inside its forward, over two processes."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from heads import relative
+from torch import Tensor, nn
+
+import cfpo_kernels
+from cfpo_kernels import LinearCFPOLoss
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed")
+
+V, H, N, WORLD = 517, 32, 40, 2
+
+
+class Model(nn.Module):
+    """As much of a language model as matters here; its forward computes the loss."""
+
+    def __init__(self, tied: bool, frozen: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, H)
+        self.hidden = nn.Linear(H, H)
+        self.head = nn.Linear(H, V, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.head.weight.requires_grad_(not frozen)
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        hidden = torch.tanh(self.hidden(self.embedding(batch["inputs"])))
+        criterion = LinearCFPOLoss(head=self.head, chunk_tokens=16)
+        return criterion(
+            hidden,
+            batch["ids"],
+            batch["advantages"],
+            batch["old"],
+            mask=batch["mask"],
+            return_stats=True,
+        )
+
+
+def batch_of(rank: int, step: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(10 * step + rank)
+    return {
+        "inputs": torch.randint(0, V, (N,), generator=g),
+        "ids": torch.randint(0, V, (N,), generator=g),
+        "advantages": torch.randn(N, generator=g),
+        "old": torch.full((N,), -6.2),
+        "mask": torch.rand(N, generator=g) < 0.8,
+    }
+
+
+LEARNING_RATE, FACTOR = 0.5, 2.0
+
+
+def one_process(model: Model) -> list[dict[str, Tensor]]:
+    """Parameters after each of two steps over the batches of all."""
+    found = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    for step in range(2):
+        optimizer.zero_grad()
+        for rank in range(WORLD):
+            (model(batch_of(rank, step))[0] * FACTOR / WORLD).backward()
+        optimizer.step()
+        found.append({name: x.detach().clone() for name, x in model.named_parameters()})
+    return found
+
+
+WRAPPED = ("own", "root", "tied", "frozen", "ddp")
+
+
+def wrapped(name: str) -> tuple[Model, nn.Module]:
+    """The model, and as it is wrapped."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = Model(tied=name == "tied", frozen=name == "frozen")
+    start = copy.deepcopy(model)
+    if name == "ddp":
+        return start, nn.parallel.DistributedDataParallel(model)
+    if name == "own":
+        fully_shard(model.head)
+    fully_shard(model)
+    return start, model
+
+
+def whole(x: Any) -> Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x.detach().clone()
+
+
+def run(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    results: dict[str, Any] = {}
+    for name in WRAPPED:
+        start, model = wrapped(name)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        steps = []
+        for step in range(2):  # a handle of the first step's memory would show in the second
+            optimizer.zero_grad()
+            (model(batch_of(rank, step))[0] * FACTOR).backward()
+            optimizer.step()
+            steps.append({n: whole(x) for n, x in model.named_parameters()})
+        want = one_process(start)
+        results[name] = [
+            max(relative(x, want[step][n.removeprefix("module.")]) for n, x in found.items())
+            for step, found in enumerate(steps)
+        ]
+        moved = [relative(want[0][n], x) for n, x in wrapped_start(name).items()]
+        results[f"{name}-moved"] = max(moved)
+    _, model = wrapped("root")
+    batch = batch_of(rank, 0)
+    try:
+        cfpo_kernels.linear_cfpo_loss(
+            torch.randn(N, H), model.head.weight, batch["ids"], batch["advantages"]
+        )
+    except ValueError as error:
+        results["outside"] = str(error)
+    torch.save(results, f"{folder}/{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def wrapped_start(name: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = Model(tied=name == "tied", frozen=name == "frozen")
+    return {n: x.detach() for n, x in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("fsdp")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    mp.spawn(run, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(Path(folder) / str(rank)) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_two_steps_are_those_of_one_process(results: Any, name: str) -> None:
+    for found in results:
+        assert max(found[name]) < 1e-6
+        assert found[f"{name}-moved"] > 1e-4  # the control: there was something to get wrong
+
+
+def test_outside_of_the_heads_forward_it_says_where_to_go(results: Any) -> None:
+    for found in results:
+        assert "sharded over processes (FSDP): only inside the head's forward" in found["outside"]
+        assert "LinearCFPOLoss(head=lm_head)" in found["outside"]

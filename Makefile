@@ -29,7 +29,7 @@ demo: $(STAMPS)/native $(STAMPS)/demo ## Train a small policy with the CFPO loss
 examples: $(STAMPS)/native $(STAMPS)/trainers ## Run the examples with transformers, trainers and processes
 	set -e; for example in $(EXAMPLES); do echo "== $$example"; $(VENV_PYTHON) $$example $(ARGS); done
 
-test: $(STAMPS)/native $(STAMPS)/test $(STAMPS)/trainers ## Run the tests but the nightly ones (ARGS="tests/test_loss.py -k ..." some of them)
+test: $(STAMPS)/native $(STAMPS)/test $(STAMPS)/trainers ## Run the tests but the nightly ones (ARGS="tests/core -k ..." some of them)
 	$(VENV_PYTHON) -m pytest -n auto $(ARGS)
 	$(if $(ARGS),,$(MAKE) test-triton)
 
@@ -37,13 +37,11 @@ test-all: $(STAMPS)/native $(STAMPS)/test $(STAMPS)/trainers ## Run every test, 
 	$(VENV_PYTHON) -m pytest -n auto --nightly $(ARGS)
 	$(MAKE) test-triton ARGS='--nightly $(ARGS)'
 
-# Triton interprets or compiles, never both in a process. Here the suites of the CPU backend run on
-# interpreted Triton kernels; the compiled ones are looked at in the ordinary tests.
+# Triton interprets or compiles, never both in a process. Here tests/every_target runs on interpreted
+# Triton kernels; the compiled ones are looked at in the ordinary tests.
 test-triton: $(STAMPS)/native $(STAMPS)/test ## Run the tests of the Triton kernels, interpreted
-	TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -n auto --backend triton \
-	  tests/test_triton_interpreted.py tests/test_triton_tools.py \
-	  tests/test_loss.py tests/test_token_logps.py tests/test_edges.py tests/test_autograd.py \
-	  tests/test_shards.py tests/test_softcap.py $(ARGS)
+	TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -n auto tests/every_target \
+	  tests/backends/triton/test_triton_interpreted.py tests/backends/triton/test_triton_tools.py $(ARGS)
 
 lint: $(STAMPS)/torch $(STAMPS)/dev ## Check style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -79,10 +79,12 @@ def portable_kernel() -> Implementation:
     return held_back("cuda-portable", label, "cuda", CFPO_KERNELS_CUDA_KERNEL="portable")
 
 
-def held_back(name: str, label: str, backend: str, **environment: str) -> Implementation:
+def held_back(
+    name: str, label: str, backend: str, *, inplace: bool = True, **environment: str
+) -> Implementation:
     def loss(logits: Tensor, problem: Problem) -> Tensor:
         with mock.patch.dict(os.environ, environment):
-            return our_loss(logits, problem, backend=backend, inplace=True)
+            return our_loss(logits, problem, backend=backend, inplace=inplace)
 
     return Implementation(name=name, label=label, kind="ours", build=lambda: loss, tolerance=EXACT)
 

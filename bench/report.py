@@ -12,6 +12,7 @@ import cfpo_kernels
 from bench.implementations import COMPILED, EAGER, KERNEL_BACKENDS
 from bench.machine import describe_machine, describe_versions, device_name
 from bench.runner import Settings
+from bench.timing import ENOUGH_UNINTERRUPTED
 
 SCHEMA = 1
 
@@ -21,7 +22,10 @@ NOTES = [
     "Before every sample the logits are restored from a master copy, outside the timed region.",
     "GB/s counts what a perfect implementation moves: one read and one write of the logits "
     "(forward only: one read), whatever an implementation really moves.",
-    "copy is dst.copy_(logits) into memory already touched, in the same rounds: the floor.",
+    "copy is dst.copy_(logits) into memory already touched, in the same rounds; rewrite reads and "
+    "writes the logits' own memory, which is the floor of what works in place.",
+    "Medians are of samples during which no other process had one of our cores, where there are "
+    f"{ENOUGH_UNINTERRUPTED} of those; ~ stands where there are not, and all samples count.",
     "On the CPU, PyTorch takes fresh pages from the system for each V-sized result; these page "
     "faults are part of the time of everything that is not in place, as they are for its users.",
     "Extra memory is the peak during one call beyond the logits themselves; dlogits count, where "
@@ -72,7 +76,10 @@ def load(path: Path) -> dict:
     return report
 
 
-HEADER = ("implementation", "ms", "min to max", "GB/s", "x copy", "vs eager", "vs compile", "extra")
+HEADER = (
+    *("implementation", "ms", "min to max", "GB/s", "x copy", "x rewrite"),
+    *("vs eager", "vs compile", "extra"),
+)
 
 
 def print_report(report: dict) -> None:
@@ -116,7 +123,12 @@ def case_title(case: dict) -> str:
 
 
 def table_rows(case: dict) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("copy", *timing_cells(case["copy"]), "1.00", "", "", "")]
+    copy, rewrite = case["copy"], case.get("rewrite")  # reports of old have no rewrite
+    blank = ("", "", "")
+    rows: list[tuple[str, ...]] = [("copy", *timing_cells(copy), "1.00", "", *blank)]
+    if rewrite is not None:
+        ratio = f"{rewrite['median_ms'] / copy['median_ms']:.2f}"
+        rows.append(("rewrite in place", *timing_cells(rewrite), ratio, "1.00", *blank))
     for result in case["results"]:
         speedups = (result["speedup_over"][name] for name in (EAGER, COMPILED))
         rows.append(
@@ -124,6 +136,7 @@ def table_rows(case: dict) -> list[tuple[str, ...]]:
                 result["label"],
                 *timing_cells(result),
                 f"{result['ratio_to_copy']:.2f}",
+                "" if rewrite is None else f"{result['ratio_to_rewrite']:.2f}",
                 *("" if value is None else f"{value:.1f}x" for value in speedups),
                 "" if result["extra_bytes"] is None else human_bytes(result["extra_bytes"]),
             )
@@ -132,8 +145,9 @@ def table_rows(case: dict) -> list[tuple[str, ...]]:
 
 
 def timing_cells(figures: dict) -> tuple[str, str, str]:
+    few = figures.get("uninterrupted", ENOUGH_UNINTERRUPTED) < ENOUGH_UNINTERRUPTED
     return (
-        f"{figures['median_ms']:.3f}",
+        ("~" if few else "") + f"{figures['median_ms']:.3f}",
         f"{figures['min_ms']:.3f} to {figures['max_ms']:.3f}",
         f"{figures['gb_per_s']:.1f}",
     )

@@ -14,9 +14,10 @@ from bench.harness import Implementation, LossFunction, step
 from bench.implementations import COMPILED, EAGER
 from bench.memory import CpuMemoryProbe, cuda_extra_bytes
 from bench.problem import Problem, make_problem
-from bench.timing import interleaved_samples
+from bench.timing import Samples, interleaved_samples
 
 COPY = "copy"
+REWRITE = "rewrite"
 SPEEDUP_OVER = (EAGER, COMPILED)
 
 
@@ -74,6 +75,7 @@ def run_case(
         "dtype": case.dtype_name,
         "logits_bytes": case.logits_bytes,
         "copy": timing_figures(samples[COPY], counted_bytes=2 * case.logits_bytes),
+        "rewrite": timing_figures(samples[REWRITE], counted_bytes=2 * case.logits_bytes),
         "results": [figures(run, entry, samples, extra.get(entry.name)) for entry in checked],
         "skipped": run.skipped,
     }
@@ -108,10 +110,15 @@ def check_all(run: Run, implementations: list[Implementation]) -> None:
             run.skipped[entry.name] = f"{type(error).__name__}: {reason}"
 
 
-def time_all(run: Run, implementations: list[Implementation]) -> dict[str, list[float]]:
+def time_all(run: Run, implementations: list[Implementation]) -> dict[str, Samples]:
     # Written once already: the copy is a floor, and pays for no fresh pages.
     copied = run.problem.logits.clone()
-    calls: dict[str, Callable[[], object]] = {COPY: lambda: copied.copy_(run.logits)}
+    # Reads and writes the same memory, as what works in place does; a copy touches twice as much.
+    bits = run.logits.view(torch.int16 if run.logits.element_size() == 2 else torch.int32)
+    calls: dict[str, Callable[[], object]] = {
+        COPY: lambda: copied.copy_(run.logits),
+        REWRITE: lambda: bits.bitwise_xor_(1),
+    }
     calls.update({entry.name: partial(run.call, entry) for entry in implementations})
     return interleaved_samples(
         calls,
@@ -133,7 +140,7 @@ def extra_bytes(run: Run, implementation: Implementation) -> int | None:
 def figures(
     run: Run,
     implementation: Implementation,
-    samples: dict[str, list[float]],
+    samples: dict[str, Samples],
     extra: int | None,
 ) -> dict:
     """What is reported of one implementation."""
@@ -149,9 +156,10 @@ def figures(
         "objective": implementation.objective,
         "backward": implementation.backward,
         **own,
-        "ratio_to_copy": median / statistics.median(samples[COPY]),
+        "ratio_to_copy": median / statistics.median(samples[COPY].decisive),
+        "ratio_to_rewrite": median / statistics.median(samples[REWRITE].decisive),
         "speedup_over": {
-            name: statistics.median(samples[name]) / median
+            name: statistics.median(samples[name].decisive) / median
             # Forward alone is not the same work.
             if implementation.backward and name in samples
             else None
@@ -162,13 +170,14 @@ def figures(
     }
 
 
-def timing_figures(samples: list[float], counted_bytes: int) -> dict:
-    median = statistics.median(samples)
+def timing_figures(samples: Samples, counted_bytes: int) -> dict:
+    median = statistics.median(samples.decisive)
     return {
         "median_ms": median,
         "min_ms": min(samples),
         "max_ms": max(samples),
         "samples_ms": [round(sample, 5) for sample in samples],
+        "uninterrupted": len(samples.uninterrupted),
         "counted_bytes": counted_bytes,
         "gb_per_s": counted_bytes / median / 1e6,
     }

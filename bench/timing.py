@@ -2,8 +2,11 @@
 
 import gc
 import math
+import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -14,6 +17,43 @@ LAUNCH_CYCLES = 4_000_000  # of a GPU: some 2 ms
 
 Call = Callable[[], object]
 
+# So many samples that nobody interrupted decide alone; with fewer all count.
+ENOUGH_UNINTERRUPTED = 5
+
+
+class Samples(list[float]):
+    """Milliseconds, and which of them were taken while another process had one of our cores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.interrupted: list[bool] = []
+
+    def take(self, milliseconds: float, interrupted: bool) -> None:
+        self.append(milliseconds)
+        self.interrupted.append(interrupted)
+
+    @property
+    def uninterrupted(self) -> list[float]:
+        return [x for x, disturbed in zip(self, self.interrupted, strict=True) if not disturbed]
+
+    @property
+    def decisive(self) -> list[float]:
+        """What a median is taken of: a shared machine's other work is no property of ours."""
+        steady = self.uninterrupted
+        return steady if len(steady) >= ENOUGH_UNINTERRUPTED else list(self)
+
+
+def interruptions() -> int:
+    """How often this process's threads had to leave a core so far, as far as the system tells.
+
+    Counts ticks that a host took from a virtual machine too. Nothing tells of the other thread of a
+    core, or of caches and memory that are shared.
+    """
+    stolen = 0
+    with suppress(OSError, IndexError, ValueError):  # not Linux
+        stolen = int(Path("/proc/stat").read_text().split(maxsplit=9)[8])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw + stolen
+
 
 def interleaved_samples(
     calls: dict[str, Call],
@@ -21,14 +61,14 @@ def interleaved_samples(
     rounds: int,
     device: str,
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, list[float]]:
+) -> dict[str, Samples]:
     """Milliseconds of each call, round robin over `rounds`; `restore` runs before each, untimed.
 
     Since every sample follows a restore, all of them find the caches in the same state. Slow calls
     sit rounds out, but are never bunched together. Compilation is over: each call has run before.
     """
     stopwatch = cuda_seconds if device == "cuda" else cpu_seconds
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples = {name: Samples() for name in calls}
     strides = {}
     for name, call in calls.items():  # one more run to warm up, which also says who is slow
         restore()
@@ -40,7 +80,11 @@ def interleaved_samples(
             for name, call in calls.items():
                 if round_index % min(strides[name], rounds) == 0:
                     restore()
-                    samples[name].append(stopwatch(call) * 1e3)
+                    before = interruptions()
+                    milliseconds = stopwatch(call) * 1e3
+                    # A GPU goes on while a thread of ours waits.
+                    interrupted = device != "cuda" and interruptions() != before
+                    samples[name].take(milliseconds, interrupted)
             advance()
     finally:
         gc.enable()

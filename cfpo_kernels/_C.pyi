@@ -1,7 +1,10 @@
 from types import ModuleType
 from typing import TypedDict
 
-Rows = tuple[int, int, int, int, int, int, int]
+from torch import Tensor
+
+Address = int | Tensor | None
+Rows = tuple[int | Tensor | None, int, int, int, int, int, int]
 
 class CudaDevice(TypedDict):
     name: str
@@ -18,10 +21,10 @@ class CudaQuery(TypedDict):
     driver_version: int
     devices: list[CudaDevice]
 
-# tests/test_native_stub.py compares this file with the module.
+# tests/package/test_native_stub.py compares this file with the module.
 
 # Only where cuda_built: the four kernels below, with `device`, `stream`, `workspace` and
-# `row_kernel` in place of `threads` and `level`, and workspace_bytes(logits, device).
+# `row_kernel` in place of `threads`, and workspace_bytes(logits, device).
 cuda: ModuleType
 build_id: str
 cuda_built: bool
@@ -46,62 +49,55 @@ def policy_term(
 def kl_term(
     *, estimator: str, distance: float, log_ratio: float, ratio_weighted: bool
 ) -> tuple[float, float]: ...
+def first_bad_token(token_ids: Address, weights: Address, n_rows: int, n_cols: int) -> int: ...
 def policy_loss(
-    *,
     logits: Rows,
-    dlogits: Rows | None,
-    token_ids: int,
-    temperature: int,
+    token_ids: Address,
+    temperature: Address,
     temperature_stride: int,
-    weights: int,
+    weights: Address,
     sharded: bool,
     softcap: float,
-    columns: list[int],
+    dlogits: Rows | None,
+    columns: list[Address],
     shape: str,
     numbers: list[float],
     kl_estimator: str,
     kl_ratio_weighted: bool,
     kl_coef: float,
     entropy_coef: float,
-    grad_scale: int,
-    loss: int,
-    logps: int,
-    entropy: int,
+    grad_scale: Address,
+    loss: Address,
+    logps: Address,
+    entropy: Address,
     threads: int,
-    level: str,
 ) -> None: ...
 def token_logps(
-    *,
     logits: Rows,
-    token_ids: int,
-    temperature: int,
+    token_ids: Address,
+    temperature: Address,
     temperature_stride: int,
-    weights: int,
+    weights: Address,
     sharded: bool,
     softcap: float,
-    logps: int,
-    lse: int,
-    entropy: int,
+    logps: Address,
+    lse: Address,
+    entropy: Address,
     threads: int,
-    level: str,
 ) -> None: ...
 def token_logps_backward(
-    *,
     logits: Rows,
-    dlogits: Rows,
-    token_ids: int,
-    temperature: int,
+    token_ids: Address,
+    temperature: Address,
     temperature_stride: int,
-    weights: int,
+    weights: Address,
     sharded: bool,
     softcap: float,
-    lse: int,
-    entropy: int,
-    dlogps: int,
-    dentropy: int,
+    dlogits: Rows,
+    lse: Address,
+    entropy: Address,
+    dlogps: Address,
+    dentropy: Address,
     threads: int,
-    level: str,
 ) -> None: ...
-def multiply_rows(
-    *, rows: Rows, factors: int, factor_stride: int, threads: int, level: str
-) -> None: ...
+def multiply_rows(rows: Rows, factors: Address, factor_stride: int, threads: int) -> None: ...

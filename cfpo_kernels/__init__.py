@@ -7,6 +7,7 @@ from .api import CFPOLoss, cfpo_loss, policy_loss, token_logps
 from .autograd import CFPOFunction
 from .backends import BackendStatus, BackendUnavailableError, available_backends
 from .from_logps import cfpo_loss_from_logps, policy_loss_from_logps
+from .gradient_buffer import reuse_gradient_buffer
 from .linear import LinearCFPOLoss, linear_cfpo_loss, linear_policy_loss, linear_token_logps
 from .objectives import ASPO as ASPO
 from .objectives import CFPO as CFPO
@@ -56,6 +57,7 @@ __all__ = [
     "policy_loss_from_logps",
     "preference",
     "register_triton_objective",
+    "reuse_gradient_buffer",
     "rollout_weights",
     "sequences",
     "token_logps",

@@ -174,37 +174,41 @@ def policy_loss(
         inplace=inplace,
         takes_float64=chosen_runner.takes_float64,
     )
-    with torch.no_grad():
-        terms = validation.check_loss_terms(
-            rows,
-            chosen,
-            advantages=advantages,
-            old_logps=old_logps,
-            reduction=reduction,
-            normalizer=normalizer,
-            cu_seqlens=cu_seqlens,
-            token_weights=token_weights,
-            ref_logps=ref_logps,
-            log_ratio_bounds=log_ratio_bounds,
-            ratio_level=ratio_level,
-            sequence_group=sequence_group,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            kl_ratio_weighted=kl_ratio_weighted,
-            entropy_coef=entropy_coef,
-            grad_scale=grad_scale,
-        )
+    terms = validation.check_loss_terms(
+        rows,
+        chosen,
+        advantages=advantages,
+        old_logps=old_logps,
+        reduction=reduction,
+        normalizer=normalizer,
+        cu_seqlens=cu_seqlens,
+        token_weights=token_weights,
+        ref_logps=ref_logps,
+        log_ratio_bounds=log_ratio_bounds,
+        ratio_level=ratio_level,
+        sequence_group=sequence_group,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        kl_ratio_weighted=kl_ratio_weighted,
+        entropy_coef=entropy_coef,
+        grad_scale=grad_scale,
+    )
+    summed = reduction != "none"
+    logps: Tensor | None
+    entropy: Tensor | None
     if terms.beyond or not chosen_runner.one_pass:
         wanted = return_stats or terms.settings.needs_entropy or terms.beyond.needs_entropy
         logps, entropy, _ = chosen_runner.score(rows, inplace, wanted)
         loss = loss_of_logps(
             logps, entropy, terms.weights, terms.inputs, terms.settings, terms.beyond
         )
+        loss = loss.sum() if summed else loss
     else:
-        loss, logps, entropy = chosen_runner.loss(rows, terms, inplace, return_stats)
-    loss = loss.reshape(rows.shape) if reduction == "none" else loss.sum()
+        loss, logps, entropy = chosen_runner.loss(rows, terms, inplace, return_stats, summed)
+    loss = loss if summed else loss.reshape(rows.shape)
     if not return_stats:
         return loss
+    assert logps is not None and entropy is not None  # they were asked for
     with torch.no_grad():
         stats = collect_stats(
             logps,
@@ -288,7 +292,8 @@ def cfpo_loss(
         kl_ratio_weighted: the KL estimate is multiplied by r, which is differentiated too. With
             ratio_level="sequence" by the sequence's, differentiated by the token's own log p.
         entropy_coef: factor of the entropy bonus.
-        temperature: number, 0-d tensor, or (...) float for one a row.
+        temperature: number, 0-d tensor, or (...) float for one a row; from 1e-6 to 1e30. Rows with
+            |logit| / temperature above 1.4e9 are NaN.
         vocab_parallel: the logits are one process's columns of the vocabulary, and token ids those
             of the whole; see :class:`VocabParallel`. Two reads of the logits.
         inplace: the gradient overwrites the logits, so that no V-sized memory is allocated; their

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .inputs import LossSettings
+from .backends.base import KernelRows, KernelTerms
+from .plain import is_plain
 
 
 def refuse_create_graph() -> None:
@@ -32,14 +33,36 @@ def begin_only_backward(ctx: Any) -> None:
         ctx.spent = True
 
 
+def _is_one(dloss: Tensor) -> bool:
+    """Of a number that can be looked at for nothing."""
+    return dloss.dim() == 0 and is_plain(dloss) and dloss.is_cpu and dloss.item() == 1
+
+
+class LossCall(NamedTuple):
+    """How a policy loss is computed.
+
+    Attributes:
+        backend: a name that ``backends.kernels`` takes.
+        summed: the loss is 0-d, else (N,).
+        masked: some weights may be 0 by a mask.
+        with_scores: log-probs and entropies are wanted beside the loss.
+        inplace: the logits hold their gradient afterwards.
+    """
+
+    backend: str
+    summed: bool
+    masked: bool
+    with_scores: bool = False
+    inplace: bool = False
+
+
 class CFPOFunction(torch.autograd.Function):
     """A policy loss whose forward also computes the gradient, which backward hands over.
 
-    ``apply(logits, inplace, token_ids, weights, temperature, grad_scale, with_entropy, backend,
-    settings, *token inputs)`` returns (loss (N,), logps (N,), entropy (N,) or (0,)); only the loss
-    is differentiable, and only with respect to the logits. With `inplace` the logits hold their
-    gradient afterwards. Backward can run once: a second call raises, but not in code that
-    torch.compile made, which does not see the check.
+    ``apply(logits, token_ids, weights, temperature, terms, how)`` returns (loss, logps (N,),
+    entropy (N,)), the last two None unless ``how.with_scores``; only the loss is differentiable,
+    and only with respect to the logits. Backward can run once: a second call raises, but not in
+    code that torch.compile made, which does not see the check.
 
     Example:
         >>> logits = torch.zeros(2, 3, requires_grad=True)
@@ -54,44 +77,46 @@ class CFPOFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
-        inplace: bool,
         token_ids: Tensor,
         weights: Tensor,
         temperature: Tensor,
-        grad_scale: Tensor | None,
-        with_entropy: bool,
-        backend: str,
-        settings: LossSettings,
-        *inputs: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = (logits, token_ids, weights, temperature)
-        terms = (list(inputs), *ops.flat(settings), grad_scale)
-        if inplace:
-            loss, logps, entropy = ops.policy_loss_(*rows, with_entropy, backend, *terms)
-            dlogits = logits
-        else:
-            loss, logps, entropy, dlogits = ops.policy_loss(
-                *rows, with_entropy, True, backend, *terms
-            )
-        ctx.save_for_backward(dlogits, weights, grad_scale)
-        ctx.backend = backend
+        terms: KernelTerms,
+        how: LossCall,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        loss, logps, entropy, dlogits = ops.run_policy_loss(
+            KernelRows(logits, token_ids, weights, temperature),
+            terms,
+            how.with_scores,
+            how.backend,
+            with_gradient=True,
+            inplace=how.inplace,
+        )
+        if how.summed:  # here rather than outside: a node less for autograd
+            loss = loss.sum()
+        ctx.save_for_backward(dlogits, weights if how.masked else None, terms.grad_scale)
+        ctx.backend = how.backend
         ctx.spent = False
-        ctx.mark_non_differentiable(logps, entropy)
         ctx.set_materialize_grads(False)
+        if not how.with_scores:
+            return loss, None, None
+        ctx.mark_non_differentiable(logps, entropy)
         return loss, logps, entropy
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (len(ctx.needs_input_grad) - 1)
+        nothing = (None,) * 5
         if dloss is None:
             return None, *nothing
         begin_only_backward(ctx)
         dlogits, weights, grad_scale = ctx.saved_tensors
         dlogits = dlogits.detach()
+        if grad_scale is None and _is_one(dloss):
+            return dlogits, *nothing
         factors = dloss if grad_scale is None else dloss / grad_scale
-        factors = torch.where(weights == 0, 1.0, factors)  # a masked row's zeros, also for inf, NaN
+        if weights is not None:  # a masked row's zeros, also for inf, NaN
+            factors = torch.where(weights == 0, 1.0, factors)
         # Where the factor is 1 this reads N numbers and touches nothing; the kernel looks.
-        ops.multiply_rows_(dlogits, factors, ctx.backend)
+        ops.run_multiply_rows_(dlogits, factors, ctx.backend)
         return dlogits, *nothing
 
 
@@ -114,9 +139,9 @@ class TokenLogpsFunction(torch.autograd.Function):
         with_entropy: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = (logits, token_ids, weights, temperature)
-        logps, lse, entropy = ops.token_logps(*rows, with_entropy, backend)
-        ctx.save_for_backward(*rows, lse, entropy)
+        rows = KernelRows(logits, token_ids, weights, temperature)
+        logps, lse, entropy = ops.run_token_logps(rows, with_entropy, backend)
+        ctx.save_for_backward(*rows[:4], lse, entropy)
         ctx.inplace = inplace
         ctx.backend = backend
         ctx.mark_non_differentiable(lse)
@@ -134,10 +159,13 @@ class TokenLogpsFunction(torch.autograd.Function):
             return None, *nothing
         dlogps = None if dlogps is None else dlogps.contiguous()
         dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy.contiguous()
-        arguments = (token_ids, weights, temperature, ctx.backend, lse, entropy, dlogps, dentropy)
-        if ctx.inplace:
-            dlogits = logits.detach()
-            ops.token_logps_backward_(dlogits, *arguments)
-        else:
-            dlogits = ops.token_logps_backward(logits, *arguments)
+        dlogits = ops.run_token_logps_backward(
+            KernelRows(logits.detach(), token_ids, weights, temperature),
+            ctx.backend,
+            lse,
+            entropy,
+            dlogps,
+            dentropy,
+            inplace=ctx.inplace,
+        )
         return dlogits, *nothing

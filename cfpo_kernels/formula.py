@@ -87,7 +87,9 @@ def _window(
 
 def _quadratic(shape: Shape, x: Tensor, advantages: Tensor, width: Tensor | None) -> Tensor:
     width = _bound(advantages, width, shape.high_positive, shape.high_negative)
-    excess = torch.expm1(x.clamp(-shape.cap, shape.cap))  # r - 1
+    # Comparisons, not clamp, whose derivative at a NaN is 0.
+    capped = torch.where(x > shape.cap, shape.cap, torch.where(x < -shape.cap, -shape.cap, x))
+    excess = torch.expm1(capped)  # r - 1
     penalty = advantages.abs() / (2 * width) * excess
     return -(advantages + excess * (advantages - penalty))
 

@@ -58,9 +58,22 @@ def token_logps(
         lse = torch.where(active, torch.where(empty, -torch.inf, lse), zero)
     if not with_entropy:
         return logps, logps.new_empty(0), lse
-    banned = log_p == -torch.inf  # p log p is 0 there
-    entropy = -(log_p.exp() * torch.where(banned, zero, log_p)).sum(-1)
-    return logps, torch.where(active & ~empty, entropy, zero), lse
+    return logps, torch.where(active & ~empty, _entropy(x), zero), lse
+
+
+def _entropy(x: Tensor) -> Tensor:
+    """H of softmax(x), (N,). Its relative accuracy holds for confident rows.
+
+    With w_v = p_v / max p of all but the likeliest: H = log(1 + sum w) - sum w log w / (1 + sum w),
+    where both terms are positive. log p of the likeliest token would be a small difference.
+    """
+    at = x.detach().argmax(-1, keepdim=True)
+    log_w = x - x.gather(-1, at)
+    banned = log_w == -torch.inf  # w log w is 0 there
+    log_w = torch.where(banned, 0.0, log_w)
+    w = torch.where(banned, 0.0, log_w.exp()).scatter(-1, at, 0.0)
+    mass = w.sum(-1)
+    return mass.log1p() - (w * log_w).sum(-1) / (1 + mass)
 
 
 def _of_capped(y: Tensor, softcap: float) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .autograd import CFPOFunction, TokenLogpsFunction
+from .autograd import CFPOFunction, LossCall, TokenLogpsFunction
+from .backends.base import KernelRows, KernelTerms
 from .formula import loss_of_logps
 from .tiles import Tiles
 from .validation import LossTerms, Rows, values
@@ -40,9 +41,10 @@ class Runner(Protocol):
         """logps and entropy, differentiable; T * logsumexp(logits / T). (0,) if not asked for."""
 
     def loss(
-        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, differentiable; logps and entropy. For terms that look at one token only."""
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_scores: bool, summed: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, 0-d if `summed`, differentiable; logps and entropy, there `with_scores`. For
+        terms that look at one token only."""
 
 
 @dataclass(frozen=True)
@@ -68,35 +70,23 @@ class KernelRunner:
             return TokenLogpsFunction.apply(
                 rows.logits, inplace, *of_rows, with_entropy, self.kernels
             )
-        logps, lse, entropy = ops.token_logps(rows.logits, *of_rows, with_entropy, self.kernels)
+        logps, lse, entropy = ops.run_token_logps(
+            KernelRows(rows.logits, *of_rows), with_entropy, self.kernels
+        )
         return logps, entropy, lse
 
     def loss(
-        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        of_rows = (rows.token_ids, terms.weights, rows.temperature)
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_scores: bool, summed: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        of_rows = (rows.logits, rows.token_ids, terms.weights, rows.temperature)
+        of_tokens = KernelTerms(terms.inputs, terms.settings, terms.grad_scale)
         if rows.logits.requires_grad and torch.is_grad_enabled():
-            return CFPOFunction.apply(
-                rows.logits,
-                inplace,
-                *of_rows,
-                terms.grad_scale,
-                with_entropy,
-                self.kernels,
-                terms.settings,
-                *terms.inputs,
-            )
-        loss, logps, entropy, _ = ops.policy_loss(
-            rows.logits,
-            *of_rows,
-            with_entropy,
-            False,
-            self.kernels,
-            list(terms.inputs),
-            *ops.flat(terms.settings),
-            terms.grad_scale,
+            how = LossCall(self.kernels, summed, rows.mask is not None, with_scores, inplace)
+            return CFPOFunction.apply(*of_rows, of_tokens, how)
+        loss, logps, entropy, _ = ops.run_policy_loss(
+            KernelRows(*of_rows), of_tokens, with_scores, self.kernels
         )
-        return loss, logps, entropy
+        return loss.sum() if summed else loss, logps, entropy
 
 
 @dataclass(frozen=True)
@@ -125,12 +115,12 @@ class ReferenceRunner:
         )
 
     def loss(
-        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with_entropy = with_entropy or terms.settings.needs_entropy
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_scores: bool, summed: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        with_entropy = with_scores or terms.settings.needs_entropy
         logps, entropy, _ = self.score(rows, inplace, with_entropy)
         loss = loss_of_logps(logps, entropy, terms.weights, terms.inputs, terms.settings)
-        return loss, logps, entropy
+        return loss.sum() if summed else loss, logps, entropy
 
 
 @dataclass(frozen=True)
@@ -169,8 +159,8 @@ class ShardedRunner:
         )
 
     def loss(
-        self, rows: Rows, terms: LossTerms, inplace: bool, with_entropy: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, rows: Rows, terms: LossTerms, inplace: bool, with_scores: bool, summed: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         raise NotImplementedError("one_pass is False")
 
 

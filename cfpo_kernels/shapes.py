@@ -45,7 +45,7 @@ class Shape(NamedTuple):
 
     @property
     def numbers(self) -> list[float]:
-        return [float(number) for number in self[1:]]
+        return list(map(float, self[1:]))
 
 
 NUMBERS = Shape._fields[1:]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .plain import filled
+
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none")
 
 
@@ -48,6 +50,20 @@ def row_weights(
     if normalizer is not None:
         denominator = normalizer
     return torch.where(active, numerator / denominator, torch.zeros_like(numerator))
+
+
+def equal_weights(
+    n_tokens: int,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """``row_weights`` where all tokens are active, but for seq-*; to be read only."""
+    if normalizer is not None:
+        return torch.ones(n_tokens, dtype=dtype, device=device) / normalizer
+    count = max(n_tokens, 1) if reduction == "token-mean" else 1
+    return filled(n_tokens, 1 / count, dtype, device)
 
 
 def padded_sequence_index(shape: torch.Size, device: torch.device) -> tuple[Tensor, int]:

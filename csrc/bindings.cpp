@@ -2,6 +2,8 @@
 //
 // Torch-free on purpose: one build serves every torch version. cfpo_kernels/backends/native.py is
 // the only caller of kernels, and hands over addresses after every argument was checked.
+#include <cstdlib>
+
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "kernel_bindings.h"
@@ -40,9 +42,23 @@ std::tuple<double, double> kl_term(const std::string& name, double distance, dou
   return {term.loss, term.dlogp};
 }
 
+// The first row of weight other than 0 whose token is outside [0, n_cols); -1: none.
+std::int64_t first_bad_token(Address token_ids, Address weights, std::int64_t n_rows,
+                             std::int64_t n_cols) {
+  const auto* ids = pointer<const std::int64_t>(token_ids);
+  const auto* weight = pointer<const float>(weights);
+  for (std::int64_t row = 0; row < n_rows; ++row) {
+    if ((ids[row] < 0 || ids[row] >= n_cols) && weight[row] != 0.0f) return row;
+  }
+  return -1;
+}
+
 struct CpuKernels {
-  static cpu::Execution execution(int threads, const std::string& level) {
-    return {threads, level};
+  // CFPO_KERNELS_CPU_LEVEL forces an instruction set: for tests and for comparing. Read here: a
+  // variable that is not set costs Python an exception.
+  static cpu::Execution execution(int threads) {
+    const char* level = std::getenv("CFPO_KERNELS_CPU_LEVEL");
+    return {threads, level == nullptr ? "" : level};
   }
   static constexpr auto policy_loss = cpu::policy_loss;
   static constexpr auto token_logps = cpu::token_logps;
@@ -79,10 +95,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("policy_term", &cfpo::bindings::policy_term, py::kw_only(), py::arg("shape"),
         py::arg("numbers"), py::arg("logp"), py::arg("log_ratio"), py::arg("advantage"),
         py::arg("low"), py::arg("high"), py::arg("token_weight"));
+  m.def("first_bad_token", &cfpo::bindings::first_bad_token,
+        py::call_guard<py::gil_scoped_release>(), py::arg("token_ids"), py::arg("weights"),
+        py::arg("n_rows"), py::arg("n_cols"));
   m.def("kl_term", &cfpo::bindings::kl_term, py::kw_only(), py::arg("estimator"),
         py::arg("distance"), py::arg("log_ratio"), py::arg("ratio_weighted"));
-  cfpo::bindings::bind_kernels<cfpo::bindings::CpuKernels, int, std::string>(m, py::arg("threads"),
-                                                                             py::arg("level"));
+  cfpo::bindings::bind_kernels<cfpo::bindings::CpuKernels, int>(m, py::arg("threads"));
 #if defined(CFPO_WITH_CUDA)
   m.attr("cuda_built") = true;
   m.def("cuda_query", &cfpo::bindings::cuda_query);

@@ -20,14 +20,37 @@ namespace cfpo::bindings {
 
 namespace py = pybind11;
 
+// Where a tensor's numbers are, from the tensor or as a number; None: null.
+struct Address {
+  std::uintptr_t value = 0;
+};
+
 template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address.value);
 }
 
+}  // namespace cfpo::bindings
+
+template <>
+struct pybind11::detail::type_caster<cfpo::bindings::Address> {
+  PYBIND11_TYPE_CASTER(cfpo::bindings::Address, const_name("int | Tensor | None"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    // Asked from here, this is a call that Python need not spell out for each argument.
+    const object number =
+        PyLong_Check(source.ptr()) ? reinterpret_borrow<object>(source) : source.attr("data_ptr")();
+    value.value = number.cast<std::uintptr_t>();
+    return true;
+  }
+};
+
+namespace cfpo::bindings {
+
 // (address, dtype, n_rows, n_cols, inner, outer_stride, inner_stride); see core/params.h
-using RowsTuple = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t, std::int64_t,
-                             std::int64_t, std::int64_t>;
+using RowsTuple =
+    std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
 
 inline Rows make_rows(const std::optional<RowsTuple>& given) {
   Rows rows;
@@ -43,9 +66,9 @@ inline Rows make_rows(const std::optional<RowsTuple>& given) {
   return rows;
 }
 
-inline Problem make_problem(const RowsTuple& logits, std::uintptr_t token_ids,
-                            std::uintptr_t temperature, std::int64_t temperature_stride,
-                            std::uintptr_t weights, bool sharded, double softcap) {
+inline Problem make_problem(const RowsTuple& logits, Address token_ids, Address temperature,
+                            std::int64_t temperature_stride, Address weights, bool sharded,
+                            double softcap) {
   return {make_rows(logits),
           pointer<const std::int64_t>(token_ids),
           pointer<const float>(temperature),
@@ -109,14 +132,13 @@ inline Policy make_policy(const std::string& shape, const std::vector<double>& n
 // `Kernels` has the four functions as static members; `Where`: the arguments that make an
 // Execution: threads and level on the CPU; device, stream, workspace and row kernel on a GPU.
 template <class Kernels, class... Where>
-void policy_loss(const RowsTuple& logits, const std::optional<RowsTuple>& dlogits,
-                 std::uintptr_t token_ids, std::uintptr_t temperature,
-                 std::int64_t temperature_stride, std::uintptr_t weights, bool sharded,
-                 double softcap, const std::vector<std::uintptr_t>& columns,
+void policy_loss(const RowsTuple& logits, Address token_ids, Address temperature,
+                 std::int64_t temperature_stride, Address weights, bool sharded, double softcap,
+                 const std::optional<RowsTuple>& dlogits, const std::vector<Address>& columns,
                  const std::string& shape, const std::vector<double>& numbers,
                  const std::string& estimator, bool kl_ratio_weighted, double kl_coef,
-                 double entropy_coef, std::uintptr_t grad_scale, std::uintptr_t loss,
-                 std::uintptr_t logps, std::uintptr_t entropy, Where... where) {
+                 double entropy_coef, Address grad_scale, Address loss, Address logps,
+                 Address entropy, Where... where) {
   PolicyLossParams params;
   params.problem =
       make_problem(logits, token_ids, temperature, temperature_stride, weights, sharded, softcap);
@@ -132,10 +154,9 @@ void policy_loss(const RowsTuple& logits, const std::optional<RowsTuple>& dlogit
 }
 
 template <class Kernels, class... Where>
-void token_logps(const RowsTuple& logits, std::uintptr_t token_ids, std::uintptr_t temperature,
-                 std::int64_t temperature_stride, std::uintptr_t weights, bool sharded,
-                 double softcap, std::uintptr_t logps, std::uintptr_t lse, std::uintptr_t entropy,
-                 Where... where) {
+void token_logps(const RowsTuple& logits, Address token_ids, Address temperature,
+                 std::int64_t temperature_stride, Address weights, bool sharded, double softcap,
+                 Address logps, Address lse, Address entropy, Where... where) {
   const TokenLogpsParams params{
       make_problem(logits, token_ids, temperature, temperature_stride, weights, sharded, softcap),
       pointer<float>(logps), pointer<double>(lse), pointer<float>(entropy)};
@@ -143,11 +164,10 @@ void token_logps(const RowsTuple& logits, std::uintptr_t token_ids, std::uintptr
 }
 
 template <class Kernels, class... Where>
-void token_logps_backward(const RowsTuple& logits, const RowsTuple& dlogits,
-                          std::uintptr_t token_ids, std::uintptr_t temperature,
-                          std::int64_t temperature_stride, std::uintptr_t weights, bool sharded,
-                          double softcap, std::uintptr_t lse, std::uintptr_t entropy,
-                          std::uintptr_t dlogps, std::uintptr_t dentropy, Where... where) {
+void token_logps_backward(const RowsTuple& logits, Address token_ids, Address temperature,
+                          std::int64_t temperature_stride, Address weights, bool sharded,
+                          double softcap, const RowsTuple& dlogits, Address lse, Address entropy,
+                          Address dlogps, Address dentropy, Where... where) {
   const TokenLogpsBackwardParams params{
       make_problem(logits, token_ids, temperature, temperature_stride, weights, sharded, softcap),
       make_rows(dlogits),
@@ -159,7 +179,7 @@ void token_logps_backward(const RowsTuple& logits, const RowsTuple& dlogits,
 }
 
 template <class Kernels, class... Where>
-void multiply_rows(const RowsTuple& rows, std::uintptr_t factors, std::int64_t factor_stride,
+void multiply_rows(const RowsTuple& rows, Address factors, std::int64_t factor_stride,
                    Where... where) {
   Kernels::multiply_rows(make_rows(rows), pointer<const float>(factors), factor_stride,
                          Kernels::execution(where...));
@@ -169,22 +189,23 @@ template <class Kernels, class... Where, class... Arguments>
 void bind_kernels(py::module_& m, const Arguments&... where) {
   static_assert(sizeof...(Where) == sizeof...(Arguments));
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  m.def("policy_loss", &policy_loss<Kernels, Where...>, Unlocked(), py::kw_only(),
-        py::arg("logits"), py::arg("dlogits"), py::arg("token_ids"), py::arg("temperature"),
-        py::arg("temperature_stride"), py::arg("weights"), py::arg("sharded"), py::arg("softcap"),
+  m.def("policy_loss", &policy_loss<Kernels, Where...>, Unlocked(), py::arg("logits"),
+        py::arg("token_ids"), py::arg("temperature"), py::arg("temperature_stride"),
+        py::arg("weights"), py::arg("sharded"), py::arg("softcap"), py::arg("dlogits"),
         py::arg("columns"), py::arg("shape"), py::arg("numbers"), py::arg("kl_estimator"),
         py::arg("kl_ratio_weighted"), py::arg("kl_coef"), py::arg("entropy_coef"),
         py::arg("grad_scale"), py::arg("loss"), py::arg("logps"), py::arg("entropy"), where...);
-  m.def("token_logps", &token_logps<Kernels, Where...>, Unlocked(), py::kw_only(),
+  m.def("token_logps", &token_logps<Kernels, Where...>, Unlocked(), py::arg("logits"),
+        py::arg("token_ids"), py::arg("temperature"), py::arg("temperature_stride"),
+        py::arg("weights"), py::arg("sharded"), py::arg("softcap"), py::arg("logps"),
+        py::arg("lse"), py::arg("entropy"), where...);
+  m.def("token_logps_backward", &token_logps_backward<Kernels, Where...>, Unlocked(),
         py::arg("logits"), py::arg("token_ids"), py::arg("temperature"),
         py::arg("temperature_stride"), py::arg("weights"), py::arg("sharded"), py::arg("softcap"),
-        py::arg("logps"), py::arg("lse"), py::arg("entropy"), where...);
-  m.def("token_logps_backward", &token_logps_backward<Kernels, Where...>, Unlocked(), py::kw_only(),
-        py::arg("logits"), py::arg("dlogits"), py::arg("token_ids"), py::arg("temperature"),
-        py::arg("temperature_stride"), py::arg("weights"), py::arg("sharded"), py::arg("softcap"),
-        py::arg("lse"), py::arg("entropy"), py::arg("dlogps"), py::arg("dentropy"), where...);
-  m.def("multiply_rows", &multiply_rows<Kernels, Where...>, Unlocked(), py::kw_only(),
-        py::arg("rows"), py::arg("factors"), py::arg("factor_stride"), where...);
+        py::arg("dlogits"), py::arg("lse"), py::arg("entropy"), py::arg("dlogps"),
+        py::arg("dentropy"), where...);
+  m.def("multiply_rows", &multiply_rows<Kernels, Where...>, Unlocked(), py::arg("rows"),
+        py::arg("factors"), py::arg("factor_stride"), where...);
 }
 
 }  // namespace cfpo::bindings

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +11,24 @@ import pytest
 import torch
 from filelock import FileLock  # torch brings it
 from ptx_tools.nvcc import NVCC
+from targets import GPUS, LEVELS, NAMES, TARGETS, Target
 
-from cfpo_kernels import backends
 from cfpo_kernels.backends import cpu
 
 # test_ptx_wrappers.py says so.
-collect_ignore = [] if NVCC is not None else ["test_ptx_kernels.py", "test_ptx_mutants.py"]
-
-LEVELS = tuple(cpu.native.cpu_levels()) if cpu.native is not None else ()
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "level" in metafunc.fixturenames:
-        only_cpu = metafunc.config.getoption("--backend") == "cpu"
-        metafunc.parametrize("level", LEVELS if only_cpu else LEVELS[:1], indirect=True)
-    if "emulated_cuda" in metafunc.fixturenames:
-        targets: list[Any] = ["source"]
-        if NVCC is not None:
-            targets.append("ptx")
-        if getattr(metafunc.module, "ON_GPU_TOO", False):
-            targets.append(pytest.param("gpu", marks=pytest.mark.gpu))
-        metafunc.parametrize("emulated_cuda", targets, indirect=True, scope="session")
+collect_ignore = (
+    []
+    if NVCC is not None
+    else ["backends/ptx/test_ptx_kernels.py", "backends/ptx/test_ptx_mutants.py"]
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--backend",
-        choices=("cpu", "triton"),
-        default="cpu",
-        help="what backend='auto' and 'cpu' mean for CPU tensors; triton: interpreted",
+        "--target",
+        action="append",
+        metavar="NAME",
+        help="where tests that have targets run, here or not; the name may be a pattern",
     )
     parser.addoption("--nightly", action="store_true", help="run the tests marked nightly too")
 
@@ -48,82 +38,90 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["CFPO_KERNELS_CACHE"] = tempfile.mkdtemp(prefix="cfpo-kernels-tests-")
     if cpu.native is None:
         raise pytest.UsageError(f"{cpu.import_failure}; `make test` builds it")
-    if config.getoption("--backend") == "triton":
-        from triton_tools.interpreter import INTERPRETING, mend
-
-        if not INTERPRETING:
-            raise pytest.UsageError("--backend triton needs TRITON_INTERPRET=1")
-        mend()
+    for pattern in config.getoption("--target") or ():
+        if not matching((pattern,), *TARGETS):
+            raise pytest.UsageError(f"no target is called {pattern!r}: {', '.join(TARGETS)}")
 
 
-@pytest.fixture(autouse=True)
-def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if request.config.getoption("--backend") != "triton" or "triton" in request.node.path.name:
-        yield
-        return
-    from triton_tools.checker import checked_launches
-
-    resolve = backends.resolve
-
-    def to_triton(name: str, *of: Any, **how: Any) -> str:
-        return "triton" if name in ("auto", "cpu") else resolve(name, *of, **how)
-
-    monkeypatch.setattr(backends, "resolve", to_triton)
-    # Every launch of every test: nothing outside the arguments, no races, nothing written twice.
-    with checked_launches() as log:
-        yield
-    for launch in log.launches:
-        for name in {view.name for view in launch.views} & {"loss_ptr", "logps_ptr", "dlogits_ptr"}:
-            assert launch.writes(name).max() <= 1, (launch.kernel, name)
+# --- Targets: see support/targets.py -----------------------------------------------------------
 
 
-def parameter(item: pytest.Item, name: str) -> Any:
-    callspec = getattr(item, "callspec", None)
-    return callspec.params.get(name) if callspec else None
+def matching(patterns: tuple[str, ...], *names: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def takes_too_long_interpreted(item: pytest.Item) -> bool:
-    of_reference = "reference" in (parameter(item, "backend"), parameter(item, "name"))
-    long_rows = (parameter(item, "v") or 0) > 130_000
-    of_cpu = item.name.startswith("test_every_instruction_set")
-    return of_reference or long_rows or of_cpu or "slow" in item.keywords
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "level" in metafunc.fixturenames:
+        metafunc.parametrize("level", LEVELS, indirect=True)
+    if "target_name" in metafunc.fixturenames:
+        wanted = metafunc.config.getoption("--target")
+        names = [
+            pytest.param(name, marks=pytest.mark.gpu if name in GPUS else ())
+            for name, target in TARGETS.items()
+            if (matching(wanted, name) if wanted else not target.why_not)
+        ]
+        # All of one target together: its PTX is parsed once.
+        metafunc.parametrize("target_name", names, indirect=True, scope="session")
 
 
-def is_for_the_night(item: pytest.Item, interpreted: bool) -> bool:
-    if "nightly" in item.keywords:
-        return True
-    if not interpreted or "triton" in item.path.name:
-        return False
-    # The kernels convert float16 where they convert bfloat16; test_triton_interpreted looks at
-    # each. And torch.compile stops at the operator, whichever kernel is behind it.
-    of_compile = item.name.startswith("test_compile") and "aot_eager-loss" not in item.name
-    return parameter(item, "dtype") == torch.float16 or of_compile
+def check_marks(item: pytest.Item) -> None:
+    for kind in ("not_on", "only_on", "nightly_on"):
+        for mark in item.iter_markers(kind):
+            known = mark.args and all(matching((x,), *NAMES) for x in mark.args)
+            if not known or not mark.kwargs.get("reason") or "target_name" not in item.fixturenames:
+                raise pytest.UsageError(
+                    f"{item.nodeid}: the mark {kind} takes names of targets and a reason, on tests "
+                    f"that have targets; got {kind}{mark.args} {mark.kwargs}"
+                )
 
 
-def is_in_other_runs(item: pytest.Item) -> bool:
-    """Of what runs on PTX: the kernels of one type, and short rows, are enough for every commit."""
-    parameters = getattr(item, "callspec", None) and item.callspec.params
-    if not parameters or parameters.get("emulated_cuda") != "ptx":
-        return False
-    of_type = [x for x in parameters.values() if isinstance(x, torch.dtype)]
-    of_type += [x.get("dtype") for x in parameters.values() if isinstance(x, dict)]
-    return any(dtype is not torch.bfloat16 for dtype in of_type) or not of_type
+def is_left_out(item: pytest.Item, target: Target, parameters: dict[str, Any]) -> bool:
+    return (
+        any(matching(mark.args, target.name) for mark in item.iter_markers("not_on"))
+        or not all(matching(mark.args, target.name) for mark in item.iter_markers("only_on"))
+        or (parameters.get("v") or 0) > target.longest
+    )
+
+
+def is_for_the_night(item: pytest.Item, target: Target, parameters: dict[str, Any]) -> bool:
+    marked = any(matching(mark.args, target.name) for mark in item.iter_markers("nightly_on"))
+    return marked or not target.every_commit(parameters)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    interpreted = config.getoption("--backend") == "triton"
+    dropped = set()
     for item in items:
-        if is_in_other_runs(item):
-            item.add_marker(pytest.mark.nightly)
-    dropped = {item for item in items if interpreted and takes_too_long_interpreted(item)}
-    if not config.getoption("--nightly"):
-        dropped |= {item for item in items if is_for_the_night(item, interpreted)}
+        check_marks(item)
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if target := TARGETS.get(parameters.get("target_name")):
+            if is_left_out(item, target, parameters):
+                dropped.add(item)
+            elif is_for_the_night(item, target, parameters):
+                item.add_marker(pytest.mark.nightly)
+        if "nightly" in item.keywords and not config.getoption("--nightly"):
+            dropped.add(item)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
-    skip = pytest.mark.skip(reason="no CUDA device")
-    for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def target_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def target(target_name: str, request: pytest.FixtureRequest) -> Iterator[Target]:
+    """What runs the kernels; the test runs once for each."""
+    chosen = TARGETS[target_name]
+    if chosen.why_not:
+        pytest.skip(chosen.why_not)
+    with chosen.running(request):
+        yield chosen
+
+
+# --- What others need --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -184,17 +182,9 @@ def ptx(shared_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def emulated_cuda(request: pytest.FixtureRequest, shared_folder: Path) -> Any:
-    """The CUDA kernels on the CPU, as `pytest_generate_tests` says: their source, built by g++, or
-    the PTX that nvcc makes of it, interpreted. None for a GPU."""
+def emulated_cuda(shared_folder: Path) -> Any:
+    """The CUDA kernels on the CPU; a target has them run their source, or their PTX."""
     from emulation import load_module
 
-    if request.param == "gpu":
-        return None
     with FileLock(shared_folder / "emulated.lock"):
-        module = load_module(shared_folder / "emulated")
-    if request.param == "ptx":
-        module.use_ptx(request.getfixturevalue("ptx").text_of)
-    else:
-        module.use_source()
-    return module
+        return load_module(shared_folder / "emulated")

@@ -115,20 +115,29 @@ def build():
     return [*command, "--editable", "."], env
 
 
-def files_with_gpu_tests():
-    """The others may need packages that are not here."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    # The second: of a file whose tests take their device from tests/conftest.py.
-    on_a_gpu = re.compile(r"pytest\.mark\.gpu\b|^ON_GPU_TOO = True", re.M)
-    return [path for path in files if on_a_gpu.search(path.read_text())]
+def gpu_tests():
+    """By the name of the step: a file with GPU tests, and the target that it is for, if it has any.
+
+    Other files may need packages that are not here.
+    """
+    found = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: path.name):
+        text = path.read_text()
+        if re.search(r"pytest\.mark\.gpu\b", text):
+            found[path.stem] = path, None
+        for target in ("cuda-gpu", "triton-gpu"):  # of tests/support/targets.py
+            particular = re.search(rf'only_on\([^)]*"{target}"', text)
+            if path.parent.name == "every_target" or particular:
+                found[f"{path.stem}-{target}"] = path, target
+    return found
 
 
-def tests_of(path, stem):
-    # A process for each file: after an illegal access nothing else works in a process, and a report
-    # is written only at its end. Where a test hangs, its stack is printed.
+def tests_of(name, path, target, stem):
+    # A process for each: after an illegal access nothing else works in a process, and a report is
+    # written only at its end. Where a test hangs, its stack is printed.
     command = [sys.executable, "-m", "pytest", str(path), "-m", "gpu", "--maxfail=20"]
-    command += ["-o", "faulthandler_timeout=120", f"--junitxml={stem}-{path.stem}.xml"]
-    return command, {}
+    command += ["-o", "faulthandler_timeout=120", f"--junitxml={stem}-{name}.xml"]
+    return command + (["--target", target] if target else []), {}
 
 
 def find_sanitizer():
@@ -161,7 +170,7 @@ def bench(stem):
 def all_steps(stem):
     """What to run, by name: the command, None where it is not installed, and its environment."""
     steps = {"build": build(), "verify": verify(stem)}
-    steps |= {path.stem: tests_of(path, stem) for path in files_with_gpu_tests()}
+    steps |= {name: tests_of(name, *of, stem) for name, of in gpu_tests().items()}
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         steps[f"sanitizer-{tool}"] = sanitizer(tool)
     return steps | {"bench": bench(stem)}

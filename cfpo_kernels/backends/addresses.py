@@ -1,4 +1,7 @@
-"""Tensors as the native module takes them: addresses and numbers. Everything was checked before."""
+"""Tensors as the native module takes them; it asks each for its address itself.
+
+Everything was checked before. The order is that of csrc/kernel_bindings.h.
+"""
 
 from __future__ import annotations
 
@@ -8,44 +11,31 @@ import torch
 from torch import Tensor
 
 from .base import KernelRows, KernelTerms
-from .layout import row_layout
+from .layout import row_layout, rows_from
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-RowsTuple = tuple[int, int, int, int, int, int, int]
+RowsTuple = tuple[Tensor, int, int, int, int, int, int]
 
 
 def describe(x: Tensor) -> RowsTuple:
     layout = row_layout(x)
     assert layout is not None  # row_blocks saw to it
-    return (x.data_ptr(), _DTYPES[x.dtype], x.shape[:-1].numel(), x.shape[-1], *layout)
+    n_cols = x.shape[-1]
+    return (x, _DTYPES[x.dtype], x.numel() // n_cols, n_cols, *layout)
 
 
-def address(x: Tensor | None, first: int = 0) -> int:
-    return 0 if x is None else x.data_ptr() + first * x.element_size()
-
-
-def problem(rows: KernelRows, logits: Tensor, first: int) -> dict[str, Any]:
+def problem(rows: KernelRows, logits: Tensor, first: int) -> tuple[Any, ...]:
     """`logits`: the piece of the rows' logits that begins with row number `first`."""
-    per_row = int(rows.temperature.numel() > 1)
-    return {
-        "logits": describe(logits),
-        "token_ids": address(rows.token_ids, first),
-        "temperature": address(rows.temperature, first * per_row),
-        "temperature_stride": per_row,
-        "weights": address(rows.weights, first),
-        "sharded": rows.sharded,
-        "softcap": rows.softcap,
-    }
+    _, token_ids, weights, temperature, sharded, softcap = rows
+    per_row = int(temperature.numel() > 1)
+    if first:
+        token_ids, weights = token_ids[first:], weights[first:]
+        temperature = temperature[first * per_row :]
+    return describe(logits), token_ids, temperature, per_row, weights, sharded, softcap
 
 
-def policy_terms(terms: KernelTerms, first: int) -> dict[str, Any]:
-    shape, *others = terms.settings
-    names = type(terms.settings)._fields[1:]
-    return {
-        "columns": [address(column, first) for column in terms.inputs],
-        "shape": shape.kind,
-        "numbers": shape.numbers,
-        **dict(zip(names, others, strict=True)),
-        "grad_scale": address(terms.grad_scale),
-    }
+def policy_terms(terms: KernelTerms, first: int) -> tuple[Any, ...]:
+    inputs, (shape, *others), grad_scale = terms
+    columns = [rows_from(column, first) for column in inputs] if first else inputs
+    return columns, shape.kind, shape.numbers, *others, grad_scale

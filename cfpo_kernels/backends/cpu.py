@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..validation import values
+from .base import KernelRows
 from .native import NativeBackend
 from .status import BackendStatus
 
@@ -38,10 +39,16 @@ class CpuBackend(NativeBackend):
 
     def execution(
         self, logits: Tensor, workspace: bool = False
-    ) -> AbstractContextManager[dict[str, Any]]:
-        # CFPO_KERNELS_CPU_LEVEL forces an instruction set: for tests and for comparing.
-        level = os.environ.get("CFPO_KERNELS_CPU_LEVEL", "")
-        return nullcontext({"threads": torch.get_num_threads(), "level": level})
+    ) -> AbstractContextManager[tuple[int]]:
+        return nullcontext((torch.get_num_threads(),))
+
+    def check_tokens(self, rows: KernelRows) -> None:
+        if rows.sharded:
+            return
+        ids, n_cols = rows.token_ids, rows.logits.shape[-1]
+        where = native.first_bad_token(ids, rows.weights, ids.numel(), n_cols)
+        if where >= 0:
+            values.refuse_token(ids, where, n_cols, rows.logits.shape[:-1])
 
 
 CPU = CpuBackend()

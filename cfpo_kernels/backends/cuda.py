@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .addresses import address, describe
+from .addresses import describe
 from .cpu import import_failure, native
 from .native import NativeBackend
 from .status import BackendStatus
@@ -120,18 +120,13 @@ class CudaBackend(NativeBackend):
         return native.cuda
 
     @contextmanager
-    def execution(self, logits: Tensor, workspace: bool = False) -> Iterator[dict[str, Any]]:
+    def execution(self, logits: Tensor, workspace: bool = False) -> Iterator[tuple[Any, ...]]:
         # The kernels choose the device; leaving this block restores what torch had.
         with torch.cuda.device(logits.device):
             stream = torch.cuda.current_stream(logits.device).cuda_stream
             device = torch.cuda.current_device()
             memory = self.workspace(logits, device) if workspace else None
-            yield {
-                "device": device,
-                "stream": stream,
-                "workspace": address(memory),
-                "row_kernel": self.wanted_row_kernel(),
-            }
+            yield device, stream, memory, self.wanted_row_kernel()
 
     def wanted_row_kernel(self) -> str:
         return self.row_kernel or os.environ.get("CFPO_KERNELS_CUDA_KERNEL") or "auto"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,6 +18,9 @@ class RowLayout(NamedTuple):
 
 def row_layout(tensor: Tensor) -> RowLayout | None:
     """The layout of the rows of (..., V), or None where they need more than two strides."""
+    if tensor.is_contiguous():  # as nearly always
+        n_rows = tensor.numel() // tensor.shape[-1]
+        return RowLayout(n_rows, 0, tensor.shape[-1] if n_rows > 1 else 0)
     dims: list[tuple[int, int]] = []  # (size, stride), merged where they continue each other
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         if size == 1:
@@ -32,14 +35,23 @@ def row_layout(tensor: Tensor) -> RowLayout | None:
     return RowLayout(inner, dims[0][1] if len(dims) == 2 else 0, inner_stride)
 
 
-def row_blocks(*tensors: Tensor, first: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
+def row_blocks(*tensors: Tensor, first: int = 0) -> Iterable[tuple[int, Sequence[Tensor]]]:
     """Cuts tensors of one shape (..., V) along leading dimensions until each has a layout.
 
-    Yields the number of the first row and the pieces. Nearly always there is one piece.
+    Gives the number of the first row and the pieces. Nearly always there is one piece.
     """
-    if all(row_layout(tensor) is not None for tensor in tensors):
-        yield first, list(tensors)
-        return
+    for tensor in tensors:
+        if row_layout(tensor) is None:
+            return _cut(tensors, first)
+    return ((first, tensors),)
+
+
+def _cut(tensors: Sequence[Tensor], first: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
     rows_each = tensors[0].shape[1:-1].numel()
     for i in range(tensors[0].shape[0]):
         yield from row_blocks(*(tensor[i] for tensor in tensors), first=first + i * rows_each)
+
+
+def rows_from(x: Tensor | None, first: int) -> Tensor | None:
+    """The rest of (N,) from row number `first` on."""
+    return x if x is None or first == 0 else x[first:]

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from ..validation import values
-from .addresses import address, describe, policy_terms, problem
+from .addresses import describe, policy_terms, problem
 from .base import KernelRows, KernelTerms
-from .layout import row_blocks
+from .layout import row_blocks, rows_from
 
 
 class NativeBackend:
@@ -21,11 +21,11 @@ class NativeBackend:
         raise NotImplementedError
 
     def execution(self, logits: Tensor, workspace: bool = False) -> Any:
-        """A context manager that yields the arguments of which csrc makes a call's Execution."""
+        """A context manager that yields the last arguments of a call, which csrc makes its
+        Execution of."""
         raise NotImplementedError
 
-    @staticmethod
-    def check_tokens(rows: KernelRows) -> None:
+    def check_tokens(self, rows: KernelRows) -> None:
         # Here rather than with the other arguments, since compiled and direct calls of an operator
         # get past those. On a GPU only with CFPO_KERNELS_DEBUG: its kernels read no wrong address.
         if not rows.sharded and values.can_be_checked(rows.token_ids):
@@ -49,13 +49,13 @@ class NativeBackend:
         for first, (logits, *gradient) in row_blocks(*pieces):
             with self.execution(logits, workspace=True) as execution:
                 self.kernels.policy_loss(
-                    **problem(rows, logits, first),
-                    **policy_terms(terms, first),
-                    **execution,
-                    dlogits=describe(gradient[0]) if gradient else None,
-                    loss=address(loss, first),
-                    logps=address(logps, first),
-                    entropy=address(entropy, first),
+                    *problem(rows, logits, first),
+                    describe(gradient[0]) if gradient else None,
+                    *policy_terms(terms, first),
+                    rows_from(loss, first),
+                    rows_from(logps, first),
+                    rows_from(entropy, first),
+                    *execution,
                 )
 
     def token_logps(
@@ -65,11 +65,11 @@ class NativeBackend:
         for first, (logits,) in row_blocks(rows.logits):
             with self.execution(logits, workspace=True) as execution:
                 self.kernels.token_logps(
-                    **problem(rows, logits, first),
-                    **execution,
-                    logps=address(logps, first),
-                    lse=address(lse, first),
-                    entropy=address(entropy, first),
+                    *problem(rows, logits, first),
+                    rows_from(logps, first),
+                    rows_from(lse, first),
+                    rows_from(entropy, first),
+                    *execution,
                 )
 
     def token_logps_backward(
@@ -86,22 +86,18 @@ class NativeBackend:
         for first, (logits, gradient) in row_blocks(rows.logits, dlogits):
             with self.execution(logits) as execution:
                 self.kernels.token_logps_backward(
-                    **problem(rows, logits, first),
-                    **execution,
-                    dlogits=describe(gradient),
-                    lse=address(lse, first),
-                    entropy=address(entropy, first),
-                    dlogps=address(dlogps, first),
-                    dentropy=address(dentropy, first),
+                    *problem(rows, logits, first),
+                    describe(gradient),
+                    rows_from(lse, first),
+                    rows_from(entropy, first),
+                    rows_from(dlogps, first),
+                    rows_from(dentropy, first),
+                    *execution,
                 )
 
     def multiply_rows(self, x: Tensor, factors: Tensor) -> None:
         stride = factors.stride(0) if factors.numel() > 1 else 0
         for first, (piece,) in row_blocks(x):
             with self.execution(piece) as execution:
-                self.kernels.multiply_rows(
-                    rows=describe(piece),
-                    factors=address(factors, first * stride),
-                    factor_stride=stride,
-                    **execution,
-                )
+                own = rows_from(factors, first if stride else 0)
+                self.kernels.multiply_rows(describe(piece), own, stride, *execution)

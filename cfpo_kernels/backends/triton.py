@@ -18,7 +18,7 @@ from ..inputs import LossSettings
 from ..objectives.triton import function_of
 from ..shapes import Shape
 from .base import KernelRows, KernelTerms
-from .layout import RowLayout, row_blocks, row_layout
+from .layout import RowLayout, row_blocks, row_layout, rows_from
 from .status import BackendStatus
 
 # ROCm calls itself cuda.
@@ -232,16 +232,12 @@ def _launches(
         yield first, _Launch.of(logits, gradient[0] if gradient else None, with_entropy)
 
 
-def _from(x: Tensor | None, first: int) -> Tensor | None:
-    return x if x is None or first == 0 else x[first:]
-
-
 def _row_inputs(rows: KernelRows, first: int) -> dict[str, Any]:
     per_row = int(rows.temperature.numel() > 1)
     return {
-        "token_ids_ptr": _from(rows.token_ids, first),
-        "weights_ptr": _from(rows.weights, first),
-        "temperature_ptr": _from(rows.temperature, first * per_row),
+        "token_ids_ptr": rows_from(rows.token_ids, first),
+        "weights_ptr": rows_from(rows.weights, first),
+        "temperature_ptr": rows_from(rows.temperature, first * per_row),
         "temperature_stride": per_row,
     }
 
@@ -259,7 +255,7 @@ def _token_columns(terms: KernelTerms, first: int) -> dict[str, Tensor | None]:
     inputs = terms.inputs
     if not terms.settings.kl_coef:
         inputs = inputs._replace(ref_logps=None)
-    return {f"{name}_ptr": _from(x, first) for name, x in inputs._asdict().items()}
+    return {f"{name}_ptr": rows_from(x, first) for name, x in inputs._asdict().items()}
 
 
 # Shape's numbers from here on are called p0 ... p7 in the kernel: they are the objective's own.
@@ -342,9 +338,9 @@ class TritonBackend:
                     **inputs,
                     **_token_columns(terms, first),
                     grad_scale_ptr=terms.grad_scale,
-                    loss_ptr=_from(loss, first),
-                    logps_ptr=_from(logps, first),
-                    entropy_ptr=_from(entropy, first),
+                    loss_ptr=rows_from(loss, first),
+                    logps_ptr=rows_from(logps, first),
+                    entropy_ptr=rows_from(entropy, first),
                     **launch.rows(),
                     **launch.gradient_rows(),
                     n_pieces=pieces,
@@ -367,9 +363,9 @@ class TritonBackend:
                     launch.logits.tensor,
                     partials,
                     **inputs,
-                    logps_ptr=_from(logps, first),
-                    lse_ptr=_from(lse, first),
-                    entropy_ptr=_from(entropy, first),
+                    logps_ptr=rows_from(logps, first),
+                    lse_ptr=rows_from(lse, first),
+                    entropy_ptr=rows_from(entropy, first),
                     **launch.rows(),
                     absent=_absent(rows),
                     WITH_ENTROPY=entropy is not None,
@@ -394,10 +390,10 @@ class TritonBackend:
                     launch.logits.tensor,
                     launch.dlogits.tensor if launch.dlogits else None,
                     **_row_inputs(rows, first),
-                    lse_ptr=_from(lse, first),
-                    entropy_ptr=_from(entropy, first) if dentropy is not None else None,
-                    dlogps_ptr=_from(dlogps, first),
-                    dentropy_ptr=_from(dentropy, first),
+                    lse_ptr=rows_from(lse, first),
+                    entropy_ptr=rows_from(entropy, first) if dentropy is not None else None,
+                    dlogps_ptr=rows_from(dlogps, first),
+                    dentropy_ptr=rows_from(dentropy, first),
                     **launch.rows(),
                     **launch.gradient_rows(),
                     n_pieces=pieces,
@@ -407,12 +403,13 @@ class TritonBackend:
                 )
 
     def multiply_rows(self, x: Tensor, factors: Tensor) -> None:
+        factors = factors.expand(x.shape[:-1].numel()).contiguous()
         for first, launch in _launches(x):
             most = launch.device.programs(launch.tile, launch.register_limit)
             with _on(x.device):
                 _module("kernels").multiply_rows_kernel[(min(launch.n_rows, most),)](
                     launch.logits.tensor,
-                    _from(factors, first),
+                    rows_from(factors, first),
                     **launch.rows(),
                     **launch.constants(),
                 )

@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from ..formula import ONE_TOKEN
 from ..inputs import LossSettings, Region, TokenInputs
 from ..objectives import Objective
 from ..objectives.triton import TritonObjective
 from ..shapes import Shape
-from ..two_pass import Beyond, SequenceRatio, TorchObjective
-from ..weights import REDUCTIONS, row_weights
+from ..two_pass import SequenceRatio, TorchObjective
+from ..weights import REDUCTIONS, equal_weights, row_weights
 from . import values
 from .errors import type_error
 from .scalars import (
@@ -85,45 +86,42 @@ def check_loss_terms(
     level = check_choice("ratio_level", ratio_level, RATIO_LEVELS)
     needs = "ratio_level='sequence'" if level == "sequence" else f"reduction {chosen!r}"
     wants_sequences = level == "sequence" or chosen.startswith("seq-")
-    sequence_index, n_sequences = sequence_index_of(rows, wants_sequences, needs, cu_seqlens)
+    sequence_index, n_sequences = None, 0
+    if wants_sequences or cu_seqlens is not None:
+        sequence_index, n_sequences = sequence_index_of(rows, needs, cu_seqlens)
     advantage_rows, by_token = check_advantages(advantages, rows, sequence_index, n_sequences)
     region, merged = _bounds(log_ratio_bounds, objective, advantage_rows, rows)
     inputs = TokenInputs(
         advantage_rows,
-        *(
-            _constant(name, value, rows)
-            for name, value in (
-                ("old_logps", old_logps),
-                ("token_weights", token_weights),
-                ("ref_logps", ref_logps),
-            )
-        ),
-        *merged,  # type: ignore[call-arg]
+        _constant("old_logps", old_logps, rows),
+        _constant("token_weights", token_weights, rows),
+        _constant("ref_logps", ref_logps, rows),
+        *merged,
     )
-    weights = row_weights(
-        rows.active,
-        chosen,
-        group=sequence_group,
-        sequence_index=sequence_index,
-        n_sequences=n_sequences,
-        normalizer=_normalizer(normalizer, rows.source),
-        dtype=rows.dtype,
-    )
-    function = ratio = None
-    if not isinstance(objective, Objective):
-        function = TorchObjective(objective, rows.shape, cu_seqlens)  # type: ignore[arg-type]
+    divisor = _normalizer(normalizer, rows.source)
+    if isinstance(rows, Rows) and rows.mask is None and not chosen.startswith("seq-"):
+        weights = equal_weights(rows.shape.numel(), chosen, divisor, rows.dtype, rows.source.device)
+    else:
+        weights = row_weights(
+            rows.active,
+            chosen,
+            group=sequence_group,
+            sequence_index=sequence_index,
+            n_sequences=n_sequences,
+            normalizer=divisor,
+            dtype=rows.dtype,
+        )
+    beyond = ONE_TOKEN
     if level == "sequence":
         assert sequence_index is not None
         longest = rows.shape[-1]
         ratio = SequenceRatio(sequence_index, n_sequences, longest, by_token, sequence_group)
-    return LossTerms(
-        weights,
-        inputs,
-        settings,
-        region,
-        Beyond(function, ratio),
-        _grad_scale(grad_scale, rows.source),
-    )
+        beyond = beyond._replace(ratio=ratio)
+    if not isinstance(objective, Objective):
+        function = TorchObjective(objective, rows.shape, cu_seqlens)  # type: ignore[arg-type]
+        beyond = beyond._replace(function=function)
+    scale = _grad_scale(grad_scale, rows.source)
+    return LossTerms(weights, inputs, settings, region, beyond, scale)
 
 
 def _constant(name: str, value: object | None, tokens: PerToken) -> Tensor | None:
@@ -155,7 +153,8 @@ def _bounds(
         raise type_error("log_ratio_bounds", value, "a pair (low, high)")
     low = _bound("log_ratio_bounds[0]", value[0], tokens)
     high = _bound("log_ratio_bounds[1]", value[1], tokens)
-    return (low, high), objective.bounds_of(low, high, advantages)
+    with torch.no_grad():
+        return (low, high), objective.bounds_of(low, high, advantages)
 
 
 def _bound(name: str, value: object, tokens: PerToken) -> Tensor:

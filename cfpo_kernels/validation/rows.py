@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..plain import filled
 from . import values
 from .errors import type_error
 from .scalars import check_flag, positive_number, scalar_tensor
-from .tensors import active_rows, check_tensor, per_token
-from .types import Logps, PerToken, Rows
+from .tensors import active_rows, check_tensor, flat, per_token
+from .types import Logps, PerToken, Rows, wide
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Well inside float32, so that neither 1/T nor logits/T is lost to overflow or underflow.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
+# A row with |logit| / T above 1.4e9 is NaN: from the lowest temperature on, logits up to 1400 are
+# never that. The highest keeps 1 / T and logits / T well inside float32.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e30
+TEMPERATURES = f"from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
 
 
 def check_rows(
@@ -28,8 +31,8 @@ def check_rows(
     """The checks that all entry points share."""
     checked = _logits(logits, takes_float64)
     ids = _token_ids(token_ids, checked)
-    active = active_rows(mask, PerToken("logits", checked))
-    rows = Rows("logits", checked, ids, _temperature(temperature, checked, active), active)
+    kept = None if mask is None else active_rows(mask, PerToken("logits", checked))
+    rows = Rows("logits", checked, ids, _temperature(temperature, checked, kept), kept)
     if check_flag("inplace", inplace) and _rows_overlap(checked):
         raise ValueError(
             "inplace=True needs rows that do not overlap in memory, got logits of shape "
@@ -101,19 +104,17 @@ def _token_ids(token_ids: object, like: Tensor, name: str = "logits", columns: s
             f"token_ids must have the shape of {source} without {columns}, "
             f"{tuple(like.shape[:-1])}, got {tuple(ids.shape)}"
         )
-    return ids.reshape(-1).to(torch.int64).contiguous()
+    return flat(ids, torch.int64)
 
 
-def _temperature(value: object, logits: Tensor, active: Tensor) -> Tensor:
+def _temperature(value: object, logits: Tensor, mask: Tensor | None) -> Tensor:
     shape = logits.shape[:-1]
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = wide(logits.dtype)
     if not isinstance(value, Tensor):
         number = positive_number("temperature", value)
         if not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:
-            raise ValueError(
-                f"temperature must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, got {number}"
-            )
-        return torch.full((1,), number, dtype=dtype, device=logits.device)
+            raise ValueError(f"temperature must be {TEMPERATURES}, got {number}")
+        return filled(1, number, dtype, logits.device)
     if not value.is_floating_point():
         raise type_error("temperature", value, "a number or a floating-point tensor")
     if value.dim() == 0 and len(shape) > 0:
@@ -125,15 +126,13 @@ def _temperature(value: object, logits: Tensor, active: Tensor) -> Tensor:
         )
     else:
         check_tensor("temperature", value, logits, "a floating-point tensor")
-    temperature = value.detach().reshape(-1).to(dtype).contiguous()
+    temperature = flat(value.detach(), dtype)
     if values.can_be_checked(temperature):
-        wrong = active & ~((temperature >= MIN_TEMPERATURE) & (temperature <= MAX_TEMPERATURE))
+        wrong = ~((temperature >= MIN_TEMPERATURE) & (temperature <= MAX_TEMPERATURE))
+        wrong = wrong.expand(shape.numel()) if mask is None else wrong & mask
         if wrong.any():
             position, got = values.first_wrong(wrong, temperature.expand(wrong.shape), shape)
-            raise ValueError(
-                f"temperature must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, "
-                f"got {got} at {position}"
-            )
+            raise ValueError(f"temperature must be {TEMPERATURES}, got {got} at {position}")
     return temperature
 
 

@@ -15,9 +15,9 @@ from .types import PerToken
 
 
 def sequence_index_of(
-    tokens: PerToken, wanted: bool, needs: str, cu_seqlens: object | None
-) -> tuple[Tensor | None, int]:
-    """(N,) and how many there are; (None, 0) unless `wanted` or given by cu_seqlens.
+    tokens: PerToken, needs: str, cu_seqlens: object | None
+) -> tuple[Tensor, int]:
+    """(N,) and how many there are.
 
     `needs` says in the error who wants them.
     """
@@ -41,8 +41,6 @@ def sequence_index_of(
                     f"got {bounds.tolist() if bounds.numel() <= 8 else ends}"
                 )
         return packed_sequence_index(bounds, n_tokens)
-    if not wanted:
-        return None, 0
     if len(shape) < 2:
         raise ValueError(
             f"{needs} needs sequences: {name} {padded}, or cu_seqlens for packed "
@@ -77,7 +75,6 @@ def check_sequences(
             f"{name} must be {padded}, or packed {packed} with cu_seqlens, "
             f"got shape {tuple(source.shape)}"
         )
-    index, n = sequence_index_of(tokens, True, name, cu_seqlens)
-    assert index is not None
+    index, n = sequence_index_of(tokens, name, cu_seqlens)
     shape = tokens.shape[:-1] if cu_seqlens is None else torch.Size([n])
     return Sequences(index.contiguous(), tokens.shape[-1], shape, active)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .errors import shape_error, type_error
-from .types import PerToken
+from .types import PerToken, wide
 
 
 def check_tensor(
@@ -30,7 +30,16 @@ def per_token(name: str, value: object, tokens: PerToken) -> Tensor:
         raise type_error(name, tensor, accepted)
     if tensor.shape != tokens.shape:
         raise shape_error(name, tensor, tokens)
-    return tensor.reshape(-1).to(tokens.dtype).contiguous()
+    return flat(tensor, tokens.dtype)
+
+
+def flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,), contiguous; the tensor itself where it is that."""
+    if tensor.dim() != 1:
+        tensor = tensor.reshape(-1)
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor.contiguous()
 
 
 def active_rows(mask: object, tokens: PerToken) -> Tensor:
@@ -83,4 +92,4 @@ def same_shape(name: str, value: object, like_name: str, like: Tensor) -> Tensor
 
 def result_dtype(tensor: Tensor) -> torch.dtype:
     """float32, or float64 for float64."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return wide(tensor.dtype)

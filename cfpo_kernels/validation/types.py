@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,32 +15,38 @@ from ..two_pass import Beyond, TokenTerms
 AnyObjective = Objective | Callable[[TokenTerms], Tensor]
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Of numbers made of floating-point ones: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_COLUMNS = {"logits": "V", "hidden": "H"}
+
+
 @dataclass
 class PerToken:
     """The tensor whose shape, dtype and device the per-token arguments must have; N tokens."""
 
     name: str  # of `source`: "logits", (..., V), "hidden", (..., H), or "logps", (...)
     source: Tensor
+    shape: torch.Size = field(init=False)  # of the tokens
+    # Of per-token numbers: float32, or float64 where the reference runs in it.
+    dtype: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shape = self.source.shape[:-1] if self.columns else self.source.shape
+        self.dtype = wide(self.source.dtype)
 
     @property
     def columns(self) -> str:
         """What the last dimension of the source is, which the tokens do not have."""
-        return {"logits": "V", "hidden": "H"}.get(self.name, "")
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.source.shape[:-1] if self.columns else self.source.shape
+        return _COLUMNS.get(self.name, "")
 
     def shape_of(self, dimensions: str) -> str:
         """How the source's shape is written, from that of the tokens: "(B, T)", "(N,)"."""
         if not self.columns:
             return dimensions
         return f"{dimensions.rstrip(',)')}, {self.columns})"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of per-token numbers: float32, or float64 where the reference runs in it."""
-        return torch.promote_types(self.source.dtype, torch.float32)
 
 
 @dataclass
@@ -52,7 +58,14 @@ class Rows(PerToken):
 
     token_ids: Tensor  # (N,) int64
     temperature: Tensor  # (N,) or (1,)
-    active: Tensor  # (N,) bool
+    mask: Tensor | None  # (N,) bool; None: all
+
+    @property
+    def active(self) -> Tensor:
+        """(N,) bool, the rows that count; made at each call where there is no mask."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.shape.numel(), dtype=torch.bool, device=self.source.device)
 
     @property
     def logits(self) -> Tensor:

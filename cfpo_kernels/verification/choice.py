@@ -59,6 +59,7 @@ class Table:
         return "; ".join(found) or self.why or f"no kernels were verified for {name}"
 
 
+_CPU = torch.device("cpu")
 _lock = threading.RLock()
 _tables: dict[torch.device, Table] = {}
 _warned: set[str] = set()
@@ -74,13 +75,21 @@ def kernels_for(
     device: torch.device, dtype: torch.dtype, n_cols: int, inplace: bool, compiling: bool
 ) -> str:
     """A name that ``backends.kernels`` takes, or "reference"."""
+    if device.type == "cpu":
+        table = _tables.get(_CPU) or _cpu_table()
+        if cpu.native is not None and (table.record is None or not _failed(table.record, dtype)):
+            return "cpu"
+    return _other_kernels_for(device, dtype, n_cols, inplace, compiling)
+
+
+def _other_kernels_for(
+    device: torch.device, dtype: torch.dtype, n_cols: int, inplace: bool, compiling: bool
+) -> str:
     from . import targets
 
     kind = targets.kind_of(device)
     if kind == "cpu":
         table = _cpu_table()
-        if cpu.native is not None and (table.record is None or not _failed(table.record, dtype)):
-            return "cpu"
     elif kind == "gpu":
         table = _gpu_table(device, compiling)
         chosen = table.choose(dtype, n_cols)
@@ -126,13 +135,12 @@ def _failed(record: VerifyRecord, dtype: torch.dtype) -> bool:
 
 def _cpu_table() -> Table:
     """The CPU's kernels are tested with every change: they run unless a record says no."""
-    device = torch.device("cpu")
-    if device not in _tables:
+    if _CPU not in _tables:
         if cpu.native is None:
-            _tables[device] = Table(why=cpu.import_failure)
+            _tables[_CPU] = Table(why=cpu.import_failure)
         else:
-            _tables[device] = Table(records.load(records.identity_of(device)))
-    return _tables[device]
+            _tables[_CPU] = Table(records.load(records.identity_of(_CPU)))
+    return _tables[_CPU]
 
 
 def mode() -> str:

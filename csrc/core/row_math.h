@@ -121,8 +121,15 @@ CFPO_HOST_DEVICE inline float plain_nan(double x) {
   return x != x ? static_cast<float>(NAN) : static_cast<float>(x);
 }
 
-// c = d loss / d logp, h = the factor of p_v (log p_v + H); 1/T comes from scale.
-CFPO_HOST_DEVICE inline RowGradient row_gradient(const RowStats& s, double c, double h) {
+// c = d loss / d logp, h = the factor of p_v (log p_v + H)
+struct RowDerivatives {
+  double c = 0.0;
+  double h = 0.0;
+};
+
+// 1/T comes from scale.
+CFPO_HOST_DEVICE inline RowGradient row_gradient(const RowStats& s, const RowDerivatives& d) {
+  const double c = d.c, h = d.h;
   const double inv_t = s.scale * kLn2;
   const double p = std::exp(s.logp);
   const double log_sum = std::log(s.sum);
@@ -132,6 +139,68 @@ CFPO_HOST_DEVICE inline RowGradient row_gradient(const RowStats& s, double c, do
              plain_nan(inv_t * h * kLn2 / s.sum)};
   g.target = plain_nan(inv_t * (c * s.complement + entropy_term));
   return g;
+}
+
+// Entropy of confident rows. Where one element has nearly all the mass, log p of it and H are small
+// differences, unless it stays out of the float32 sums as the target does.
+
+// Below, 1 - p of the likeliest token is at most 5e-3, and float32 begins to lose log p + H.
+constexpr float kPeakedEntropy = 0.02f;
+
+// A row's sums without the target and without the likeliest of the others, the peak.
+struct PeakedSum {
+  RowSum rest;
+  double peak = -INFINITY;  // u of it, without a reference
+  std::int64_t column = -1;
+
+  // A segment's sums, and the element that they leave out.
+  void add(const RowSum& part, double u, std::int64_t at) {
+    rest.add(part);
+    if (at < 0) return;
+    if (u > peak) {
+      const double before = peak;
+      peak = u;
+      u = before;
+      column = at;
+    }
+    if (u == -INFINITY) return;
+    const double ref = std::ceil(u), mass = std::exp2(u - ref);
+    rest.add({ref, mass, (u - ref) * mass});
+  }
+};
+
+struct Peak {
+  std::int64_t column = -1;  // none: nothing of the row needs to be computed apart
+  double logp = 0.0;
+};
+
+// Sets the entropy where the peak or the target has most of the row's mass, and says which column
+// is the peak if it does. With w_v = e^(log p_v - log p_max) of all but the likeliest,
+//   H = log(1 + sum w) + sum |log w| w / (1 + sum w)
+// a sum of positive numbers.
+inline Peak entropy_of_peaked(RowStats& stats, float target, PeakedSum sums) {
+  const double u = static_cast<double>(target) * stats.scale;
+  const double top = std::fmax(u, sums.peak), other = std::fmin(u, sums.peak);
+  if (!(std::exp2(top - sums.rest.ref) >= sums.rest.sum)) return {};
+  const double factor = std::exp2(sums.rest.ref - top), gap = other - top;
+  const double others = gap < -1000.0 ? 0.0 : std::exp2(gap);
+  double mass = others, weighted = others == 0.0 ? 0.0 : gap * others;
+  if (sums.rest.sum != 0.0) {
+    mass += sums.rest.sum * factor;
+    weighted += (sums.rest.weighted + (sums.rest.ref - top) * sums.rest.sum) * factor;
+  }
+  const double logp = -std::log1p(mass);
+  stats.entropy = -logp - weighted * kLn2 / (1.0 + mass);
+  if (top == u) return {};
+  // For lse, from which a backward finds log p of the peak again; log p of the target stays what it
+  // is without an entropy.
+  stats.sum = std::exp2(top - stats.ref) * (1.0 + mass);
+  return {sums.column, logp};
+}
+
+// The gradient of an element with log p = logp that is not the target.
+inline float gradient_apart(const RowStats& s, const RowDerivatives& d, double logp) {
+  return plain_nan(s.scale * kLn2 * std::exp(logp) * (d.h * (logp + s.entropy) - d.c));
 }
 
 }  // namespace cfpo

@@ -3,8 +3,9 @@
 // A stage provides
 //   bool skip(row)                  the row is not read and its gradient is zeros
 //   void skipped(row)               sets the scalar outputs of such a row
-//   RowGradient operator()(row, stats, publish)
+//   RowDerivatives derivatives(row, stats, publish)
 //                                   `publish`: store the row's scalar outputs
+//   RowGradient operator()(row, stats, publish)   the same as coefficients
 //   kSums                           stage 1 has to sum the row; if not, RowStats stats(row, target)
 //   kGradient                       whether a gradient can be wanted
 //   bool entropy()                  the sums must include the one for the entropy
@@ -55,8 +56,8 @@ struct PolicyStage {
     return exact_logp - (on_policy ? exact_logp : old_logp);  // NaN where logp is not finite
   }
 
-  CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const Inputs& in, const RowStats& stats,
-                                          bool publish) const {
+  CFPO_HOST_DEVICE RowDerivatives derivatives(std::int64_t row, const Inputs& in,
+                                              const RowStats& stats, bool publish) const {
     const float logp = static_cast<float>(stats.logp);
     Token token;
     token.logp = stats.logp;
@@ -75,7 +76,15 @@ struct PolicyStage {
       if (p.entropy != nullptr) p.entropy[row] = static_cast<float>(stats.entropy);
     }
     const double scale = in.grad_scale;
-    return row_gradient(stats, scale * loss.dlogp, scale * loss.dentropy_term);
+    return {scale * loss.dlogp, scale * loss.dentropy_term};
+  }
+  CFPO_HOST_DEVICE RowDerivatives derivatives(std::int64_t row, const RowStats& stats,
+                                              bool publish = true) const {
+    return derivatives(row, inputs(row), stats, publish);
+  }
+  CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const Inputs& in, const RowStats& stats,
+                                          bool publish) const {
+    return row_gradient(stats, derivatives(row, in, stats, publish));
   }
   CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const RowStats& stats,
                                           bool publish = true) const {
@@ -97,13 +106,18 @@ struct LogpsStage {
     if (p.entropy != nullptr) p.entropy[row] = 0.0f;
   }
 
-  CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const RowStats& stats,
-                                          bool publish = true) const {
+  CFPO_HOST_DEVICE RowDerivatives derivatives(std::int64_t row, const RowStats& stats,
+                                              bool publish = true) const {
     if (publish) {
       p.logps[row] = static_cast<float>(stats.logp);
       p.lse[row] = stats.lse();
       if (p.entropy != nullptr) p.entropy[row] = static_cast<float>(stats.entropy);
     }
+    return {};
+  }
+  CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const RowStats& stats,
+                                          bool publish = true) const {
+    derivatives(row, stats, publish);
     return {};
   }
 };
@@ -131,9 +145,18 @@ struct LogpsBackwardStage {
   }
 
   // dH/dlogit_v = -p_v (log p_v + H): the negative of what an entropy bonus brings to a loss.
+  CFPO_HOST_DEVICE RowDerivatives derivatives(std::int64_t row, const RowStats&,
+                                              bool = true) const {
+    return {dlogp(row), -dentropy(row)};
+  }
   CFPO_HOST_DEVICE RowGradient operator()(std::int64_t row, const RowStats& stats,
                                           bool = true) const {
-    return row_gradient(stats, dlogp(row), -dentropy(row));
+    return row_gradient(stats, derivatives(row, stats));
+  }
+  // Whether an element beside the target may have so much of the row's mass that its part of the
+  // entropy's gradient, p (log p + H), has to be computed by itself.
+  bool may_peak(std::int64_t row) const {
+    return dentropy(row) != 0.0f && p.entropy[row] < kPeakedEntropy;
   }
 };
 

@@ -57,14 +57,27 @@ struct Generic {
     static constexpr float kMagic = 12582912.0f + 127.0f;  // see isa_avx2.h
     Affine affine;
     ScaledPoly<Generic, kDegree> poly;
-    Exp2(float scale, float ref, float factor) : affine(scale, ref), poly(factor) {}
-    CFPO_INLINE Vec operator()(Vec x) const {
-      Vec u = max(set1(-127.0f), affine(x));
-      if (kSaturating) u = min(set1(126.0f), u);
-      const Vec t = u + set1(kMagic);
-      return poly(u - (t - set1(kMagic))) * (Vec)((Bits)t << 23);
+    Exp2(float scale, float ref, float factor = 1.0f) : affine(scale, ref), poly(factor) {}
+    template <int kCount>
+    CFPO_INLINE void values(const Vec (&x)[kCount], Vec (&e)[kCount]) const {
+      Vec t[kCount], f[kCount];
+      for (int k = 0; k < kCount; ++k) {
+        Vec u = max(set1(-127.0f), affine(x[k]));
+        if (kSaturating) u = min(set1(126.0f), u);
+        t[k] = u + set1(kMagic);
+        f[k] = u - (t[k] - set1(kMagic));
+      }
+      poly(f, e);
+      for (int k = 0; k < kCount; ++k) e[k] *= (Vec)((Bits)t[k] << 23);
     }
+    template <int kCount>
+    CFPO_INLINE void add(const Vec (&x)[kCount], Vec (&sum)[kCount], Vec (&e)[kCount]) const {
+      values(x, e);
+      for (int k = 0; k < kCount; ++k) sum[k] += e[k];
+    }
+    CFPO_INLINE Vec exponent(Vec x) const { return max(set1(-127.0f), affine(x)); }
   };
+  static constexpr bool kSplits = false, kStreams = false, kHalfLanes = false;
 
   template <class T>
   static CFPO_INLINE T load(const void* p) {
@@ -78,6 +91,7 @@ struct Generic {
     a = load<Vec>(p);
     b = load<Vec>(p + 4);
   }
+  template <bool kStream>
   static CFPO_INLINE void store2(float* p, Vec a, Vec b) {
     std::memcpy(p, &a, sizeof a);
     std::memcpy(p + 4, &b, sizeof b);
@@ -90,6 +104,7 @@ struct Generic {
     even = set_bits(words << 16);
     odd = set_bits(words & bits(0xFFFF0000u));
   }
+  template <bool kStream>
   static CFPO_INLINE void store2(bfloat16* p, Vec even, Vec odd) {
     const Bits words = (round_to_high_half((Bits)even) >> 16) |
                        (round_to_high_half((Bits)odd) & bits(0xFFFF0000u));
@@ -106,6 +121,7 @@ struct Generic {
     even = from_half(words & bits(0xFFFFu));
     odd = from_half(words >> 16);
   }
+  template <bool kStream>
   static CFPO_INLINE void store2(float16* p, Vec even, Vec odd) {
     const Bits words = to_half((Bits)even) | (to_half((Bits)odd) << 16);
     std::memcpy(p, &words, sizeof words);

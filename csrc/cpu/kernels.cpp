@@ -1,7 +1,7 @@
 #include "cpu/kernels.h"
 
 #include "core/stages.h"
-#include "cpu/huge_pages.h"
+#include "cpu/memory.h"
 #include "cpu/row_driver.h"
 
 namespace cfpo::cpu {
@@ -44,15 +44,22 @@ void token_logps_backward(const TokenLogpsBackwardParams& params, const Executio
 void multiply_rows(const Rows& rows, const float* factors, std::int64_t factor_stride,
                    const Execution& execution) {
   const SegmentOps& ops = ops_for(execution, rows.dtype);
+  std::int64_t row = 0;
+  while (row < rows.n_rows && factors[row * factor_stride] == 1.0f) ++row;
+  if (row == rows.n_rows) return;  // nearly always; not worth a team of threads
   const int threads = ForkGuard::allowed(execution.threads);
   const std::int64_t segments = (rows.n_cols + kSegment - 1) / kSegment;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (std::int64_t k = 0; k < rows.n_rows * segments; ++k) {
-    const std::int64_t row = k / segments, begin = k % segments * kSegment;
-    const float factor = plain_nan(factors[row * factor_stride]);
-    if (factor == 1.0f) continue;
-    char* x = static_cast<char*>(rows.row(row)) + begin * dtype_size(rows.dtype);
-    ops.multiply(x, std::min(kSegment, rows.n_cols - begin), factor);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const DefaultFloatMode mode;
+#pragma omp for schedule(static)
+    for (std::int64_t k = 0; k < rows.n_rows * segments; ++k) {
+      const std::int64_t row = k / segments, begin = k % segments * kSegment;
+      const float factor = plain_nan(factors[row * factor_stride]);
+      if (factor == 1.0f) continue;
+      char* x = static_cast<char*>(rows.row(row)) + begin * dtype_size(rows.dtype);
+      ops.multiply(x, std::min(kSegment, rows.n_cols - begin), factor);
+    }
   }
 }
 

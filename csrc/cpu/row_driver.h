@@ -15,6 +15,7 @@
 #include "core/params.h"
 #include "core/row_math.h"
 #include "cpu/levels.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace cfpo::cpu {
@@ -22,6 +23,24 @@ namespace cfpo::cpu {
 constexpr std::int64_t kSegment = 8192;        // elements
 constexpr std::int64_t kHintColumns = 512;     // how many decide the first reference
 constexpr std::int64_t kItemElements = 16384;  // short rows are handed out several at a time
+// Below, to bring threads together three times takes as long as the row on one of them.
+constexpr std::int64_t kSplitColumns = 4 * kSegment;
+
+// What a segment leaves: its sums, and for the entropy those without its largest element where that
+// has nearly all of them.
+struct SegmentPart {
+  PartialSum all;
+  PartialSum rest;
+  std::int64_t peak = -1;  // column of the row
+  float peak_logit = 0.0f;
+};
+
+// What the sweeps take from a row's scalars; the peak's gradient is stored like the target's.
+struct GradientParts {
+  RowGradient gradient;
+  std::int64_t peak = -1;
+  float peak_value = 0.0f;
+};
 
 inline float target_logit(const SegmentOps& ops, const Problem& problem, std::int64_t row) {
   const std::int64_t column = problem.column(row);
@@ -31,7 +50,8 @@ inline float target_logit(const SegmentOps& ops, const Problem& problem, std::in
 class RowSummer {
  public:
   RowSummer(const SegmentOps& ops, const Problem& problem, std::int64_t row, bool entropy)
-      : sum_(entropy ? ops.sum_weighted : ops.sum),
+      : ops_(ops),
+        entropy_(entropy),
         data_(static_cast<const char*>(problem.logits.row(row))),
         n_cols_(problem.logits.n_cols),
         size_(dtype_size(problem.logits.dtype)),
@@ -41,23 +61,52 @@ class RowSummer {
         scale_(row_scale(problem, row)),
         hint_(std::ceil(ops.max(data_, std::min(n_cols_, kHintColumns), target_) * scale_)) {}
 
-  PartialSum segment(std::int64_t s) const {
+  SegmentPart segment(std::int64_t s, bool prefetch = false) const {
     const std::int64_t begin = s * kSegment;
     const std::int64_t n = std::min(kSegment, n_cols_ - begin);
-    return sum_(data_ + begin * size_, n, target_ - begin, scale_, hint_);
+    const char* x = data_ + begin * size_;
+    const char* ahead = prefetch ? data_ + (n_cols_ / 2 + begin / 2) * size_ : nullptr;
+    const SegmentOps::Sum sum = entropy_ ? ops_.sum_weighted : ops_.sum;
+    const SegmentSum got = sum(x, n, target_ - begin, scale_, hint_, ahead);
+    SegmentPart part{got.sums, got.sums};
+    if (got.peaked) leave_out_peak(x, begin, n, part);
+    return part;
   }
-  template <class PartialOf>
-  RowStats merge(PartialOf partial_of) const {
+  template <class PartOf>
+  RowStats merge(PartOf part_of, Peak& peak) const {
     RowSum rest;
+    PeakedSum peaked;
     for (std::int64_t s = 0; s * kSegment < n_cols_; ++s) {
-      const PartialSum part = partial_of(s);
-      rest.add({part.ref, part.sum, part.weighted});
+      const SegmentPart part = part_of(s);
+      rest.add(row_sum(part.all));
+      if (entropy_) {
+        peaked.add(row_sum(part.rest), static_cast<double>(part.peak_logit) * scale_, part.peak);
+      }
     }
-    return join_target(scale_, target_logit_, rest, sharded_);
+    RowStats stats = join_target(scale_, target_logit_, rest, sharded_);
+    if (entropy_ && stats.sum != 0.0) peak = entropy_of_peaked(stats, target_logit_, peaked);
+    return stats;
   }
 
  private:
-  PartialSum (*sum_)(const void*, std::int64_t, std::int64_t, float, float);
+  static RowSum row_sum(const PartialSum& part) { return {part.ref, part.sum, part.weighted}; }
+
+  // Sums the segment a second time; of confident rows few have another token asked for.
+  void leave_out_peak(const char* x, std::int64_t begin, std::int64_t n, SegmentPart& part) const {
+    const std::int64_t skip = target_ - begin;
+    const float logit = ops_.max(x, n, skip);
+    const std::int64_t at = ops_.find(x, n, skip, logit);
+    if (at < 0) return;
+    alignas(64) char copy[kSegment * sizeof(float)];
+    std::memcpy(copy, x, n * size_);
+    ops_.store(copy, at, -INFINITY);
+    part.rest = ops_.sum_weighted(copy, n, skip, scale_, NAN, nullptr).sums;
+    part.peak = begin + at;
+    part.peak_logit = logit;
+  }
+
+  const SegmentOps& ops_;
+  bool entropy_;
   const char* data_;
   std::int64_t n_cols_;
   std::int64_t size_;
@@ -68,24 +117,56 @@ class RowSummer {
   float hint_;
 };
 
+// The likeliest token of a row but its target, if it has most of the mass; from stats of an lse.
+inline Peak find_peak(const SegmentOps& ops, const Problem& problem, std::int64_t row,
+                      const RowStats& stats) {
+  const char* data = static_cast<const char*>(problem.logits.row(row));
+  const std::int64_t n_cols = problem.logits.n_cols, size = dtype_size(problem.logits.dtype);
+  const std::int64_t target = problem.column(row);
+  float top = -INFINITY;
+  std::int64_t segment = 0;
+  for (std::int64_t begin = 0; begin < n_cols; begin += kSegment) {
+    const float largest =
+        ops.max(data + begin * size, std::min(kSegment, n_cols - begin), target - begin);
+    if (largest > top) {
+      top = largest;
+      segment = begin;
+    }
+  }
+  const double logp =
+      (static_cast<double>(top) * stats.scale - stats.ref - std::log2(stats.sum)) * kLn2;
+  if (!(logp > -kLn2)) return {};
+  const std::int64_t at =
+      ops.find(data + segment * size, std::min(kSegment, n_cols - segment), target - segment, top);
+  return {segment + at, logp};
+}
+
 // Columns [begin, begin + n) of a row's gradient.
 inline void write_columns(const SegmentOps& ops, const Problem& problem, const Rows& dlogits,
                           std::int64_t row, std::int64_t begin, std::int64_t n,
-                          const RowGradient& g, const void* prefetch) {
+                          const GradientParts& parts, const void* prefetch, bool stream) {
   const std::int64_t offset = begin * dtype_size(dlogits.dtype);
   const char* x = static_cast<const char*>(problem.logits.row(row)) + offset;
   char* out = static_cast<char*>(dlogits.row(row)) + offset;
-  const std::int64_t target = problem.column(row) - begin;
-  const bool has_target = target >= 0 && target < n;
-  float of_target = g.target;
+  // What is not the sweep's: the peak's element and the target's.
+  struct Single {
+    std::int64_t column;
+    float value;
+  };
+  Single singles[] = {{parts.peak - begin, parts.peak_value},
+                      {problem.column(row) - begin, parts.gradient.target}};
+  const auto is_here = [&](const Single& s) { return s.column >= 0 && s.column < n; };
   if (problem.inverse_softcap == 0.0f) {
-    ops.gradient(x, out, n, g.coefs, prefetch);
+    ops.gradient(x, out, n, parts.gradient.coefs, prefetch, stream);
   } else {
-    // Before the logit is overwritten.
-    if (has_target) of_target *= softcap_slope(ops.load(x, target), problem.inverse_softcap);
-    ops.capped_gradient(x, out, n, g.coefs, problem.inverse_softcap, prefetch);
+    for (Single& s : singles) {  // before the logits are overwritten
+      if (is_here(s)) s.value *= softcap_slope(ops.load(x, s.column), problem.inverse_softcap);
+    }
+    ops.capped_gradient(x, out, n, parts.gradient.coefs, problem.inverse_softcap, prefetch);
   }
-  if (has_target) ops.store(out, target, of_target);
+  for (const Single& s : singles) {
+    if (is_here(s)) ops.store(out, s.column, s.value);
+  }
 }
 
 inline void write_zeros(const Rows& dlogits, std::int64_t row) {
@@ -106,18 +187,23 @@ class RowDriver {
         stage2_(stage2),
         n_rows_(problem.logits.n_rows),
         n_cols_(problem.logits.n_cols),
-        segments_((n_cols_ + kSegment - 1) / kSegment) {}
+        segments_((n_cols_ + kSegment - 1) / kSegment),
+        stream_(dlogits.data != problem.logits.data &&
+                n_rows_ * n_cols_ * dtype_size(dlogits.dtype) > last_level_cache_bytes()) {}
 
   void run(int threads) {
     threads = ForkGuard::allowed(threads);
     const std::int64_t split = rows_to_split(threads);
     const std::int64_t whole = n_rows_ - split;
     const std::int64_t rows_per_item = std::max<std::int64_t>(1, kItemElements / n_cols_);
-    WorkQueue queue((whole + rows_per_item - 1) / rows_per_item);
-    std::vector<PartialSum> partials(kSums ? split * segments_ : 0);
-    std::vector<RowGradient> gradients(split);
+    const std::int64_t items = (whole + rows_per_item - 1) / rows_per_item;
+    if (split == 0 && items < threads) threads = items > 1 ? static_cast<int>(items) : 1;
+    WorkQueue queue(items);
+    std::vector<SegmentPart> partials(kSums ? split * segments_ : 0);
+    std::vector<GradientParts> gradients(split);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+      const DefaultFloatMode mode;
       queue.drain([&](std::int64_t item, std::int64_t next) {
         const std::int64_t begin = item * rows_per_item;
         const std::int64_t end = std::min(whole, begin + rows_per_item);
@@ -135,7 +221,7 @@ class RowDriver {
 
   // A remainder of rows that would keep some threads idle for a noticeable share of the time.
   std::int64_t rows_to_split(int threads) const {
-    const bool worthwhile = threads > 1 && n_cols_ >= 2 * kSegment && n_rows_ < 8 * threads;
+    const bool worthwhile = threads > 1 && n_cols_ >= kSplitColumns && n_rows_ < 8 * threads;
     return worthwhile ? n_rows_ % threads : 0;
   }
 
@@ -143,10 +229,10 @@ class RowDriver {
     return RowSummer(ops_, problem_, row, stage2_.entropy());
   }
 
-  // `following` < 0: none
+  // A row's gradient has its first half of the next row fetched, the sums their own second half:
+  // memory is asked for half a row at a time, evenly. `following` < 0: none.
   const void* prefetchable(std::int64_t following) const {
-    const std::int64_t bytes = n_cols_ * dtype_size(problem_.logits.dtype);
-    if (following < 0 || bytes > kPrefetchBytes || stage2_.skip(following)) return nullptr;
+    if (following < 0 || stage2_.skip(following)) return nullptr;
     return problem_.logits.row(following);
   }
 
@@ -156,25 +242,41 @@ class RowDriver {
       stage2_.skipped(row);
       return;
     }
-    const RowGradient gradient = stage2_(row, stats(row));
+    const bool prefetch = dlogits_.data != nullptr;
+    const GradientParts parts = gradient_parts(
+        row, [&](const RowSummer& sums, std::int64_t s) { return sums.segment(s, prefetch); });
     if (dlogits_.data == nullptr) return;
-    write_columns(ops_, problem_, dlogits_, row, 0, n_cols_, gradient, prefetchable(following));
+    write_columns(ops_, problem_, dlogits_, row, 0, n_cols_, parts, prefetchable(following),
+                  stream_);
   }
 
-  RowStats stats(std::int64_t row) const {
+  // Stages 1 and 2; part_of(sums, s) is what segment s leaves.
+  template <class PartOf>
+  GradientParts gradient_parts(std::int64_t row, PartOf part_of) {
+    Peak peak;
+    RowStats stats;
     if constexpr (kSums) {
       const RowSummer sums = summer(row);
-      return sums.merge([&](std::int64_t s) { return sums.segment(s); });
+      stats = sums.merge([&](std::int64_t s) { return part_of(sums, s); }, peak);
     } else {
-      return stage2_.stats(row, target_logit(ops_, problem_, row));
+      stats = stage2_.stats(row, target_logit(ops_, problem_, row));
+      if (stage2_.may_peak(row)) peak = find_peak(ops_, problem_, row, stats);
     }
+    const RowDerivatives derivatives = stage2_.derivatives(row, stats);
+    GradientParts parts{row_gradient(stats, derivatives)};
+    if (peak.column >= 0) {
+      parts.peak = peak.column;
+      parts.peak_value = gradient_apart(stats, derivatives, peak.logp);
+    }
+    return parts;
   }
 
-  // Called by every thread of the team.
-  void split_rows(std::int64_t first, std::int64_t count, std::vector<PartialSum>& partials,
-                  std::vector<RowGradient>& gradients) {
+  // Called by every thread of the team. The same thread sums a segment and writes its gradient: it
+  // has it in its cache.
+  void split_rows(std::int64_t first, std::int64_t count, std::vector<SegmentPart>& partials,
+                  std::vector<GradientParts>& gradients) {
     if constexpr (kSums) {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
       for (std::int64_t k = 0; k < count * segments_; ++k) {
         const std::int64_t row = first + k / segments_;
         if (!stage2_.skip(row)) partials[k] = summer(row).segment(k % segments_);
@@ -186,32 +288,29 @@ class RowDriver {
       if (stage2_.skip(row)) {
         write_zeros(dlogits_, row);
         stage2_.skipped(row);
-      } else if constexpr (kSums) {
-        gradients[k] = stage2_(
-            row, summer(row).merge([&](std::int64_t s) { return partials[k * segments_ + s]; }));
       } else {
-        gradients[k] = stage2_(row, stats(row));
+        gradients[k] = gradient_parts(
+            row, [&](const RowSummer&, std::int64_t s) { return partials[k * segments_ + s]; });
       }
     }
     if (dlogits_.data == nullptr) return;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
     for (std::int64_t k = 0; k < count * segments_; ++k) {
       const std::int64_t row = first + k / segments_;
       if (stage2_.skip(row)) continue;
       const std::int64_t begin = k % segments_ * kSegment;
       const std::int64_t n = std::min(kSegment, n_cols_ - begin);
-      write_columns(ops_, problem_, dlogits_, row, begin, n, gradients[k / segments_], nullptr);
+      write_columns(ops_, problem_, dlogits_, row, begin, n, gradients[k / segments_], nullptr,
+                    stream_);
     }
   }
-
-  // Two rows must fit a core's L2 beside each other for the next one to be fetched early.
-  static constexpr std::int64_t kPrefetchBytes = 400 * 1024;
 
   const SegmentOps& ops_;
   const Problem& problem_;
   const Rows& dlogits_;
   const Stage2& stage2_;
   std::int64_t n_rows_, n_cols_, segments_;
+  bool stream_;  // the output would only push the logits out of the caches
 };
 
 }  // namespace cfpo::cpu

@@ -11,19 +11,30 @@
 
 namespace cfpo::cpu {
 
+// Of sum_weighted: whether one lane of the vectors holds nearly all of the sum, so that the rest of
+// its elements may be lost beside one of them.
+struct SegmentSum {
+  PartialSum sums;
+  bool peaked;
+};
+
 struct SegmentOps {
   // Largest element but number `skip`; NaNs may be passed over.
   float (*max)(const void* x, std::int64_t n, std::int64_t skip);
+  // First element but number `skip` that equals `value`; -1 if there is none.
+  std::int64_t (*find)(const void* x, std::int64_t n, std::int64_t skip, float value);
   // Sums over all elements but number `skip`, which may lie outside [0, n): the row's target, so
   // that 1 - p of a likely token is not what is left of 1 after a subtraction.
   // `ref_hint`: a reference that probably suits; a non-finite one means "find your own".
-  PartialSum (*sum)(const void* x, std::int64_t n, std::int64_t skip, float scale, float ref_hint);
-  PartialSum (*sum_weighted)(const void* x, std::int64_t n, std::int64_t skip, float scale,
-                             float ref_hint);
-  // x and out may be the same memory. Meanwhile fetches n elements at `prefetch`, unless null,
-  // into the L2 cache: this sweep works in cache and leaves the memory idle.
+  // Meanwhile fetches n / 2 elements at `prefetch`, unless null, into the caches; so does
+  // `gradient`. Each sweep leaves the memory idle for half of its time.
+  using Sum = SegmentSum (*)(const void* x, std::int64_t n, std::int64_t skip, float scale,
+                             float ref_hint, const void* prefetch);
+  Sum sum;
+  Sum sum_weighted;
+  // x and out may be the same memory. `stream`: write past the caches.
   void (*gradient)(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
-                   const void* prefetch);
+                   const void* prefetch, bool stream);
   // Times the slope 1 - (x * inverse_softcap)^2 of a softcap.
   void (*capped_gradient)(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
                           float inverse_softcap, const void* prefetch);

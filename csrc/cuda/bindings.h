@@ -7,7 +7,7 @@
 namespace cfpo::bindings {
 
 struct CudaKernels {
-  static cuda::Execution execution(int device, std::uintptr_t stream, std::uintptr_t workspace,
+  static cuda::Execution execution(int device, std::uintptr_t stream, Address workspace,
                                    const std::string& row_kernel) {
     return {device, stream, pointer<void>(workspace), cuda::row_kernel(row_kernel)};
   }
@@ -18,7 +18,7 @@ struct CudaKernels {
 };
 
 inline void bind_cuda_kernels(py::module_& m) {
-  bind_kernels<CudaKernels, int, std::uintptr_t, std::uintptr_t, std::string>(
+  bind_kernels<CudaKernels, int, std::uintptr_t, Address, std::string>(
       m, py::arg("device"), py::arg("stream"), py::arg("workspace"), py::arg("row_kernel"));
   m.def("workspace_bytes", [](const RowsTuple& logits, int device) {
     return cuda::workspace_bytes(make_rows(logits), device);

@@ -1,5 +1,5 @@
 // A tiny kernel for each wrapper of csrc/cuda/primitives_ptx.h and primitives_sm90.h, so that tests
-// can run the inline PTX by itself. tests/ptx_tools/wrappers.py says what each has to compute.
+// can run the inline PTX by itself. tests/support/ptx_tools/wrappers.py says what each computes.
 #include "cuda/primitives.h"
 
 #define TEST_KERNEL(name) extern "C" __global__ void test_##name

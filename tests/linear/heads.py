@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.context
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -127,7 +129,8 @@ def finish(result: Any, given: Leaves, stats: bool, upstream: Tensor | float = 1
     loss, found = result if stats else (result, None)
     if loss.requires_grad:
         (loss * upstream).sum().backward()
-    gradients = {name: x.grad for name, x in given.items() if x.grad is not None}
+    leaves = {name: x for name, x in given.items() if x.is_leaf}
+    gradients = {name: x.grad for name, x in leaves.items() if x.grad is not None}
     return Found(loss.detach(), found, gradients)
 
 
@@ -259,3 +262,18 @@ def pretend_speed(patch: pytest.MonkeyPatch, fast: bool) -> None:
     """A CPU with instructions for low precision, or without: its products are right either way."""
     for module in (products, support):
         patch.setattr(module, "is_fast", lambda dtype, device: fast or dtype == torch.float32)
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Processes of it are forked from one that has imported what takes seconds, and computed
+    nothing.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cfpo_kernels", "torch.distributed.tensor"])
+    return context
+
+
+def in_processes(run: Callable[..., None], *arguments: Any, n: int) -> None:
+    """run(rank, *arguments) in `n` processes."""
+    forkserver()
+    torch.multiprocessing.start_processes(run, arguments, nprocs=n, start_method="forkserver")

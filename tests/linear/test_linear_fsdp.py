@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from heads import relative
+from heads import in_processes, relative
 from torch import Tensor, nn
 
 import cfpo_kernels
@@ -25,14 +23,15 @@ V, H, N, WORLD = 517, 32, 40, 2
 class Model(nn.Module):
     """As much of a language model as matters here; its forward computes the loss."""
 
-    def __init__(self, tied: bool, frozen: bool = False) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
+        self.how = {"low_memory": True} if "slices" in name else {}
         self.embedding = nn.Embedding(V, H)
         self.hidden = nn.Linear(H, H)
         self.head = nn.Linear(H, V, bias=False)
-        if tied:
+        if "tied" in name:
             self.head.weight = self.embedding.weight
-        self.head.weight.requires_grad_(not frozen)
+        self.head.weight.requires_grad_("frozen" not in name)
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
         hidden = torch.tanh(self.hidden(self.embedding(batch["inputs"])))
@@ -44,6 +43,7 @@ class Model(nn.Module):
             batch["old"],
             mask=batch["mask"],
             return_stats=True,
+            **self.how,
         )
 
 
@@ -74,7 +74,8 @@ def one_process(model: Model) -> list[dict[str, Tensor]]:
     return found
 
 
-WRAPPED = ("own", "root", "tied", "frozen", "ddp")
+# Over the vocabulary in slices the weight is read in backward too, where it is gathered again.
+WRAPPED = ("own", "own-slices", "root", "tied", "tied-slices", "frozen", "ddp", "ddp-unused")
 
 
 def wrapped(name: str) -> tuple[Model, nn.Module]:
@@ -82,11 +83,12 @@ def wrapped(name: str) -> tuple[Model, nn.Module]:
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    model = Model(tied=name == "tied", frozen=name == "frozen")
+    model = Model(name)
     start = copy.deepcopy(model)
-    if name == "ddp":
-        return start, nn.parallel.DistributedDataParallel(model)
-    if name == "own":
+    if "ddp" in name:
+        unused = "unused" in name
+        return start, nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+    if "own" in name:
         fully_shard(model.head)
     fully_shard(model)
     return start, model
@@ -132,15 +134,14 @@ def run(rank: int, folder: str) -> None:
 
 def wrapped_start(name: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    model = Model(tied=name == "tied", frozen=name == "frozen")
+    model = Model(name)
     return {n: x.detach() for n, x in model.named_parameters()}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("fsdp")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    mp.spawn(run, args=(str(folder),), nprocs=WORLD)
+    in_processes(run, str(folder), n=WORLD)
     return [torch.load(Path(folder) / str(rank)) for rank in range(WORLD)]
 
 

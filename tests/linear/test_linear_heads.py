@@ -358,6 +358,32 @@ def test_a_weight_that_zero_3_left_empty() -> None:
             cfpo_kernels.linear_token_logps(case.hidden, empty, case.token_ids)
 
 
+@pytest.mark.parametrize("how", [{}, {"low_memory": True}], ids=str)
+def test_a_weight_that_is_there_in_the_heads_forward_only(how: dict[str, Any]) -> None:
+    """As under ZeRO-3: gathered before forward and before backward, gone after each."""
+    case = make()
+    head = nn.Linear(16, 203, bias=False)
+
+    def gather(*_: Any) -> None:
+        head.weight.data = case.weight.clone()
+
+    def release(*_: Any) -> None:
+        head.weight.data = torch.empty(0)
+
+    head.register_forward_pre_hook(gather)
+    head.register_forward_hook(release)
+    head.register_full_backward_pre_hook(gather)
+    release()
+    hidden = case.hidden.clone().requires_grad_()
+    criterion = LinearCFPOLoss(head=head, chunk_tokens=16, **how)
+    loss = criterion(hidden, case.token_ids, case.advantages, case.old_logps)
+    assert head.weight.numel() == 0
+    loss.backward()
+    want = linear(case, chunk_tokens=16, **how).gradients
+    assert head.weight.grad is not None and torch.equal(head.weight.grad, want["weight"])
+    assert torch.equal(hidden.grad, want["hidden"])
+
+
 class Quantised(nn.Linear):
     """As bitsandbytes' Linear4bit: a linear layer with another forward."""
 

@@ -9,9 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from heads import HeadCase, check, is_noticed, linear, logits_of, make, planted, relative, split
+from chosen_objectives import CHOSEN, name_of, with_drift
+from heads import (
+    HeadCase,
+    check,
+    is_noticed,
+    linear,
+    logits_of,
+    logps64,
+    make,
+    planted,
+    relative,
+    split,
+)
 from heads import whole as whole_logits
-from test_named_objectives import CHOSEN, name_of, with_drift
 from torch import Tensor
 
 import cfpo_kernels
@@ -277,6 +288,48 @@ def test_hidden_states_of_masked_rows_may_be_anything(value: float, how: dict[st
 
         with planted(batch_module.Batch, "operands", unmasked):
             is_noticed(anything)
+
+
+@pytest.mark.parametrize("room", [25, 30, 37, 100])
+def test_room_for_some_tokens(room: int) -> None:
+    """Where the mask is on a device nobody counts: rows beyond the unmasked ones fill the room."""
+    case = make(mask_every=3, chunk_tokens=16)
+    for how in (
+        {},
+        {"low_memory": True},
+        {"ratio_level": "sequence", "cu_seqlens": torch.tensor([0, 5, 19, 37])},
+        {"objective": against_certainty},
+    ):
+        got = linear(case, stats=True, active_tokens=room, **how)
+        check(got, linear(case, stats=True, **how), 1e-6)
+    with pytest.raises(ValueError, match="active_tokens must be at least"):
+        linear(case, active_tokens=19, stats=True)
+
+
+@pytest.mark.parametrize("way", ["rows", "slices"])
+def test_tokens_that_cannot_be(way: str) -> None:
+    """Logits of -inf, whose p log p is 0, in all columns of a slice too."""
+    case = make(bias=True, entropy_coef=0.1)
+    assert case.bias is not None
+    kept = (case.token_ids[:, None] == torch.arange(203)).any(0)
+    case.bias[64:128] = torch.where(kept[64:128], case.bias[64:128], -torch.inf)
+    case.bias[~kept] = -torch.inf
+    case.old_logps = logps64(case).float() - 0.1
+    check(linear(case, stats=True, **WAYS[way]), whole_logits(case))
+
+
+@pytest.mark.parametrize("way", ["rows", "slices"])
+def test_a_row_that_is_not_finite_touches_no_other(way: str) -> None:
+    case = make(idle_every=0)
+    clean = linear(case, stats=True, **WAYS[way])
+    for value in (torch.nan, torch.inf):
+        case.hidden[5] = value
+        got = linear(case, stats=True, **WAYS[way])
+        others = torch.arange(37) != 5
+        assert got.loss.isnan() and got.gradients["hidden"][5].isnan().all()
+        assert torch.equal(got.gradients["hidden"][others], clean.gradients["hidden"][others])
+        assert got.stats is not None and clean.stats is not None
+        assert torch.equal(got.stats.logps[others], clean.stats.logps[others])
 
 
 def test_what_arrives_at_masked_rows_may_be_anything() -> None:

@@ -15,8 +15,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from heads import HeadCase, linear, logits_of, logps64, make, relative, use_slices, whole
+from heads import (
+    HeadCase,
+    in_processes,
+    linear,
+    logits_of,
+    logps64,
+    make,
+    relative,
+    use_slices,
+    whole,
+)
 from torch import Tensor
 
 import cfpo_kernels
@@ -33,9 +42,9 @@ NAMES = ("hidden", "weight", "bias", "u", "lora")
 OF_COLUMNS = ("weight", "bias", "lora")
 
 
-def case_of(**options: Any) -> HeadCase:
+def case_of(dtype: torch.dtype = torch.float32, **options: Any) -> HeadCase:
     """Tokens on both sides of every border, and elsewhere."""
-    case = make(N, V, 32, bias=True, rank=4, chunk_tokens=16, **options)
+    case = make(N, V, 32, dtype, bias=True, rank=4, chunk_tokens=16, **options)
     edges = sorted({x for borders in BORDERS.values() for x in borders})
     ids = [x for edge in edges for x in (edge - 1, edge) if 0 <= x < V]
     case.token_ids[: len(ids)] = torch.tensor(ids)
@@ -111,7 +120,11 @@ CASES: dict[str, Callable[[], HeadCase]] = {
     "all-masked": lambda: case_of(mask=torch.zeros(N)),
     "grad-scale": lambda: case_of(grad_scale=256.0),
     "far": lambda: moved(-200.0),
+    "bf16": lambda: case_of(torch.bfloat16, logits_dtype=torch.float32),
+    "bf16-slices": lambda: case_of(torch.bfloat16, logits_dtype=torch.float32, low_memory=True),
 }
+# An offset rounds the logits, and a gradient in bfloat16 is a rounded one.
+TOLERANCES = {"far": 3e-5, "bf16": 6e-3, "bf16-slices": 6e-3}
 
 
 def changed(case: HeadCase, **options: Any) -> HeadCase:
@@ -155,7 +168,7 @@ class Process:
 
 def found(loss: Any, stats: Any, gradients: dict[str, Tensor]) -> dict[str, Any]:
     parts = [loss, stats.logps, stats.entropy, gradients["hidden"]]
-    bits = b"".join(x.contiguous().numpy().tobytes() for x in parts)
+    bits = b"".join(x.reshape(-1).view(torch.uint8).numpy().tobytes() for x in parts)
     return {
         "loss": loss,
         "stats": tuple(stats),
@@ -326,6 +339,11 @@ def run(rank: int, world: int, folder: str) -> None:
         use_slices(patch, 64)
         for name, make_case in CASES.items():
             results[name] = of_linear(process.part(make_case()), vocab_parallel=process.split())
+        results["late"] = of_linear(
+            process.part(case_of(reduction="none")),
+            frozen=OF_COLUMNS,
+            vocab_parallel=process.split(),
+        )
         results["local"] = of_linear(
             process.part(everything()), vocab_parallel=process.split("none")
         )
@@ -353,11 +371,11 @@ def run(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.nightly), 4])
+@pytest.fixture(scope="module", params=[2, 4])
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What each process of a group found."""
     folder = tmp_path_factory.mktemp(f"group-{request.param}")
-    mp.spawn(run, args=(request.param, str(folder)), nprocs=request.param)
+    in_processes(run, request.param, str(folder), n=request.param)
     return [torch.load(Path(folder) / str(rank)) for rank in range(request.param)]
 
 
@@ -394,8 +412,17 @@ def same_bits(group: list[Any], name: str) -> bool:
 @pytest.mark.parametrize("name", CASES)
 def test_processes_agree_and_are_right(group: list[Any], name: str) -> None:
     case = CASES[name]()
-    compare(group, name, case, 3e-5 if name == "far" else 3e-6)
+    compare(group, name, case, TOLERANCES.get(name, 3e-6))
     assert same_bits(group, name)
+
+
+def test_a_frozen_head(group: list[Any]) -> None:
+    want = whole(case_of(reduction="none"), upstream=2.0).gradients
+    for results in group:
+        assert results["late"]["gradients"].keys() == {"hidden", "u"}
+        for x, gradient in results["late"]["gradients"].items():
+            assert relative(gradient, want[x]) < 3e-6
+    assert same_bits(group, "late")
 
 
 def test_a_process_alone_is_nearly_the_same(group: list[Any]) -> None:

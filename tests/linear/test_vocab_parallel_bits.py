@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from heads import in_processes
 from torch import Tensor
 
 from cfpo_kernels import CFPO, VocabParallel, policy_loss, sequences, token_logps, vocab_parallel
@@ -121,7 +121,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (folder,), WORLD)
+        in_processes(worker, folder, n=WORLD)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
 
 

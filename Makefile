@@ -26,7 +26,7 @@ help: ## Show this list
 demo: $(STAMPS)/native $(STAMPS)/demo ## Train a small policy with the CFPO loss on the CPU
 	$(VENV_PYTHON) examples/train_cfpo.py $(ARGS)
 
-examples: $(STAMPS)/native $(STAMPS)/trainers ## Run the examples with transformers, trainers and FSDP2
+examples: $(STAMPS)/native $(STAMPS)/trainers ## Run the examples with transformers, trainers and processes
 	set -e; for example in $(EXAMPLES); do echo "== $$example"; $(VENV_PYTHON) $$example $(ARGS); done
 
 test: $(STAMPS)/native $(STAMPS)/test $(STAMPS)/trainers ## Run the tests but the nightly ones (ARGS="tests/core -k ..." some of them)

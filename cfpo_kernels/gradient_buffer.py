@@ -25,6 +25,18 @@ def reuse_gradient_buffer(enabled: bool = True) -> None:
 
     Raises:
         TypeError: `enabled` is no bool.
+
+    Example:
+        >>> cfpo_kernels.reuse_gradient_buffer(True)
+        >>> places = set()
+        >>> for step in range(3):
+        ...     logits = torch.zeros(2, 5, requires_grad=True)
+        ...     cfpo_kernels.cfpo_loss(logits, torch.tensor([0, 3]), torch.ones(2)).backward()
+        ...     places.add(logits.grad.data_ptr())
+        ...     del logits
+        >>> cfpo_kernels.reuse_gradient_buffer(False)
+        >>> len(places)
+        1
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled must be a bool, got {type(enabled).__name__}")

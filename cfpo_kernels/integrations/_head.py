@@ -69,7 +69,7 @@ def run_in_head(
     """Calls the model with ``function(hidden)`` in the place of the head.
 
     Args:
-        run: calls the model and returns its outputs, with the logits as an attribute or an item.
+        run: calls the model and returns its outputs, with the logits as an item.
         function: float32 of any shape from the hidden states that the head is given.
 
     Returns:

@@ -366,6 +366,18 @@ def test_rows_that_are_multiplied(tmp_path: Path, name: str, kind: str) -> None:
         assert max(products.rows) == min(logits_tokens, 32) and sum(products.rows) == wanted
 
 
+def test_tokens_without_an_advantage_are_scored_and_no_more(tmp_path: Path) -> None:
+    """9 of 19: one product for their entropies, three for the others."""
+    trainer = trl_setup.make_trainer(tmp_path)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = trl_setup.make_inputs(trainer)
+    inputs["advantages"][:] = torch.tensor([1.0, 0.0, 0.0, -2.0])
+    with Products() as products:
+        compute_cfpo_loss(trainer, trainer.model, inputs, logits_tokens=16).backward()
+    assert sorted(products.rows) == [16] * 4
+
+
 def test_a_compiled_model_gives_the_logits_of_completions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,7 @@ class RowSummer {
       }
     }
     RowStats stats = join_target(scale_, target_logit_, rest, sharded_);
-    if (entropy_ && stats.sum != 0.0) peak = entropy_of_peaked(stats, target_logit_, peaked);
+    if (entropy_ && stats.sum > 0.0) peak = entropy_of_peaked(stats, target_logit_, peaked);
     return stats;
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ from targets import Target
 
 import cfpo_kernels
 from cfpo_kernels import reference
-from cfpo_kernels.backends import cpu
 
 
 def test_calls_go_there(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,9 +33,13 @@ def test_calls_go_there(target: Target, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.only_on("cpu-*", reason="the others have no levels")
-def test_the_level(target: Target) -> None:
-    with cpu.CPU.where(torch.empty(1)) as execution:
-        assert f"cpu-{execution['level']}" == target.name
+def test_the_level(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(3, 10), torch.tensor([1, 2, 3])
+    assert f"cpu-{os.environ['CFPO_KERNELS_CPU_LEVEL']}" == target.name
+    cfpo_kernels.token_logps(*inputs)
+    monkeypatch.setenv("CFPO_KERNELS_CPU_LEVEL", "another")  # which the kernels do look at
+    with pytest.raises(ValueError, match="another"):
+        cfpo_kernels.token_logps(*inputs)
 
 
 @pytest.mark.only_on("cuda-ptx*", "triton-ptx*", reason="the others run no PTX")

@@ -44,7 +44,7 @@ def test_the_head_is_a_linear_layer() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["cfpo", "ppo"])
+@pytest.mark.parametrize("objective", ["cfpo", pytest.param("ppo", marks=pytest.mark.nightly)])
 def test_demo_trains_reports_and_plots(tmp_path: Path, objective: str) -> None:
     plot = tmp_path / "folder" / "demo.png"
     done = run_demo("--smoke", "--objective", objective, "--threads", "2", "--plot", str(plot))

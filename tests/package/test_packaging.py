@@ -198,7 +198,9 @@ def test_the_wheel_works_in_an_empty_environment(repaired, tmp_path):
     folders = {str(Path(torch.__file__).parents[1])}
     folders |= {path for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
     (site / "torch.pth").write_text("\n".join(sorted(folders)) + "\n")
-    printed = run_ok([python, "-I", ROOT / "tests" / "installed_wheel.py"], cwd=tmp_path)
+    printed = run_ok(
+        [python, "-I", ROOT / "tests" / "support" / "installed_wheel.py"], cwd=tmp_path
+    )
     assert "cpu: yes" in printed
 
 

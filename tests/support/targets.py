@@ -200,6 +200,10 @@ def of_the_longest_bfloat16(parameters: dict[str, Any]) -> bool:
     return not_of_the_longest(parameters) or not others
 
 
+def of_short_bfloat16(parameters: dict[str, Any]) -> bool:
+    return of_bfloat16(parameters) and not_of_the_longest(parameters)
+
+
 def not_of_float16(parameters: dict[str, Any]) -> bool:
     """Which is converted where bfloat16 is; test_triton_interpreted.py looks at each."""
     return torch.float16 not in dtypes_of(parameters)
@@ -236,12 +240,18 @@ TARGETS = {
                 name=name,
                 starts=start,
                 why_not=INTERPRETED,
-                every_commit=not_of_the_longest,
+                every_commit=every_commit,
                 examples=50,
             )
-            for name, start in (
-                *((f"cpu-{level}", cpu_level(level)) for level in LEVELS[1:]),
-                ("reference", plain_torch),
+            for name, start, every_commit in (
+                # "avx512" differs from "avx512_bf16" in bfloat16 alone.
+                *(
+                    (f"cpu-{level}", cpu_level(level), of_short_bfloat16)
+                    if level == "avx512"
+                    else (f"cpu-{level}", cpu_level(level), not_of_the_longest)
+                    for level in LEVELS[1:]
+                ),
+                ("reference", plain_torch, not_of_the_longest),
             )
         ),
         *(

@@ -37,6 +37,7 @@ def test_the_reward_of_the_example_rises() -> None:
     assert "off-policy updates: 0.0%" not in said
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_benchmark_checks_measures_and_draws(tmp_path: Path) -> None:
     # float32, because CPUs without products of bfloat16 take minutes for them.

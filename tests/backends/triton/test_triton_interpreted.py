@@ -267,7 +267,8 @@ def test_every_access(
     masked = ~case.mask()
     fused = next(each for each in log.launches if each.kernel == "policy_loss_kernel")
     tile = config.tile(v, logits.element_size())
-    assert (len(log.launches) == 3) == (count == 64 and v > tile.segment)  # and that of backward
+    # Backward launches nothing: on a CPU it sees that the factor is 1.
+    assert (len(log.launches) == 2) == (count == 64 and v > tile.segment)
     written = of_rows(fused.writes("dlogits_ptr"), logits if inplace else leaf.grad)
     assert (written == 1).all()
     reads = sum(

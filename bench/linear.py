@@ -70,8 +70,8 @@ def cases_of(names: str) -> list[LinearCase]:
                 f"unknown case {name!r}: expected linear, or "
                 f"linear-<vocabulary>-<{'|'.join(DTYPES)}>, not mixed with others"
             )
-        size = (8192, 4096) if on_gpu else (1024, 512)
-        device, chunk = ("cuda", 1024) if on_gpu else ("cpu", 256)
+        size = (8192, 4096) if on_gpu else (512, 512)
+        device, chunk = ("cuda", 1024) if on_gpu else ("cpu", 128)
         found.append(LinearCase(device, *size, int(match[1]), match[2], chunk))
     return found
 

@@ -134,7 +134,10 @@ def implementations() -> list[LinearImplementation]:
     found = [
         LinearImplementation("ours", "linear_policy_loss", "ours", lambda: ours()),
         LinearImplementation(
-            "ours-low-memory", "the same, low_memory", "ours", lambda: ours(low_memory=True)
+            "ours-low-memory",
+            "linear_policy_loss, low_memory",
+            "ours",
+            lambda: ours(low_memory=True),
         ),
         LinearImplementation("eager", "eager PyTorch, float32 loss", "baseline", lambda: naive),
         LinearImplementation(

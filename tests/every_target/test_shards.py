@@ -6,116 +6,32 @@ The kernels are called as the parallel losses call them: below the operators.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
-from oracle import make_case
+from oracle import DTYPES, make_case
+from stages import (
+    Arrived,
+    Sums,
+    borders,
+    check_gradient,
+    exact,
+    gradient,
+    kernels,
+    merge,
+    rows_of,
+    sums,
+    temperatures,
+)
 from targets import GPUS, Target
-from torch import Tensor
 
-from cfpo_kernels import CFPO, backends, reference
-from cfpo_kernels.backends.base import Backend, KernelRows, KernelTerms
+from cfpo_kernels import CFPO, reference
+from cfpo_kernels.backends.base import KernelTerms
 from cfpo_kernels.inputs import LossSettings, TokenInputs
 
 pytestmark = pytest.mark.not_on("reference", reason="it has no kernels; test_the_reference")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FAR = (2**32 + 3, -(2**40), 2**62)  # ids whose low bits are columns
-
-
-def kernels(logits: Tensor) -> Backend:
-    """Those that backend="cpu" means here."""
-    name = backends.resolve("cpu", logits.device, logits.dtype, logits.shape[-1])
-    return backends.kernels(name)
-
-
-def rows_of(logits: Tensor, token_ids: Tensor, temperature: Tensor, **more: object) -> KernelRows:
-    return KernelRows(logits, token_ids, torch.ones(len(token_ids)), temperature)._replace(**more)
-
-
-class Sums(NamedTuple):
-    """What is left of stage 1, (N,) each."""
-
-    logps: Tensor
-    lse: Tensor
-    entropy: Tensor
-
-
-def sums(rows: KernelRows, with_entropy: bool = True) -> Sums:
-    n = len(rows.token_ids)
-    logps, entropy = torch.full((n,), 7.0), torch.full((n,), 7.0)
-    lse = torch.full((n,), 7.0, dtype=torch.float64)
-    kernels(rows.logits).token_logps(
-        rows, logps=logps, lse=lse, entropy=entropy if with_entropy else None
-    )
-    return Sums(logps, lse, entropy)
-
-
-class Arrived(NamedTuple):
-    """What stage 3 starts from, (N,) each."""
-
-    lse: Tensor
-    entropy: Tensor
-    dlogps: Tensor
-    dentropy: Tensor | None
-
-
-def gradient(rows: KernelRows, arrived: Arrived, inplace: bool = False) -> Tensor:
-    """Written into memory beside which nothing may change; aligned where V is a multiple of 8."""
-    logits = rows.logits
-    n, v = logits.shape
-    pad = 3 if v % 8 else 8
-    memory = torch.full((n, v + 2 * pad), 7.0, dtype=logits.dtype)
-    dlogits = memory[:, pad : v + pad]
-    if inplace:
-        rows = rows._replace(logits=dlogits.copy_(logits))
-    kernels(logits).token_logps_backward(
-        rows,
-        lse=arrived.lse,
-        entropy=None if arrived.dentropy is None else arrived.entropy,
-        dlogps=arrived.dlogps,
-        dentropy=arrived.dentropy,
-        dlogits=dlogits,
-    )
-    assert (memory[:, :pad] == 7.0).all() and (memory[:, v + pad :] == 7.0).all()
-    return dlogits.clone()
-
-
-def exact(logits: Tensor, token_ids: Tensor, temperature: Tensor) -> Sums:
-    """In float64, of the columns that are there."""
-    z = logits.double() / temperature.double()[:, None]
-    log_p = torch.log_softmax(z, -1)
-    there = (token_ids >= 0) & (token_ids < z.shape[1])
-    logps = log_p.gather(1, torch.where(there, token_ids, 0)[:, None]).squeeze(1)
-    entropy = -(log_p.exp() * log_p.clamp(min=-1e300)).sum(-1)
-    lse = z.logsumexp(-1) * temperature.double()
-    return Sums(torch.where(there, logps, -math.inf), lse, entropy)
-
-
-def borders(v: int, shards: int) -> list[tuple[int, int]]:
-    """Uneven, at odd columns if there are any."""
-    ends = [0, *sorted({v * k // shards // 2 * 2 + 1 for k in range(1, shards)} - {v}), v]
-    return [(first, last) for first, last in pairwise(ends) if last > first]
-
-
-def merge(shards: list[Sums], temperature: Tensor) -> Sums:
-    """Of whole rows, as base.Backend says."""
-    t = temperature.double()
-    lses = torch.stack([shard.lse for shard in shards]) / t
-    lse = lses.logsumexp(0)
-    logps, entropy = torch.full_like(lse, -math.inf), torch.zeros_like(lse)
-    for shard, its in zip(shards, lses, strict=True):
-        gap = torch.where(its == -math.inf, 0.0, lse - its)
-        share = torch.where(its == -math.inf, 0.0, torch.exp(-gap))
-        entropy += share * (shard.entropy.double() + gap)
-        logps = torch.maximum(logps, shard.logps.double() - gap)
-    return Sums(logps, lse * t, entropy)
-
-
-def temperatures(n: int) -> Tensor:
-    return 0.6 + 0.8 * torch.rand(n, generator=torch.Generator().manual_seed(5))
 
 
 # --- Stage 1 --------------------------------------------------------------------------------------
@@ -257,46 +173,6 @@ def test_gradient_of_columns(dtype: torch.dtype, v: int, inplace: bool) -> None:
         got = torch.cat(parts, 1)
         assert torch.equal(got, gradient(whole, arrived))
         check_gradient(got, case.logits, ids, t, arrived)
-
-
-def gradient64(
-    logits: Tensor, ids: Tensor, t: Tensor, arrived: Arrived, softcap: float = 0.0
-) -> Tensor:
-    """By autograd, also through the softcap that the logits have been through."""
-    leaf = logits.double()
-    if softcap:
-        leaf = softcap * torch.atanh(leaf / softcap)
-    leaf.requires_grad_()
-    z = softcap * torch.tanh(leaf / softcap) if softcap else leaf
-    log_p = torch.log_softmax(z / t.double()[:, None], -1)
-    loss = log_p.gather(1, ids[:, None]).squeeze(1) * arrived.dlogps.double()
-    if arrived.dentropy is not None:
-        entropy = -(log_p.exp() * log_p.clamp(min=-1e300)).sum(-1)
-        loss = loss + entropy * arrived.dentropy.double()
-    (found,) = torch.autograd.grad(loss.sum(), leaf)
-    return found
-
-
-def check_gradient(
-    got: Tensor, logits: Tensor, ids: Tensor, t: Tensor, arrived: Arrived, softcap: float = 0.0
-) -> None:
-    """Element by element."""
-    want = gradient64(logits, ids, t, arrived, softcap)
-    free = want
-    if softcap:
-        # The slope is 1 - (y / softcap)^2 in float32, so its error is one of 1.
-        free = gradient64(logits, ids, t, arrived)
-    log_p = torch.log_softmax(logits.double() / t.double()[:, None], -1)
-    # The two terms of the entropy's gradient may cancel.
-    cancels = torch.zeros_like(log_p)
-    if arrived.dentropy is not None:
-        terms = log_p.abs() + arrived.entropy.double()[:, None] + 1
-        cancels = arrived.dentropy.double().abs()[:, None] * log_p.exp() * terms / t[:, None]
-    ulp = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[logits.dtype]
-    tiny = 6e-8 if logits.dtype == torch.float16 else 1e-15
-    allowed = (1e-5 + ulp) * want.abs() + 5e-7 * free.abs() + 1e-5 * cancels + tiny
-    worst = ((got.double() - want).abs() / allowed).max()
-    assert worst <= 1, f"{worst:.2f} times the allowed error"
 
 
 def test_nothing_is_stored_for_a_token_that_is_elsewhere() -> None:

@@ -9,9 +9,8 @@ import math
 
 import pytest
 import torch
-from oracle import Case, logps64, make_case, oracle, with_everything
-from test_shards import (
-    DTYPES,
+from oracle import DTYPES, Case, logps64, make_case, oracle, with_everything
+from stages import (
     Arrived,
     borders,
     check_gradient,

@@ -17,7 +17,7 @@ NATIVE_OPTIONS := $(CFPO_KERNELS_CUDA)|$(CFPO_KERNELS_CUDA_ARCHS)|$(CFPO_KERNELS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test test-all test-triton lint format bench bench-micro gpu-check wheel clean distclean FORCE
+.PHONY: help demo examples test test-all test-triton lint format docs bench bench-micro gpu-check wheel clean distclean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +53,9 @@ format: $(STAMPS)/dev ## Rewrite the sources in the project's format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+docs: $(STAMPS)/torch $(STAMPS)/docs ## Build the docs site into build/site; ARGS=--serve shows it, and what you write
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(VENV)/bin/mkdocs $(if $(filter --serve,$(ARGS)),serve,build) --strict $(filter-out --serve,$(ARGS))
 
 bench: $(STAMPS)/native $(STAMPS)/demo ## Measure the CPU kernels (ARGS="--json FILE" keeps the figures)
 	$(VENV_PYTHON) -m bench --cases cpu $(ARGS)
@@ -103,10 +106,11 @@ $(STAMPS)/trainers: requirements/trainers.txt requirements/trainers-no-deps.txt 
 	$(PIP_INSTALL) --no-deps -r requirements/trainers-no-deps.txt
 	@touch $@
 
-$(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/wheel $(STAMPS)/dev: $(STAMPS)/%: requirements/%.txt | $(STAMPS)/torch
+$(STAMPS)/build $(STAMPS)/demo $(STAMPS)/docs $(STAMPS)/test $(STAMPS)/wheel $(STAMPS)/dev: $(STAMPS)/%: requirements/%.txt | $(STAMPS)/torch
 	$(PIP_INSTALL) -r $<
 	@touch $@
-$(STAMPS)/test $(STAMPS)/dev: requirements/demo.txt requirements/wheel.txt
+$(STAMPS)/docs $(STAMPS)/test $(STAMPS)/dev: requirements/demo.txt
+$(STAMPS)/test $(STAMPS)/dev: requirements/wheel.txt
 $(STAMPS)/dev: requirements/test.txt
 
 $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/build $(STAMPS)/native-options

@@ -18,7 +18,7 @@ from repository import ROOT
 import cfpo_kernels
 from cfpo_kernels.objectives import OBJECTIVES, Objective
 
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", re.MULTILINE)
 SOURCES = ("*.py", "*.pyi", "*.h", "*.cuh", "*.cpp", "*.cu", "*.toml", "Makefile")
 FOLDERS = ("cfpo_kernels", "csrc", "triton_kernels", "tests", "tools", "bench", "examples")

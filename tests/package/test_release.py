@@ -1,4 +1,4 @@
-"""What a release is made of: one version, notes, the same bytes each time, a wheel in pure Python."""
+"""What a release is made of: one version, its notes, the same bytes each time, a pure wheel."""
 
 from __future__ import annotations
 

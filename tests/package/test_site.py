@@ -70,9 +70,7 @@ def test_messages_are_those_of_the_source() -> None:
 
 
 def test_a_wrong_message_is_noticed() -> None:
-    texts = list(
-        strings('raise ValueError(f"epsilon must be positive, got {x}: see" " the paper")')
-    )
+    texts = list(strings('raise ValueError(f"epsilon must be positive, got {x}:" " see paper")'))
     page = "### `epsilon must be positive, got ... see paper`\n### `epsilon must be small`\n"
     assert missing(page, texts) == ["epsilon must be small"]
 

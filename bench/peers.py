@@ -1,5 +1,11 @@
-"""Kernels of other packages that do the same work on a GPU, where they are installed."""
+"""Kernels of other packages that do the same work on a GPU, where they are installed.
 
+Each way was written from the package's source; only TRL's and Liger's have been called. What cannot
+run on a device or a shape is left out of a case, and named with its reason.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 
 from torch import Tensor
@@ -26,7 +32,34 @@ def implementations() -> list[Implementation]:
         found.append(
             Implementation("trl-logps", "TRL log-prob kernel + torch loss", "peer", trl_logps, PEER)
         )
+    if find_spec("verl") and find_spec("flash_attn"):
+        label = "verl (flash-attn's cross entropy, in place) + torch loss"
+        found.append(Implementation("verl-logps", label, "peer", verl_logps, PEER))
+    if find_spec("rl_engine"):
+        label = "RL-Kernel batch-invariant log-probs (sm_90) + torch loss"
+        found.append(Implementation("rl-kernel-logps", label, "peer", rl_kernel_logps, PEER))
+        label = "RL-Kernel fused log-probs, forward only"
+        found.append(
+            Implementation(
+                "rl-kernel-forward", label, "peer", rl_kernel_forward, PEER, backward=False
+            )
+        )
+    if find_spec("quack"):
+        label = "QuACK cross entropy, in place + torch loss"
+        found.append(Implementation("quack-logps", label, "peer", quack_logps, PEER))
     return found
+
+
+def controls(logits: Tensor) -> dict[str, Callable[[], object]]:
+    """Kernels that read and write the logits once and are no loss: how fast that goes here."""
+    if not (logits.is_cuda and find_spec("quack")):
+        return {}
+    softmax = import_module("quack.softmax").softmax_fwd
+    try:
+        softmax(logits)  # compiles; a width or device that it does not take
+    except Exception:
+        return {}
+    return {"QuACK's softmax": lambda: softmax(logits)}
 
 
 def liger_grpo() -> LossFunction:
@@ -66,3 +99,36 @@ def trl_logps() -> LossFunction:
         return naive.objective_term(logps, problem.old_logps, problem.advantages).mean()
 
     return loss
+
+
+def of_logps(logps_of: Callable[[Tensor, Tensor], Tensor]) -> LossFunction:
+    """The loss in plain PyTorch over a package's log-probs."""
+
+    def loss(logits: Tensor, problem: Problem) -> Tensor:
+        logps = logps_of(logits, problem.token_ids).float()
+        return naive.objective_term(logps, problem.old_logps, problem.advantages).mean()
+
+    return loss
+
+
+def verl_logps() -> LossFunction:
+    """What verl's trainer takes where flash-attn is installed; its backward is in place."""
+    return of_logps(import_module("verl.utils.torch_functional").logprobs_from_logits_flash_attn)
+
+
+def rl_kernel_logps() -> LossFunction:
+    """Sums in a fixed order, TMA forward, tile-wise backward; Hopper only."""
+    module = import_module("rl_engine.kernels.ops.cuda.loss.batch_invariant_logp")
+    return of_logps(module.BatchInvariantLogpSM90Op())
+
+
+def rl_kernel_forward() -> LossFunction:
+    module = import_module("rl_engine.kernels.ops.cuda.loss.logp")
+    return of_logps(module.FusedLogpGenericOp().apply_fp32)
+
+
+def quack_logps() -> LossFunction:
+    cross_entropy = import_module("quack.cross_entropy").cross_entropy
+    return of_logps(
+        lambda logits, ids: -cross_entropy(logits, ids, reduction="none", inplace_backward=True)
+    )

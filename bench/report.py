@@ -129,6 +129,9 @@ def table_rows(case: dict) -> list[tuple[str, ...]]:
     if rewrite is not None:
         ratio = f"{rewrite['median_ms'] / copy['median_ms']:.2f}"
         rows.append(("rewrite in place", *timing_cells(rewrite), ratio, "1.00", *blank))
+    for name, control in case.get("controls", {}).items():
+        ratio = f"{control['median_ms'] / copy['median_ms']:.2f}"
+        rows.append((name, *timing_cells(control), ratio, "", *blank))
     for result in case["results"]:
         speedups = (result["speedup_over"][name] for name in (EAGER, COMPILED))
         rows.append(

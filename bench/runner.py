@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench import checks
+from bench import checks, peers
 from bench.cases import Case
 from bench.harness import Implementation, LossFunction, step
 from bench.implementations import COMPILED, EAGER
@@ -76,6 +76,10 @@ def run_case(
         "logits_bytes": case.logits_bytes,
         "copy": timing_figures(samples[COPY], counted_bytes=2 * case.logits_bytes),
         "rewrite": timing_figures(samples[REWRITE], counted_bytes=2 * case.logits_bytes),
+        "controls": {
+            name: timing_figures(samples[name], counted_bytes=2 * case.logits_bytes)
+            for name in samples.keys() - {COPY, REWRITE} - run.errors.keys()
+        },
         "results": [figures(run, entry, samples, extra.get(entry.name)) for entry in checked],
         "skipped": run.skipped,
     }
@@ -119,6 +123,7 @@ def time_all(run: Run, implementations: list[Implementation]) -> dict[str, Sampl
         COPY: lambda: copied.copy_(run.logits),
         REWRITE: lambda: bits.bitwise_xor_(1),
     }
+    calls.update(peers.controls(run.logits))
     calls.update({entry.name: partial(run.call, entry) for entry in implementations})
     return interleaved_samples(
         calls,

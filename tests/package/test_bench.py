@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ if str(ROOT) not in sys.path:  # bench is run from the repository, not installed
     sys.path.insert(0, str(ROOT))
 
 from bench import __main__ as command_line
-from bench import checks, implementations, memory, naive, report
+from bench import checks, implementations, memory, naive, peers, report
 from bench.cases import Case, find_cases, quick_case
 from bench.harness import EXACT, LOW_PRECISION, PEER, Implementation, step
 from bench.problem import Problem, make_problem
@@ -238,6 +239,46 @@ def test_wrong_peer_is_left_out_and_named():
     result = run_case(SMALL, [wrong, right], Settings(rounds=1, threads=1, memory=False))
     assert [entry["name"] for entry in result["results"]] == ["right"]
     assert "off-target" in result["skipped"]["wrong"]
+
+
+def test_peers_that_are_installed_are_compared(monkeypatch):
+    """Stand-ins where the packages have their functions: what is called, and that it is right."""
+
+    def logps(logits, token_ids):
+        return naive.selected_logps(logits.float(), token_ids)
+
+    def cross_entropy(logits, token_ids, reduction, inplace_backward):
+        assert (reduction, inplace_backward) == ("none", True)
+        return -logps(logits, token_ids)
+
+    class FusedLogp:
+        apply_fp32 = staticmethod(logps)
+
+    modules = {
+        "verl.utils.torch_functional": {"logprobs_from_logits_flash_attn": logps},
+        "rl_engine.kernels.ops.cuda.loss.batch_invariant_logp": {
+            "BatchInvariantLogpSM90Op": lambda: logps
+        },
+        "rl_engine.kernels.ops.cuda.loss.logp": {"FusedLogpGenericOp": FusedLogp},
+        "quack.cross_entropy": {"cross_entropy": cross_entropy},
+    }
+    monkeypatch.setattr(peers, "find_spec", lambda name: name not in ("liger_kernel", "trl"))
+    monkeypatch.setattr(peers, "import_module", lambda name: SimpleNamespace(**modules[name]))
+    found = peers.implementations()
+    result = run_case(SMALL, found, Settings(rounds=1, threads=1, memory=False))
+    assert not result["skipped"] and not result["controls"]
+    assert [entry["name"] for entry in result["results"]] == [
+        "verl-logps", "rl-kernel-logps", "rl-kernel-forward", "quack-logps",
+    ]  # fmt: skip
+
+
+def test_a_control_is_shown_beside_the_copy(monkeypatch):
+    monkeypatch.setattr(peers, "controls", lambda logits: {"a softmax": lambda: logits.softmax(-1)})
+    right = implementation(naive.loss_float32, "right", kind="baseline", tolerance=PEER)
+    result = run_case(SMALL, [right], Settings(rounds=2, threads=1, memory=False))
+    (row,) = [row for row in report.table_rows(result) if row[0] == "a softmax"]
+    median, copy = result["controls"]["a softmax"]["median_ms"], result["copy"]["median_ms"]
+    assert row[4] == f"{median / copy:.2f}"
 
 
 def test_clipped_objective_is_checked_as_liger_computes_it():

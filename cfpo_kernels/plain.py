@@ -47,5 +47,5 @@ def filled(n: int, value: float, dtype: torch.dtype, device: torch.device) -> Te
         if len(_kept) >= _MOST_KEPT:
             _kept.clear()
         with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
-            found = _kept[key] = torch.full((n,), value, dtype=dtype)
+            found = _kept[key] = torch.full((n,), value, dtype=dtype, device="cpu")
     return found

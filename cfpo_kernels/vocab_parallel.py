@@ -134,7 +134,7 @@ class Shards:
             for rank in sorted(range(len(ranges)), key=lambda r: ranges[r])
             for i in range(counts[rank])
         ]
-        where = torch.tensor(order, device=device)
+        where = torch.tensor(order, dtype=torch.int64, device=device)
         return Shards(given.group, given.start, kept, given.vocab_size, block, counts, where)
 
     def score(self, tiles: Tiles, rows: KernelRows, with_entropy: bool) -> Callable[[], Scores]:
@@ -194,7 +194,9 @@ class Shards:
                 continue
             columns = slice(first * self.block, first * self.block + count * size)
             logits = rows.logits[:, columns].unflatten(1, (count, size))
-            begins = torch.arange(columns.start, columns.stop, size, device=logits.device)
+            begins = torch.arange(
+                columns.start, columns.stop, size, dtype=torch.int64, device=logits.device
+            )
 
             def of_block(x: Tensor, count: int = count) -> Tensor:
                 return x[:, None].expand(-1, count).reshape(-1).contiguous()
@@ -217,7 +219,7 @@ class Shards:
 
 def _ranges(group: Any, start: int, n_cols: int, device: torch.device) -> list[tuple[int, int]]:
     """The first column and the number of columns of each rank."""
-    mine = torch.tensor([start, n_cols], device=device)
+    mine = torch.tensor([start, n_cols], dtype=torch.int64, device=device)
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     torch.distributed.all_gather(everyone, mine, group=group)
     return [(int(x[0]), int(x[1])) for x in everyone]

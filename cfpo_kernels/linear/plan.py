@@ -85,7 +85,7 @@ def by_sequence(index: Tensor, sequences: Tensor, chunk: int) -> list[Chunk] | N
             free.append(chunk)
         place[sequence] = fitting[0]
         free[fitting[0]] -= length
-    places = torch.tensor(place)[inverse]
+    places = torch.tensor(place, dtype=torch.int64, device="cpu")[inverse]
     rows_of = (index[places == i] for i in range(len(free)))
     return [Chunk(rows, 0, rows.shape[0]) for rows in rows_of]
 

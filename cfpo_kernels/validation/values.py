@@ -23,7 +23,16 @@ def first_wrong(wrong: Tensor, values: Tensor, shape: torch.Size) -> tuple[list[
 
 
 def position_of(index: int, shape: torch.Size) -> list[int]:
-    return [int(i) for i in torch.unravel_index(torch.tensor(index), shape)] if shape else []
+    return (
+        [
+            int(i)
+            for i in torch.unravel_index(
+                torch.tensor(index, dtype=torch.int64, device="cpu"), shape
+            )
+        ]
+        if shape
+        else []
+    )
 
 
 def check_token_range(token_ids: Tensor, active: Tensor, n_cols: int, shape: torch.Size) -> None:

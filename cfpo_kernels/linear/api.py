@@ -527,12 +527,10 @@ def _chunks_of_whole_losses(
     n_rows = rows.active.shape[0]
     if ratio is None:
         return in_order(selection.index, n_rows, chunk)
-    if rows.active.device.type == "cpu":
-        index = (
-            torch.arange(n_rows, dtype=torch.int64, device="cpu")
-            if selection.index is None
-            else selection.index
-        )
+    if values.can_be_looked_at(rows.active):
+        index = selection.index
+        if index is None:
+            index = torch.arange(n_rows, dtype=torch.int64, device="cpu")
         return by_sequence(index, ratio.index[index], chunk)
     # Lengths are on the device: those of padded sequences are known.
     padded = selection.index is None and len(rows.shape) > 1

@@ -12,6 +12,8 @@ import pytest
 import torch
 from entry_points import ENTRIES, Entry, outcome, tensors
 
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 import cfpo_kernels
 
 PACKAGE = Path(cfpo_kernels.__file__).parent
@@ -96,3 +98,22 @@ def test_a_tensor_made_by_default_is_found() -> None:
         assert made_by_default(wrong)
     assert not made_by_default("torch.where(x > 0, y, 1.0)")
     assert not made_by_default("torch.zeros(3, dtype=x.dtype, device=x.device)")
+
+
+
+
+
+@pytest.mark.parametrize("debug", ["", "1"])
+@each
+def test_shapes_without_numbers(
+    entry: Entry, debug: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """On the meta device, and of fake tensors, as on the device they stand for."""
+    want = outcome(entry, tensors())
+    monkeypatch.setenv("CFPO_KERNELS_DEBUG", debug)
+    got = outcome(entry, tensors("meta"))
+    assert all(x.is_meta for x in got)
+    with FakeTensorMode() as mode:
+        faked = outcome(entry, {name: mode.from_tensor(x) for name, x in tensors().items()})
+    for found in (got, faked):
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in want]

@@ -33,6 +33,25 @@ def begin_only_backward(ctx: Any) -> None:
         ctx.spent = True
 
 
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """``save_for_backward``, also of tensors that were made in inference mode.
+
+    autograd refuses these, for nobody would notice that they change. So does torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        ctx.unguarded = [None] * len(tensors)
+        ctx.save_for_backward(*tensors)
+        return
+    ctx.unguarded = [None if x is None or not x.is_inference() else x for x in tensors]
+    guarded = (x if y is None else None for x, y in zip(tensors, ctx.unguarded, strict=True))
+    ctx.save_for_backward(*guarded)
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What ``save`` was given."""
+    return [x if y is None else y for x, y in zip(ctx.saved_tensors, ctx.unguarded, strict=True)]
+
+
 def _is_one(dloss: Tensor) -> bool:
     """Of a number that can be looked at for nothing."""
     return dloss.dim() == 0 and is_plain(dloss) and dloss.is_cpu and dloss.item() == 1
@@ -141,7 +160,7 @@ class TokenLogpsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = KernelRows(logits, token_ids, weights, temperature)
         logps, lse, entropy = ops.run_token_logps(rows, with_entropy, backend)
-        ctx.save_for_backward(*rows[:4], lse, entropy)
+        save(ctx, *rows[:4], lse, entropy)
         ctx.inplace = inplace
         ctx.backend = backend
         ctx.mark_non_differentiable(lse)
@@ -154,7 +173,7 @@ class TokenLogpsFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
         refuse_create_graph()
-        logits, token_ids, weights, temperature, lse, entropy = ctx.saved_tensors
+        logits, token_ids, weights, temperature, lse, entropy = saved(ctx)
         if dlogps is None and (dentropy is None or dentropy.numel() == 0):
             return None, *nothing
         dlogps = None if dlogps is None else dlogps.contiguous()

@@ -28,6 +28,13 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def saveable(x: Tensor) -> Tensor:
+    """As autograd may save it: outside of inference mode a tensor that was made there is copied."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone()
+
+
 _MOST_KEPT = 64
 _LONGEST_KEPT = 4096
 _kept: dict[tuple[int, float, torch.dtype], Tensor] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import refuse_create_graph
+from .autograd import refuse_create_graph, save, saved
 from .backends.base import KernelRows
 from .tiles import Scores, Tiles
 from .validation.errors import type_error
@@ -252,7 +252,7 @@ class ShardedLogpsFunction(torch.autograd.Function):
         rows = KernelRows(logits.detach(), token_ids, weights, temperature, sharded=True)
         logps, lse, entropy = shards.score(tiles, rows, with_entropy)()
         entropy = logps.new_empty(0) if entropy is None else entropy
-        ctx.save_for_backward(logits, *rows[1:4], logps, lse, entropy)
+        save(ctx, logits, *rows[1:4], logps, lse, entropy)
         ctx.inplace, ctx.tiles = inplace, tiles
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -266,7 +266,7 @@ class ShardedLogpsFunction(torch.autograd.Function):
         if dlogps is None and dentropy is None:
             return (None,) * 8
         refuse_create_graph()
-        logits, token_ids, weights, temperature, logps, lse, entropy = ctx.saved_tensors
+        logits, token_ids, weights, temperature, logps, lse, entropy = saved(ctx)
         dlogps = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
         dlogits = logits.detach() if ctx.inplace else logits.detach().clone()
         ctx.tiles.gradient_(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import begin_only_backward
+from ..autograd import begin_only_backward, save, saved
 from ..tiles import Scores
 from .batch import Batch, Parameters, Sums
 from .head import SLICE, Head
@@ -58,7 +58,7 @@ class _Scores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         parameters = Parameters(*given)  # type: ignore[arg-type]
         found, ctx.tile = _score_all(batch, batch.head(parameters), parameters, with_entropy)
-        ctx.save_for_backward(found.logps, found.lse, found.entropy, *given)
+        save(ctx, found.logps, found.lse, found.entropy, *given)
         ctx.batch, ctx.spent = batch, False
         ctx.mark_non_differentiable(found.lse)
         ctx.set_materialize_grads(False)
@@ -72,7 +72,7 @@ class _Scores(torch.autograd.Function):
         if dlogps is None and dentropy is None:
             return (None,) * 7
         begin_only_backward(ctx)
-        logps, lse, entropy, *given = ctx.saved_tensors
+        logps, lse, entropy, *given = saved(ctx)
         batch, parameters = ctx.batch, Parameters(*given)
         tile, ctx.tile = ctx.tile, None
         dlogps = torch.zeros_like(logps) if dlogps is None else dlogps

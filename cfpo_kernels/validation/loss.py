@@ -11,6 +11,7 @@ from ..formula import ONE_TOKEN
 from ..inputs import LossSettings, Region, TokenInputs
 from ..objectives import Objective
 from ..objectives.triton import TritonObjective
+from ..plain import saveable
 from ..shapes import Shape
 from ..two_pass import SequenceRatio, TorchObjective
 from ..weights import REDUCTIONS, equal_weights, row_weights
@@ -118,7 +119,8 @@ def check_loss_terms(
         ratio = SequenceRatio(sequence_index, n_sequences, longest, by_token, sequence_group)
         beyond = beyond._replace(ratio=ratio)
     if not isinstance(objective, Objective):
-        function = TorchObjective(objective, rows.shape, cu_seqlens)  # type: ignore[arg-type]
+        bounds = None if cu_seqlens is None else saveable(cu_seqlens)  # type: ignore[arg-type]
+        function = TorchObjective(objective, rows.shape, bounds)  # type: ignore[arg-type]
         beyond = beyond._replace(function=function)
     scale = _grad_scale(grad_scale, rows.source)
     return LossTerms(weights, inputs, settings, region, beyond, scale)

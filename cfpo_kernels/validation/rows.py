@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plain import filled
+from ..plain import filled, saveable
 from . import values
 from .errors import type_error
 from .scalars import check_flag, positive_number, scalar_tensor
@@ -126,7 +126,7 @@ def _temperature(value: object, logits: Tensor, mask: Tensor | None) -> Tensor:
         )
     else:
         check_tensor("temperature", value, logits, "a floating-point tensor")
-    temperature = flat(value.detach(), dtype)
+    temperature = flat(saveable(value).detach(), dtype)
     if values.can_be_checked(temperature):
         wrong = ~((temperature >= MIN_TEMPERATURE) & (temperature <= MAX_TEMPERATURE))
         wrong = wrong.expand(shape.numel()) if mask is None else wrong & mask

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..plain import saveable
 from . import values
 from .errors import type_error
 
@@ -53,7 +54,7 @@ def scalar_tensor(name: str, value: Tensor, like: Tensor) -> Tensor:
     if value.dtype == torch.bool or value.is_complex():
         raise type_error(name, value, "a number or a real 0-d tensor")
     # A 0-d CPU tensor mixes with any device in torch, as a number does.
-    return value.detach().to(like.device, non_blocking=True)
+    return saveable(value).detach().to(like.device, non_blocking=True)
 
 
 def number(
@@ -69,7 +70,7 @@ def number(
             raise type_error(name, value, f"{accepted}, or a real 0-d tensor")
         if values.can_be_checked(value):
             number(name, value.item(), accepted, is_accepted)
-        return value.detach()
+        return saveable(value).detach()
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise type_error(name, value, f"{accepted}, or a 0-d tensor")
     if not is_accepted(float(value)):

@@ -6,12 +6,10 @@ import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from entry_points import ENTRIES, Entry, outcome, tensors
-
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cfpo_kernels
@@ -100,9 +98,6 @@ def test_a_tensor_made_by_default_is_found() -> None:
     assert not made_by_default("torch.zeros(3, dtype=x.dtype, device=x.device)")
 
 
-
-
-
 @pytest.mark.parametrize("debug", ["", "1"])
 @each
 def test_shapes_without_numbers(
@@ -117,3 +112,19 @@ def test_shapes_without_numbers(
         faked = outcome(entry, {name: mode.from_tensor(x) for name, x in tensors().items()})
     for found in (got, faked):
         assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in want]
+
+
+@each
+def test_tensors_of_inference_mode(entry: Entry) -> None:
+    """A rollout makes them; autograd saves none of them. One argument at a time, and all."""
+    want = outcome(entry, tensors())
+    with torch.inference_mode():
+        made = tensors()
+    others = [name for name in entry.arguments if name not in entry.leaves]
+    for names in (*([name] for name in others), others):
+        same(outcome(entry, tensors() | {name: made[name] for name in names}), want)
+    for frozen in entry.leaves if len(entry.leaves) > 1 else ():
+        leaves = tuple(name for name in entry.leaves if name != frozen)
+        fewer = entry._replace(leaves=leaves)
+        want = outcome(fewer, tensors())
+        same(outcome(fewer, tensors() | {frozen: made[frozen]}), want)

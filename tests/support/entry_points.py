@@ -224,8 +224,8 @@ def _entries() -> dict[str, Entry]:
         add(solve.__name__, lambda logps, small, of=solve: of(logps, small), ("logps", "small"))
     add("dac", lambda logps, small: bounds.dac(logps, small, 0.2), ("logps", "small"))
     add("kl3", lambda small: bounds.kl3(small), ("small",))
-    add("bapo", lambda logps, advantages, mask, small: bounds.bapo(
-        logps, advantages, mask, target=small), ("logps", "advantages", "mask", "small"))  # fmt: skip
+    add("bapo", lambda logps, advantages, mask, small: bounds.bapo(logps, advantages, mask,
+        target=small), ("logps", "advantages", "mask", "small"))  # fmt: skip
     return found
 
 

@@ -39,7 +39,9 @@ def _runner(
             "autograd's own buffers; backend='auto' takes it as a permission"
         )
     if vocab_parallel is not None:
-        return ShardedRunner(tiles(resolved), Shards.of(vocab_parallel, n_cols, logits.device))
+        return ShardedRunner(
+            tiles(resolved, logits), Shards.of(vocab_parallel, n_cols, logits.device)
+        )
     return found
 
 

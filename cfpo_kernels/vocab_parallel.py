@@ -13,6 +13,7 @@ from .autograd import refuse_create_graph, save, saved
 from .backends.base import KernelRows
 from .tiles import Scores, Tiles
 from .validation.errors import type_error
+from .validation.scalars import whole_number
 
 REDUCTIONS = ("all_reduce", "reduce_scatter", "none")
 
@@ -58,9 +59,7 @@ class VocabParallel:
 
     def __post_init__(self) -> None:
         for name in ("start", "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise type_error(name, value, "an integer")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.vocab_size < 1 or self.start < 0:
             raise ValueError(
                 "VocabParallel needs start >= 0 and vocab_size >= 1, "

@@ -16,9 +16,8 @@ from ..runners import runner
 from ..stats import CFPOStats, collect_stats
 from ..tiles import tiles
 from ..validation import AnyObjective, LossTerms, Rows, values
-from ..validation.errors import type_error
 from ..validation.rows import check_hidden_rows
-from ..validation.scalars import positive_number
+from ..validation.scalars import positive_int, positive_number
 from ..vocab_parallel import Shards, VocabParallel, from_dtensors, shared_by_all
 from .arguments import check_parameters, is_dtensor, precision
 from .batch import Batch, Parameters
@@ -430,10 +429,11 @@ class _Head:
         self.dtypes = precision(self.parameters, logits_dtype, self.softcap)
         device = self.hidden.device
         resolved = backends.resolve(chosen, device, self.dtypes.logits, self.n_cols)
-        self.tiles, self.runs_triton = tiles(resolved), runner(resolved).runs_triton
+        self.tiles = tiles(resolved, self.hidden)
+        self.runs_triton = runner(resolved).runs_triton
         self.chunk = default_chunk(widest, self.dtypes.logits, device)
         if chunk_tokens is not None:
-            self.chunk = _positive_int("chunk_tokens", chunk_tokens)
+            self.chunk = positive_int("chunk_tokens", chunk_tokens)
 
     def rows(self, token_ids: object, mask: object, temperature: object) -> Rows:
         rows = check_hidden_rows(self.hidden, token_ids, mask=mask, temperature=temperature)
@@ -539,16 +539,8 @@ def _chunks_of_whole_losses(
     return in_order(None, n_rows, chunk // ratio.longest * ratio.longest)
 
 
-def _positive_int(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise type_error(name, value, "an integer")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
 def _active_tokens(value: object | None) -> int | None:
-    return None if value is None else _positive_int("active_tokens", value)
+    return None if value is None else positive_int("active_tokens", value)
 
 
 def _refuse_too_many(result: Tensor, too_many: Tensor) -> Tensor:

@@ -115,10 +115,10 @@ def _temperature(value: object, logits: Tensor, mask: Tensor | None) -> Tensor:
         if not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:
             raise ValueError(f"temperature must be {TEMPERATURES}, got {number}")
         return filled(1, number, dtype, logits.device)
-    if not value.is_floating_point():
-        raise type_error("temperature", value, "a number or a floating-point tensor")
-    if value.dim() == 0 and len(shape) > 0:
+    if value.dim() == 0:
         value = scalar_tensor("temperature", value, logits).reshape(1)
+    elif not value.is_floating_point():
+        raise type_error("temperature", value, "a number or a floating-point tensor")
     elif value.shape != shape:
         raise ValueError(
             f"temperature must be a number or have the shape of token_ids, {tuple(shape)}, "

@@ -237,7 +237,7 @@ def outcome(entry: Entry, given: dict[str, Tensor]) -> list[Tensor]:
     named = {name: given[name] for name in entry.arguments}
     leaves = {name: named[name].detach().clone().requires_grad_() for name in entry.leaves}
     found = entry.call(**named | leaves)
-    returned = list(_flat(found))
+    returned = list(flat(found))
     total = [x.float().sum() for x in returned if x.requires_grad]
     if total:
         sum(total[1:], total[0]).backward()
@@ -245,9 +245,10 @@ def outcome(entry: Entry, given: dict[str, Tensor]) -> list[Tensor]:
     return [x.detach() for x in (*returned, *gradients) if x is not None]
 
 
-def _flat(found: Any) -> Any:
+def flat(found: Any) -> Any:
+    """The tensors of what a function returned."""
     if isinstance(found, Tensor):
         yield found
         return
     for x in found:
-        yield from _flat(x)
+        yield from flat(x)

@@ -11,19 +11,22 @@ from . import ops
 from .backends.base import KernelRows, KernelTerms
 from .plain import is_plain
 
+TWICE = "backend='reference' is differentiable twice"
+FROM_LOGITS = f"from whole logits, {TWICE}"
 
-def refuse_create_graph() -> None:
+
+def refuse_create_graph(instead: str) -> None:
     # While torch.compile traces a backward, grad mode says nothing about create_graph.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "cfpo_kernels: double backward (create_graph=True) is not supported by the fused "
-            "kernels; backend='reference' is differentiable twice"
+            f"kernels; {instead}"
         )
 
 
-def begin_only_backward(ctx: Any) -> None:
+def begin_only_backward(ctx: Any, instead: str = TWICE) -> None:
     """Refuses what a backward that gives its buffers away cannot do; `ctx.spent` starts False."""
-    refuse_create_graph()
+    refuse_create_graph(instead)
     if not torch.compiler.is_compiling():
         if ctx.spent:
             raise RuntimeError(
@@ -172,7 +175,7 @@ class TokenLogpsFunction(torch.autograd.Function):
         ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any
     ) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
-        refuse_create_graph()
+        refuse_create_graph(TWICE)
         logits, token_ids, weights, temperature, lse, entropy = saved(ctx)
         if dlogps is None and (dentropy is None or dentropy.numel() == 0):
             return None, *nothing

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import refuse_create_graph, save, saved
+from .autograd import FROM_LOGITS, refuse_create_graph, save, saved
 from .backends.base import KernelRows
 from .tiles import Scores, Tiles
 from .validation.errors import type_error
@@ -264,7 +264,7 @@ class ShardedLogpsFunction(torch.autograd.Function):
         dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy
         if dlogps is None and dentropy is None:
             return (None,) * 8
-        refuse_create_graph()
+        refuse_create_graph(FROM_LOGITS)
         logits, token_ids, weights, temperature, logps, lse, entropy = saved(ctx)
         dlogps = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
         dlogits = logits.detach() if ctx.inplace else logits.detach().clone()

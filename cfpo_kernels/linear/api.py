@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import backends, validation
-from ..api import BACKENDS, policy_loss, refuse_tangents, token_logps
+from ..api import BACKENDS, policy_loss, token_logps
 from ..formula import is_idle, loss_of_logps
 from ..inputs import LogRatioBounds
 from ..objectives import CFPO
 from ..runners import runner
 from ..stats import CFPOStats, collect_stats
 from ..tiles import tiles
+from ..transforms import refuse_transforms
 from ..validation import AnyObjective, LossTerms, Rows, values
 from ..validation.rows import check_hidden_rows
 from ..validation.scalars import positive_int, positive_number
@@ -417,7 +418,7 @@ class _Head:
         self.parameters, shape = check_parameters(hidden, weight, bias, lora, takes_float64)
         for parameter in self.parameters:
             if parameter is not None:
-                refuse_tangents(parameter)
+                refuse_transforms(parameter, "from whole logits, backend='reference' supports it")
         widest = self.n_cols = self.parameters.weight.shape[0]
         self.shards = None
         if vocab_parallel is not None:

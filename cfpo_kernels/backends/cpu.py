@@ -19,7 +19,8 @@ import_failure = ""
 try:
     # Importing torch first lets the module share torch's OpenMP runtime.
     native = importlib.import_module("cfpo_kernels._C")
-except ImportError as error:  # a source tree that was never built: the reference still works
+except (ImportError, OSError) as error:
+    # A source tree that was never built, or a library that is missing: the reference still works.
     import_failure = f"the native module could not be imported: {error}"
 
 

@@ -1,4 +1,4 @@
-"""``python -m cfpo_kernels verify`` and ``python -m cfpo_kernels info``."""
+"""``python -m cfpo_kernels verify``, ``info`` and ``memory``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,26 @@ def main(arguments: list[str] | None = None) -> int:
     verify.add_argument("--timeout", type=float, metavar="SECONDS", help="default 90; full 600")
     info = commands.add_parser("info", help="versions, devices, backends, records: for a report")
     info.add_argument("--json", action="store_true", help="as JSON")
+    memory = commands.add_parser(
+        "memory",
+        help="what a step of a loss takes, by the way it is computed",
+        description="Peak bytes of forward and backward beyond hidden states and head, by formulas "
+        "that are measured on a CPU. With --tp, on each process.",
+    )
+    for name, letter in (("tokens", "N"), ("vocab", "V"), ("hidden", "H")):
+        memory.add_argument(f"--{name}", type=_positive, required=True, metavar=letter)
+    memory.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
+    memory.add_argument("--tp", type=_positive, default=1, metavar="RANKS", help="default 1")
+    memory.add_argument(
+        "--chunk-tokens", type=_positive, metavar="n", help="rows of a tile; default: the device's"
+    )
+    memory.add_argument(
+        "--device", choices=("cuda", "cpu"), help="default: cuda where there is one"
+    )
+    memory.add_argument("--json", action="store_true", help="as JSON")
     options = parser.parse_args(arguments)
+    if options.command == "memory":
+        return _memory(options)
 
     from .verification import report, run
 
@@ -54,6 +73,44 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     report.print_record(record)
     return record.exit_status()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _memory(options: argparse.Namespace) -> int:
+    import torch
+
+    from .linear import memory
+    from .verification import report
+
+    if options.tp > options.vocab:
+        print(f"error: --tp {options.tp} is more than --vocab {options.vocab}", file=sys.stderr)
+        return 2
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    step = memory.Step(
+        options.tokens,
+        options.vocab,
+        options.hidden,
+        memory.DTYPES[options.dtype],
+        torch.device(device),
+        options.chunk_tokens,
+        options.tp,
+    )
+    ways = memory.ways(step)
+    if options.json:
+        settings = {"device": device, "chunk_tokens": step.rows, "tp": options.tp}
+        print(json.dumps(settings | {"bytes": dict(ways)}, indent=1))
+        return 0
+    split = f", vocabulary over {options.tp} processes, on each" if options.tp > 1 else ""
+    print(f"Peak beyond hidden states and head, tiles of {step.rows} rows on {device}{split}\n")
+    rows = [(name, f"{size:>15,}", f"{size / 2**30:8.2f}") for name, size in ways]
+    print(report.table(rows, ("way", f"{'bytes':>15}", f"{'GiB':>8}")))
+    return 0
 
 
 def _device_of(backend: str | None) -> str | None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from . import backends, validation
 from .formula import loss_of_logps
@@ -15,6 +14,7 @@ from .objectives import CFPO
 from .runners import Runner, ShardedRunner, may_overwrite, runner
 from .stats import CFPOStats, collect_stats
 from .tiles import tiles
+from .transforms import refuse_transforms
 from .validation import AnyObjective
 from .vocab_parallel import Shards, VocabParallel
 from .weights import REDUCTIONS
@@ -31,27 +31,20 @@ def _runner(
     n_cols = logits.shape[-1] if logits.dim() else 0
     resolved = backends.resolve(chosen, logits.device, logits.dtype, n_cols, inplace=inplace)
     found = runner(resolved)
-    if not found.differentiates_twice:
-        refuse_tangents(logits)
+    if vocab_parallel is not None:
+        refuse_transforms(logits, "without vocab_parallel, backend='reference' supports it")
+    elif not found.differentiates_twice:
+        refuse_transforms(logits, "backend='reference' supports it")
     if inplace and not may_overwrite(chosen):
         raise ValueError(
             f"inplace=True needs a backend with kernels, not backend={chosen!r}: it keeps "
             "autograd's own buffers; backend='auto' takes it as a permission"
         )
     if vocab_parallel is not None:
-        return ShardedRunner(tiles(resolved), Shards.of(vocab_parallel, n_cols, logits.device))
-    return found
-
-
-def refuse_tangents(tensor: Tensor) -> None:
-    """Forward-mode AD; what torch.compile traces is not looked at."""
-    if torch.compiler.is_compiling():
-        return
-    if forward_ad.unpack_dual(tensor).tangent is not None:
-        raise RuntimeError(
-            "cfpo_kernels: forward-mode AD is not supported by the fused kernels; "
-            "backend='reference' supports it"
+        return ShardedRunner(
+            tiles(resolved, logits), Shards.of(vocab_parallel, n_cols, logits.device)
         )
+    return found
 
 
 def policy_loss(

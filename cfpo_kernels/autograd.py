@@ -11,19 +11,22 @@ from . import ops
 from .backends.base import KernelRows, KernelTerms
 from .plain import is_plain
 
+TWICE = "backend='reference' is differentiable twice"
+FROM_LOGITS = f"from whole logits, {TWICE}"
 
-def refuse_create_graph() -> None:
+
+def refuse_create_graph(instead: str) -> None:
     # While torch.compile traces a backward, grad mode says nothing about create_graph.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "cfpo_kernels: double backward (create_graph=True) is not supported by the fused "
-            "kernels; backend='reference' is differentiable twice"
+            f"kernels; {instead}"
         )
 
 
-def begin_only_backward(ctx: Any) -> None:
+def begin_only_backward(ctx: Any, instead: str = TWICE) -> None:
     """Refuses what a backward that gives its buffers away cannot do; `ctx.spent` starts False."""
-    refuse_create_graph()
+    refuse_create_graph(instead)
     if not torch.compiler.is_compiling():
         if ctx.spent:
             raise RuntimeError(
@@ -31,6 +34,25 @@ def begin_only_backward(ctx: Any) -> None:
                 "over by the first; call the loss again"
             )
         ctx.spent = True
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """``save_for_backward``, also of tensors that were made in inference mode.
+
+    autograd refuses these, for nobody would notice that they change. So does torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        ctx.unguarded = [None] * len(tensors)
+        ctx.save_for_backward(*tensors)
+        return
+    ctx.unguarded = [None if x is None or not x.is_inference() else x for x in tensors]
+    guarded = (x if y is None else None for x, y in zip(tensors, ctx.unguarded, strict=True))
+    ctx.save_for_backward(*guarded)
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What ``save`` was given."""
+    return [x if y is None else y for x, y in zip(ctx.saved_tensors, ctx.unguarded, strict=True)]
 
 
 def _is_one(dloss: Tensor) -> bool:
@@ -141,7 +163,7 @@ class TokenLogpsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = KernelRows(logits, token_ids, weights, temperature)
         logps, lse, entropy = ops.run_token_logps(rows, with_entropy, backend)
-        ctx.save_for_backward(*rows[:4], lse, entropy)
+        save(ctx, *rows[:4], lse, entropy)
         ctx.inplace = inplace
         ctx.backend = backend
         ctx.mark_non_differentiable(lse)
@@ -153,8 +175,8 @@ class TokenLogpsFunction(torch.autograd.Function):
         ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any
     ) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
-        refuse_create_graph()
-        logits, token_ids, weights, temperature, lse, entropy = ctx.saved_tensors
+        refuse_create_graph(TWICE)
+        logits, token_ids, weights, temperature, lse, entropy = saved(ctx)
         if dlogps is None and (dentropy is None or dentropy.numel() == 0):
             return None, *nothing
         dlogps = None if dlogps is None else dlogps.contiguous()

@@ -66,7 +66,8 @@ def new_gradient(logits: Tensor) -> Tensor:
                 _kept.storage = storage
         # A tensor of its own, where a view of a kept one would share its version counter.
         strides = [logits.shape[k + 1 :].numel() for k in range(logits.dim())]
-        return torch.empty(0, dtype=logits.dtype).set_(storage, 0, logits.shape, strides)
+        nothing = torch.empty(0, dtype=logits.dtype, device="cpu")
+        return nothing.set_(storage, 0, logits.shape, strides)
 
 
 def _only_kept(storage: torch.UntypedStorage) -> bool:

@@ -28,6 +28,13 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def saveable(x: Tensor) -> Tensor:
+    """As autograd may save it: outside of inference mode a tensor that was made there is copied."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone()
+
+
 _MOST_KEPT = 64
 _LONGEST_KEPT = 4096
 _kept: dict[tuple[int, float, torch.dtype], Tensor] = {}
@@ -47,5 +54,5 @@ def filled(n: int, value: float, dtype: torch.dtype, device: torch.device) -> Te
         if len(_kept) >= _MOST_KEPT:
             _kept.clear()
         with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
-            found = _kept[key] = torch.full((n,), value, dtype=dtype)
+            found = _kept[key] = torch.full((n,), value, dtype=dtype, device="cpu")
     return found

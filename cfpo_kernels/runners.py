@@ -16,6 +16,7 @@ from .autograd import CFPOFunction, LossCall, TokenLogpsFunction
 from .backends.base import KernelRows, KernelTerms
 from .formula import loss_of_logps
 from .tiles import Tiles
+from .transforms import refuse_guarded_views
 from .validation import LossTerms, Rows, values
 from .vocab_parallel import ShardedLogpsFunction, Shards
 
@@ -65,22 +66,26 @@ class KernelRunner:
     def score(
         self, rows: Rows, inplace: bool, with_entropy: bool, with_lse: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = rows.logits
         of_rows = (rows.token_ids, rows.active.to(rows.dtype), rows.temperature)
-        if rows.logits.requires_grad and torch.is_grad_enabled():
-            return TokenLogpsFunction.apply(
-                rows.logits, inplace, *of_rows, with_entropy, self.kernels
-            )
+        if logits.requires_grad and torch.is_grad_enabled():
+            if inplace:
+                refuse_guarded_views(logits, now=False)
+            return TokenLogpsFunction.apply(logits, inplace, *of_rows, with_entropy, self.kernels)
         logps, lse, entropy = ops.run_token_logps(
-            KernelRows(rows.logits, *of_rows), with_entropy, self.kernels
+            KernelRows(logits, *of_rows), with_entropy, self.kernels
         )
         return logps, entropy, lse
 
     def loss(
         self, rows: Rows, terms: LossTerms, inplace: bool, with_scores: bool, summed: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        of_rows = (rows.logits, rows.token_ids, terms.weights, rows.temperature)
+        logits = rows.logits
+        of_rows = (logits, rows.token_ids, terms.weights, rows.temperature)
         of_tokens = KernelTerms(terms.inputs, terms.settings, terms.grad_scale)
-        if rows.logits.requires_grad and torch.is_grad_enabled():
+        if logits.requires_grad and torch.is_grad_enabled():
+            if inplace:
+                refuse_guarded_views(logits, now=True)
             how = LossCall(self.kernels, summed, rows.mask is not None, with_scores, inplace)
             return CFPOFunction.apply(*of_rows, of_tokens, how)
         loss, logps, entropy, _ = ops.run_policy_loss(
@@ -146,6 +151,8 @@ class ShardedRunner:
             values.check_token_range(
                 rows.token_ids, rows.active, self.shards.vocab_size, rows.shape
             )
+        if inplace:
+            refuse_guarded_views(rows.logits, now=False)
         logits = rows.logits.reshape(-1, rows.logits.shape[-1])[:, : self.shards.n_cols]
         return ShardedLogpsFunction.apply(
             logits,

@@ -319,8 +319,7 @@ def _groups(rewards: Tensor, ids: object, size: object) -> tuple[Tensor, Tensor,
             + ("neither" if ids is None else "both")
         )
     if size is not None:
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise type_error("group_size", size, "an integer")
+        size = scalars.whole_number("group_size", size)
         if size < 1 or n % size != 0:
             raise ValueError(f"group_size must divide the {n} rewards, got {size}")
         order = torch.arange(n, dtype=torch.int64, device=device)

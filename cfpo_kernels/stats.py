@@ -88,13 +88,14 @@ def collect_stats(
         log_ratio = beyond.ratio.mean(log_ratio, active)
     excess = torch.expm1(log_ratio)
     if logps.numel() == 0:
-        ratio_max = torch.full((), -torch.inf, device=logps.device)
+        ratio_max = logps.new_full((), -torch.inf)
     else:
         ratio_max = torch.where(active, excess + 1, -torch.inf).max()
-    unknown = torch.full((), torch.nan, device=logps.device)
+    unknown = logps.new_full((), torch.nan)
     driven = active & (inputs.advantages != 0)
     if beyond.function is None and settings.shape.kind in SHAPES:
-        dropped = (driven & is_dropped(settings.shape, log_ratio, inputs)).sum() / driven.sum()
+        is_out = driven & is_dropped(settings.shape, log_ratio, inputs)
+        dropped = is_out.sum().float() / driven.sum()
     else:
         dropped = unknown
     return CFPOStats(

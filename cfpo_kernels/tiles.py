@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from . import backends, reference
 from .backends.base import KernelRows, KernelTerms
@@ -155,9 +156,14 @@ def loss_and_slopes(
     return loss.detach(), slopes[0], slopes[1] if entropy is not None else None
 
 
-def tiles(resolved: str) -> Tiles:
-    """Of a name that ``backends.resolve`` gives."""
-    return ReferenceTiles() if resolved == backends.REFERENCE else KernelTiles(resolved)
+def tiles(resolved: str, like: Tensor) -> Tiles:
+    """Of a name that ``backends.resolve`` gives, for tensors of this kind.
+
+    Kernels get addresses, and fake tensors have none: torch knows what shapes come out.
+    """
+    if resolved == backends.REFERENCE or is_fake(like):
+        return ReferenceTiles()
+    return KernelTiles(resolved)
 
 
 def _outputs(rows: KernelRows, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import refuse_create_graph
+from .autograd import FROM_LOGITS, refuse_create_graph, save, saved
 from .backends.base import KernelRows
 from .tiles import Scores, Tiles
 from .validation.errors import type_error
+from .validation.scalars import whole_number
 
 REDUCTIONS = ("all_reduce", "reduce_scatter", "none")
 
@@ -58,9 +59,7 @@ class VocabParallel:
 
     def __post_init__(self) -> None:
         for name in ("start", "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise type_error(name, value, "an integer")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.vocab_size < 1 or self.start < 0:
             raise ValueError(
                 "VocabParallel needs start >= 0 and vocab_size >= 1, "
@@ -134,7 +133,7 @@ class Shards:
             for rank in sorted(range(len(ranges)), key=lambda r: ranges[r])
             for i in range(counts[rank])
         ]
-        where = torch.tensor(order, device=device)
+        where = torch.tensor(order, dtype=torch.int64, device=device)
         return Shards(given.group, given.start, kept, given.vocab_size, block, counts, where)
 
     def score(self, tiles: Tiles, rows: KernelRows, with_entropy: bool) -> Callable[[], Scores]:
@@ -194,7 +193,9 @@ class Shards:
                 continue
             columns = slice(first * self.block, first * self.block + count * size)
             logits = rows.logits[:, columns].unflatten(1, (count, size))
-            begins = torch.arange(columns.start, columns.stop, size, device=logits.device)
+            begins = torch.arange(
+                columns.start, columns.stop, size, dtype=torch.int64, device=logits.device
+            )
 
             def of_block(x: Tensor, count: int = count) -> Tensor:
                 return x[:, None].expand(-1, count).reshape(-1).contiguous()
@@ -217,7 +218,7 @@ class Shards:
 
 def _ranges(group: Any, start: int, n_cols: int, device: torch.device) -> list[tuple[int, int]]:
     """The first column and the number of columns of each rank."""
-    mine = torch.tensor([start, n_cols], device=device)
+    mine = torch.tensor([start, n_cols], dtype=torch.int64, device=device)
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     torch.distributed.all_gather(everyone, mine, group=group)
     return [(int(x[0]), int(x[1])) for x in everyone]
@@ -250,7 +251,7 @@ class ShardedLogpsFunction(torch.autograd.Function):
         rows = KernelRows(logits.detach(), token_ids, weights, temperature, sharded=True)
         logps, lse, entropy = shards.score(tiles, rows, with_entropy)()
         entropy = logps.new_empty(0) if entropy is None else entropy
-        ctx.save_for_backward(logits, *rows[1:4], logps, lse, entropy)
+        save(ctx, logits, *rows[1:4], logps, lse, entropy)
         ctx.inplace, ctx.tiles = inplace, tiles
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -263,8 +264,8 @@ class ShardedLogpsFunction(torch.autograd.Function):
         dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy
         if dlogps is None and dentropy is None:
             return (None,) * 8
-        refuse_create_graph()
-        logits, token_ids, weights, temperature, logps, lse, entropy = ctx.saved_tensors
+        refuse_create_graph(FROM_LOGITS)
+        logits, token_ids, weights, temperature, logps, lse, entropy = saved(ctx)
         dlogps = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
         dlogits = logits.detach() if ctx.inplace else logits.detach().clone()
         ctx.tiles.gradient_(

@@ -19,7 +19,9 @@ import_failure = ""
 try:
     # Importing torch first lets the module share torch's OpenMP runtime.
     native = importlib.import_module("cfpo_kernels._C")
-except ImportError as error:  # the reference still works
+except (ImportError, OSError) as error:
+    # A pure wheel, a source tree that was never built, or a library that is missing: the reference
+    # still works.
     import_failure = (
         "this is the package in pure Python, without the kernels in C++ and CUDA: plain torch "
         "computes the loss, or Triton on a GPU; a wheel for Linux, or a build from source, has them"

@@ -38,13 +38,31 @@ def has_device(kind: str) -> bool:
     return module is not None and bool(module.is_available())
 
 
+# What torch.compile traces takes the answer for a constant of its graph.
+@torch.compiler.assume_constant_result
+def import_failure() -> str:
+    """Why triton or the kernels in it cannot be imported, though it is installed; or ""."""
+    return _import_failure()
+
+
+@functools.cache
+def _import_failure() -> str:
+    try:
+        _module("kernels")
+    except Exception as error:  # of a library that is missing, or another version's
+        return f"the Triton kernels could not be imported: {type(error).__name__}: {error}"
+    return ""
+
+
 def status() -> BackendStatus:
     """What `available_backends` says."""
     if not _INSTALLED:
         return BackendStatus(False, "triton is not installed: pip install triton")
+    kinds = [kind for kind in DEVICES if has_device(kind)]
+    if (interpreted() or kinds) and (failure := import_failure()):
+        return BackendStatus(False, failure)
     if interpreted():
         return BackendStatus(True, "interpreted, on CPU tensors (TRITON_INTERPRET)")
-    kinds = [kind for kind in DEVICES if has_device(kind)]
     if not kinds:
         return BackendStatus(False, "torch sees no GPU, and TRITON_INTERPRET is not set")
     return BackendStatus(True, f"compiles for {', '.join(kinds)}")

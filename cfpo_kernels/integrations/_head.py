@@ -83,7 +83,7 @@ def run_in_head(
     found: list[Tensor] = []
     # Whoever drops or sets some columns, or does another thing to them than `after`, is noticed.
     far = 1e4 if after.softcap is None else 3 * after.softcap / after.scale
-    probes = torch.linspace(-far, far, head.out_features)
+    probes = torch.linspace(-far, far, head.out_features, dtype=torch.float32, device="cpu")
 
     def in_place(hidden: Tensor) -> Tensor:
         found.append(function(hidden))

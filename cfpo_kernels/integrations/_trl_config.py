@@ -8,6 +8,7 @@ from ..api import BACKENDS
 from ..objectives import CFPO, CISPO, SAPO, Objective, PPOClip
 from ..runners import may_overwrite
 from ..validation import check_choice, check_flag, check_objective
+from ..validation.scalars import positive_int
 
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 OWN_OBJECTIVES = ("cispo", "sapo", "vespo", "luspo")
@@ -107,11 +108,7 @@ def _check_delta(delta: float | None, objective: Objective) -> None:
 def check_options(logits_tokens: object, inplace: object, backend: object) -> None:
     """The arguments that are no setting of TRL's."""
     if logits_tokens is not None:
-        if not isinstance(logits_tokens, int) or isinstance(logits_tokens, bool):
-            got = type(logits_tokens).__name__
-            raise TypeError(f"logits_tokens must be an int or None, got {got}")
-        if logits_tokens < 1:
-            raise ValueError(f"logits_tokens must be at least 1, got {logits_tokens}")
+        positive_int("logits_tokens", logits_tokens)
     if inplace is not None:
         check_flag("inplace", inplace)
     name = check_choice("backend", backend, BACKENDS)

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import backends, validation
-from ..api import BACKENDS, policy_loss, refuse_tangents, token_logps
+from ..api import BACKENDS, policy_loss, token_logps
 from ..formula import is_idle, loss_of_logps
 from ..inputs import LogRatioBounds
 from ..objectives import CFPO
 from ..runners import runner
 from ..stats import CFPOStats, collect_stats
 from ..tiles import tiles
+from ..transforms import refuse_transforms
 from ..validation import AnyObjective, LossTerms, Rows, values
-from ..validation.errors import type_error
 from ..validation.rows import check_hidden_rows
-from ..validation.scalars import positive_number
+from ..validation.scalars import positive_int, positive_number
 from ..vocab_parallel import Shards, VocabParallel, from_dtensors, shared_by_all
 from .arguments import check_parameters, is_dtensor, precision
 from .batch import Batch, Parameters
@@ -418,7 +418,7 @@ class _Head:
         self.parameters, shape = check_parameters(hidden, weight, bias, lora, takes_float64)
         for parameter in self.parameters:
             if parameter is not None:
-                refuse_tangents(parameter)
+                refuse_transforms(parameter, "from whole logits, backend='reference' supports it")
         widest = self.n_cols = self.parameters.weight.shape[0]
         self.shards = None
         if vocab_parallel is not None:
@@ -430,10 +430,11 @@ class _Head:
         self.dtypes = precision(self.parameters, logits_dtype, self.softcap)
         device = self.hidden.device
         resolved = backends.resolve(chosen, device, self.dtypes.logits, self.n_cols)
-        self.tiles, self.runs_triton = tiles(resolved), runner(resolved).runs_triton
+        self.tiles = tiles(resolved, self.hidden)
+        self.runs_triton = runner(resolved).runs_triton
         self.chunk = default_chunk(widest, self.dtypes.logits, device)
         if chunk_tokens is not None:
-            self.chunk = _positive_int("chunk_tokens", chunk_tokens)
+            self.chunk = positive_int("chunk_tokens", chunk_tokens)
 
     def rows(self, token_ids: object, mask: object, temperature: object) -> Rows:
         rows = check_hidden_rows(self.hidden, token_ids, mask=mask, temperature=temperature)
@@ -527,8 +528,10 @@ def _chunks_of_whole_losses(
     n_rows = rows.active.shape[0]
     if ratio is None:
         return in_order(selection.index, n_rows, chunk)
-    if rows.active.device.type == "cpu":
-        index = torch.arange(n_rows) if selection.index is None else selection.index
+    if values.can_be_looked_at(rows.active):
+        index = selection.index
+        if index is None:
+            index = torch.arange(n_rows, dtype=torch.int64, device="cpu")
         return by_sequence(index, ratio.index[index], chunk)
     # Lengths are on the device: those of padded sequences are known.
     padded = selection.index is None and len(rows.shape) > 1
@@ -537,16 +540,8 @@ def _chunks_of_whole_losses(
     return in_order(None, n_rows, chunk // ratio.longest * ratio.longest)
 
 
-def _positive_int(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise type_error(name, value, "an integer")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
 def _active_tokens(value: object | None) -> int | None:
-    return None if value is None else _positive_int("active_tokens", value)
+    return None if value is None else positive_int("active_tokens", value)
 
 
 def _refuse_too_many(result: Tensor, too_many: Tensor) -> Tensor:

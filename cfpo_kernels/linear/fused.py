@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import begin_only_backward
+from ..autograd import FROM_LOGITS, begin_only_backward
 from ..backends.base import KernelTerms
 from ..tiles import Scores, loss_and_slopes
 from ..validation import LossTerms
@@ -139,7 +139,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 8
-        begin_only_backward(ctx)
+        begin_only_backward(ctx, FROM_LOGITS)
         grad_scale, weights, *gradients = ctx.saved_tensors
         factor = dloss if grad_scale is None else dloss / grad_scale
         # What masked rows gave stays 0, also for inf and NaN.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..validation import values
+
 # A product of 128 rows costs 1.3 times as much a row as one of 512 on a CPU (docs/linear.md), and a
 # call with few rows costs one product.
 CPU_ROWS, GPU_ROWS = 128, 1024
@@ -85,7 +87,7 @@ def by_sequence(index: Tensor, sequences: Tensor, chunk: int) -> list[Chunk] | N
             free.append(chunk)
         place[sequence] = fitting[0]
         free[fitting[0]] -= length
-    places = torch.tensor(place)[inverse]
+    places = torch.tensor(place, dtype=torch.int64, device="cpu")[inverse]
     rows_of = (index[places == i] for i in range(len(free)))
     return [Chunk(rows, 0, rows.shape[0]) for rows in rows_of]
 
@@ -123,7 +125,7 @@ def select(
         kept = active if with_scores else wanted
         first = torch.argsort(~kept, stable=True)[:active_tokens]
         return Selection(first.sort().values, none, True, kept.sum() > active_tokens)
-    if active.device.type != "cpu":
+    if not values.can_be_looked_at(active):
         return Selection(None, none, True)
     scored = (active & ~wanted).nonzero()[:, 0] if with_scores else none
     return Selection(None if wanted.all() else wanted.nonzero()[:, 0], scored, False)

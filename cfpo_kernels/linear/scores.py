@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import begin_only_backward
+from ..autograd import FROM_LOGITS, begin_only_backward, save, saved
 from ..tiles import Scores
 from .batch import Batch, Parameters, Sums
 from .head import SLICE, Head
@@ -58,7 +58,7 @@ class _Scores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         parameters = Parameters(*given)  # type: ignore[arg-type]
         found, ctx.tile = _score_all(batch, batch.head(parameters), parameters, with_entropy)
-        ctx.save_for_backward(found.logps, found.lse, found.entropy, *given)
+        save(ctx, found.logps, found.lse, found.entropy, *given)
         ctx.batch, ctx.spent = batch, False
         ctx.mark_non_differentiable(found.lse)
         ctx.set_materialize_grads(False)
@@ -71,8 +71,8 @@ class _Scores(torch.autograd.Function):
         dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy
         if dlogps is None and dentropy is None:
             return (None,) * 7
-        begin_only_backward(ctx)
-        logps, lse, entropy, *given = ctx.saved_tensors
+        begin_only_backward(ctx, FROM_LOGITS)
+        logps, lse, entropy, *given = saved(ctx)
         batch, parameters = ctx.batch, Parameters(*given)
         tile, ctx.tile = ctx.tile, None
         dlogps = torch.zeros_like(logps) if dlogps is None else dlogps
@@ -157,7 +157,7 @@ class _LateScores(torch.autograd.Function):
     def backward(ctx: Any, dlogps: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if dlogps is None:
             return (None,) * 6
-        begin_only_backward(ctx)
+        begin_only_backward(ctx, FROM_LOGITS)
         active, *gradients = ctx.saved_tensors
         factors = torch.where(active, dlogps, 1.0)  # a masked row's zeros, also for inf and NaN
         for gradient in gradients:

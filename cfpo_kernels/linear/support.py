@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import FROM_LOGITS, refuse_create_graph, save, saved
 from ..validation import Rows, values
 from ..validation.errors import type_error
 from ..validation.tensors import check_tensor
@@ -69,7 +70,7 @@ class _SupportLogits(torch.autograd.Function):
         *given: Tensor | None,
     ) -> Tensor:
         parameters = Parameters(*given)  # type: ignore[arg-type]
-        ctx.save_for_backward(active, support, *given)
+        save(ctx, active, support, *given)
         ctx.dtype = dtype
         logits = parameters.hidden.new_empty(support.shape, dtype=out)
         with without_autocast(logits.device):
@@ -86,7 +87,8 @@ class _SupportLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
-        active, support, *given = ctx.saved_tensors
+        refuse_create_graph(FROM_LOGITS)
+        active, support, *given = saved(ctx)
         parameters, needs = Parameters(*given), Parameters(*ctx.needs_input_grad[4:])
 
         def new(x: Tensor | None, needed: object) -> Tensor | None:

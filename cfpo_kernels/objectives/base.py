@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ..formula import policy_loss
+from ..given_numbers import as_float
 from ..inputs import TokenInputs
 from ..shapes import Shape
 from ..two_pass import TokenTerms
 
 # Which of a token's two bounds log_ratio_bounds replaces.
 BOTH = "both"
+_AS_THEY_ARE = (float, int, type(None), bool, str, tuple)
 UNSAFE = "unsafe"  # the one that its advantage drives r across: the upper one for A > 0
 
 
@@ -45,6 +47,10 @@ class Objective:
     needs_bounds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        # Of numpy's kinds of numbers, and of others, Python's are made.
+        for name, value in vars(self).items():
+            if type(value) not in _AS_THEY_ARE and (number := as_float(value)) is not None:
+                object.__setattr__(self, name, number)
         require_number("drift", self.drift, least=0.0)
 
     def shape(self) -> Shape:
@@ -82,19 +88,27 @@ def require_number(
     name: str, value: object, *, least: float = -math.inf, above: float = -math.inf
 ) -> None:
     """A finite number, at least `least` and greater than `above`."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (least <= value < math.inf and value > above):
+    number = value if type(value) is float else _number(name, value)
+    if not (least <= number < math.inf and number > above):
         bound = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
         bound = "a finite number" if least == above == -math.inf else f"finite and {bound}"
         raise ValueError(f"{name} must be {bound}, got {value}")
 
 
 def require_positive(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 < value < math.inf:
+    number = value if type(value) is float else _number(name, value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value}")
+
+
+def _number(name: str, value: object) -> float:
+    number = as_float(value)
+    if number is not None:
+        return number
+    if isinstance(value, Tensor):
+        got = f"a tensor of {value.dtype} and shape {tuple(value.shape)} on {value.device}"
+        raise TypeError(f"{name} must be a number, or a real 0-d tensor on the CPU, got {got}")
+    raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def require_clip_range(epsilon_low: object, epsilon_high: object, dual_clip: object = None) -> None:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..formula import ONE_TOKEN
+from ..given_numbers import as_float
 from ..inputs import LossSettings, Region, TokenInputs
 from ..objectives import Objective
 from ..objectives.triton import TritonObjective
+from ..plain import saveable
 from ..shapes import Shape
 from ..two_pass import SequenceRatio, TorchObjective
 from ..weights import REDUCTIONS, equal_weights, row_weights
@@ -81,7 +83,7 @@ def check_loss_terms(
         finite_number("kl_coef", kl_coef),
         finite_number("entropy_coef", entropy_coef),
     )
-    if kl_coef != 0 and ref_logps is None:
+    if settings.kl_coef != 0 and ref_logps is None:
         raise ValueError(f"ref_logps must be given where kl_coef is not 0, got kl_coef={kl_coef}")
     level = check_choice("ratio_level", ratio_level, RATIO_LEVELS)
     needs = "ratio_level='sequence'" if level == "sequence" else f"reduction {chosen!r}"
@@ -118,7 +120,8 @@ def check_loss_terms(
         ratio = SequenceRatio(sequence_index, n_sequences, longest, by_token, sequence_group)
         beyond = beyond._replace(ratio=ratio)
     if not isinstance(objective, Objective):
-        function = TorchObjective(objective, rows.shape, cu_seqlens)  # type: ignore[arg-type]
+        bounds = None if cu_seqlens is None else saveable(cu_seqlens)  # type: ignore[arg-type]
+        function = TorchObjective(objective, rows.shape, bounds)  # type: ignore[arg-type]
         beyond = beyond._replace(function=function)
     scale = _grad_scale(grad_scale, rows.source)
     return LossTerms(weights, inputs, settings, region, beyond, scale)
@@ -160,13 +163,14 @@ def _bounds(
 def _bound(name: str, value: object, tokens: PerToken) -> Tensor:
     if not isinstance(value, Tensor):
         accepted = "a number or a floating-point tensor"
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        bound = as_float(value)
+        if bound is None:
             raise type_error(name, value, accepted)
-        if math.isnan(value):
+        if math.isnan(bound):
             raise ValueError(f"{name} must be {accepted}, got nan")
         device = tokens.source.device
-        return torch.full((tokens.shape.numel(),), value, dtype=tokens.dtype, device=device)
-    if value.dim() == 0 and len(tokens.shape) > 0:
+        return torch.full((tokens.shape.numel(),), bound, dtype=tokens.dtype, device=device)
+    if value.dim() == 0:
         scalar = scalar_tensor(name, value, tokens.source)
         return scalar.to(tokens.dtype).expand(tokens.shape.numel()).contiguous()
     return per_token(name, value, tokens).detach()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plain import filled
+from ..plain import filled, saveable
 from . import values
 from .errors import type_error
 from .scalars import check_flag, positive_number, scalar_tensor
@@ -115,10 +115,10 @@ def _temperature(value: object, logits: Tensor, mask: Tensor | None) -> Tensor:
         if not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:
             raise ValueError(f"temperature must be {TEMPERATURES}, got {number}")
         return filled(1, number, dtype, logits.device)
-    if not value.is_floating_point():
-        raise type_error("temperature", value, "a number or a floating-point tensor")
-    if value.dim() == 0 and len(shape) > 0:
+    if value.dim() == 0:
         value = scalar_tensor("temperature", value, logits).reshape(1)
+    elif not value.is_floating_point():
+        raise type_error("temperature", value, "a number or a floating-point tensor")
     elif value.shape != shape:
         raise ValueError(
             f"temperature must be a number or have the shape of token_ids, {tuple(shape)}, "
@@ -126,7 +126,7 @@ def _temperature(value: object, logits: Tensor, mask: Tensor | None) -> Tensor:
         )
     else:
         check_tensor("temperature", value, logits, "a floating-point tensor")
-    temperature = flat(value.detach(), dtype)
+    temperature = flat(saveable(value).detach(), dtype)
     if values.can_be_checked(temperature):
         wrong = ~((temperature >= MIN_TEMPERATURE) & (temperature <= MAX_TEMPERATURE))
         wrong = wrong.expand(shape.numel()) if mask is None else wrong & mask

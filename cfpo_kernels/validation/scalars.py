@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..given_numbers import as_float, as_int
+from ..plain import saveable
 from . import values
 from .errors import type_error
 
@@ -30,12 +31,18 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
 
 
 def finite_number(name: str, value: object) -> float:
-    """From Python; torch.compile traces through it."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise type_error(name, value, "a number")
-    if not -math.inf < value < math.inf:  # math.isfinite would break torch.compile's graph
+    """That the host has to know; torch.compile traces through it."""
+    found = value if type(value) is float else as_float(value)  # the usual one without a call
+    if found is None:
+        raise type_error(name, value, host_number(value, "a number"))
+    if not -math.inf < found < math.inf:  # math.isfinite would break torch.compile's graph
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    return found
+
+
+def host_number(value: object, accepted: str) -> str:
+    """How `accepted` is said to who has given a tensor."""
+    return f"{accepted}, or a real 0-d tensor on the CPU" if isinstance(value, Tensor) else accepted
 
 
 def positive_number(name: str, value: object) -> float:
@@ -53,7 +60,7 @@ def scalar_tensor(name: str, value: Tensor, like: Tensor) -> Tensor:
     if value.dtype == torch.bool or value.is_complex():
         raise type_error(name, value, "a number or a real 0-d tensor")
     # A 0-d CPU tensor mixes with any device in torch, as a number does.
-    return value.detach().to(like.device, non_blocking=True)
+    return saveable(value).detach().to(like.device, non_blocking=True)
 
 
 def number(
@@ -69,23 +76,39 @@ def number(
             raise type_error(name, value, f"{accepted}, or a real 0-d tensor")
         if values.can_be_checked(value):
             number(name, value.item(), accepted, is_accepted)
-        return value.detach()
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return saveable(value).detach()
+    found = as_float(value)
+    if found is None:
         raise type_error(name, value, f"{accepted}, or a 0-d tensor")
-    if not is_accepted(float(value)):
+    if not is_accepted(found):
         raise ValueError(f"{name} must be {accepted}, got {value}")
-    return float(value)
+    return found
 
 
 def plain_number(
     name: str, value: object, accepted: str, is_accepted: Callable[[float], bool]
 ) -> float:
     """A real number that the host has to know."""
-    if isinstance(value, Tensor):
-        raise TypeError(f"{name} must be {accepted}, got a tensor")
-    checked = number(name, value, accepted, is_accepted)
-    assert isinstance(checked, float)
-    return checked
+    found = as_float(value)
+    if found is None:
+        raise type_error(name, value, host_number(value, accepted))
+    if not is_accepted(found):
+        raise ValueError(f"{name} must be {accepted}, got {value}")
+    return found
+
+
+def positive_int(name: str, value: object) -> int:
+    found = whole_number(name, value)
+    if found < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return found
+
+
+def whole_number(name: str, value: object) -> int:
+    found = as_int(value)
+    if found is None:
+        raise type_error(name, value, host_number(value, "an integer"))
+    return found
 
 
 def positive(name: str, value: object) -> float | Tensor:

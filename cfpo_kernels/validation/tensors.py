@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..plain import saveable
 from .errors import shape_error, type_error
 from .types import PerToken, wide
 
@@ -81,7 +82,7 @@ def floats(name: str, value: object) -> Tensor:
         raise type_error(name, value, "a floating-point tensor")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got one of layout {value.layout}")
-    return value
+    return saveable(value)
 
 
 def same_shape(name: str, value: object, like_name: str, like: Tensor) -> Tensor:

@@ -7,13 +7,28 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+
+def can_be_looked_at(tensor: Tensor) -> bool:
+    """For nothing: numbers in the host's memory."""
+    return tensor.is_cpu and _has_numbers(tensor)
 
 
 def can_be_checked(tensor: Tensor) -> bool:
     """On the CPU outside of torch.compile; on a GPU with CFPO_KERNELS_DEBUG=1 only."""
-    if torch.compiler.is_compiling():
+    return _has_numbers(tensor) and (tensor.is_cpu or is_debugging())
+
+
+def is_debugging() -> bool:
+    return os.environ.get("CFPO_KERNELS_DEBUG", "") not in ("", "0")
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    """Shapes alone are what meta and fake tensors have; a batch of torch.func is no one number."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return tensor.device.type == "cpu" or os.environ.get("CFPO_KERNELS_DEBUG", "") not in ("", "0")
+    return not (tensor.is_meta or (type(tensor) is not Tensor and is_fake(tensor)))
 
 
 def first_wrong(wrong: Tensor, values: Tensor, shape: torch.Size) -> tuple[list[int], float]:
@@ -23,7 +38,8 @@ def first_wrong(wrong: Tensor, values: Tensor, shape: torch.Size) -> tuple[list[
 
 
 def position_of(index: int, shape: torch.Size) -> list[int]:
-    return [int(i) for i in torch.unravel_index(torch.tensor(index), shape)] if shape else []
+    flat = torch.tensor(index, dtype=torch.int64, device="cpu")
+    return [int(i) for i in torch.unravel_index(flat, shape)] if shape else []
 
 
 def check_token_range(token_ids: Tensor, active: Tensor, n_cols: int, shape: torch.Size) -> None:

@@ -141,7 +141,9 @@ def _call_in_shards(
         for piece in columns
     ]
     count, n = len(shards), len(logps)
-    their_logps, their_entropy = torch.full((2, count, n), math.nan, device=logps.device)
+    their_logps, their_entropy = torch.full(
+        (2, count, n), math.nan, dtype=torch.float32, device=logps.device
+    )
     their_lse = torch.full_like(their_logps, math.nan, dtype=torch.float64)
     for i, shard in enumerate(shards):
         kernels.token_logps(

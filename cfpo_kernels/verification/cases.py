@@ -204,18 +204,20 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, n_rows: in
     on_device = torch.Generator(device).manual_seed(n_cols)
 
     def uniform(low: float, high: float) -> Tensor:
-        values = torch.rand(n_rows, generator=generator, dtype=torch.float32)
+        values = torch.rand(n_rows, generator=generator, dtype=torch.float32, device="cpu")
         return (low + (high - low) * values).to(device)
 
-    kinds = (torch.arange(n_rows, dtype=torch.int64) % len(KINDS)).to(device)
-    token_ids = torch.randint(n_cols, (n_rows,), generator=generator, dtype=torch.int64).to(device)
+    kinds = _counted(n_rows, device) % len(KINDS)
+    token_ids = torch.randint(
+        n_cols, (n_rows,), generator=generator, dtype=torch.int64, device="cpu"
+    ).to(device)
     temperature = uniform(0.7, 1.3) if case.everything else _numbers([1.0], device)
 
     x = torch.empty((n_rows, n_cols), dtype=torch.float32, device=device)
     x.normal_(generator=on_device)
-    x *= torch.where(kinds == KINDS.index("wide"), 6.0, 2.0)[:, None]
+    x *= 2.0 + 4.0 * (kinds == KINDS.index("wide")).float()[:, None]
     banned = kinds[:, None] == KINDS.index("banned")
-    x.masked_fill_(banned & (torch.arange(n_cols, device=device) % 3 == 1), -math.inf)
+    x.masked_fill_(banned & (_counted(n_cols, device) % 3 == 1), -math.inf)
     # Lifted, so that p of the token runs from 1 / V to nearly 1, as it does in training.
     others = x.scatter(1, token_ids[:, None], -math.inf).logsumexp(-1)
     lift = torch.where(
@@ -233,14 +235,14 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, n_rows: in
     logits = x.to(dtype)
 
     active = kinds != KINDS.index("masked")
-    weights = torch.where(active, 1.0, 0.0).to(torch.float32)
+    weights = active.to(torch.float32)
     advantages = torch.where(
         kinds == KINDS.index("no advantage"), 0.0, uniform(0.5, 1.5) * _signs(n_rows, device)
     )
     logps, *_ = reference.token_logps(
         logits.double(), token_ids, active, temperature.double(), False, False
     )
-    log_ratios = _numbers(LOG_RATIOS, device)[torch.arange(n_rows, device=device) % len(LOG_RATIOS)]
+    log_ratios = _numbers(LOG_RATIOS, device)[_counted(n_rows, device) % len(LOG_RATIOS)]
     # Where the advantage is 0 nothing may come of it, whatever r is; unless something else has r.
     idle = 3.0 if case.kl_ratio_weighted or case.objective.shape().drift else 1e4
     log_ratios = torch.where(kinds == KINDS.index("no advantage"), idle, log_ratios)
@@ -277,7 +279,11 @@ def _numbers(values: list[float] | tuple[float, ...], device: torch.device) -> T
 
 
 def _signs(n: int, device: torch.device) -> Tensor:
-    return torch.where(torch.arange(n, device=device) % 3 == 1, -1.0, 1.0)
+    return 1.0 - 2.0 * (_counted(n, device) % 3 == 1).float()
+
+
+def _counted(n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, dtype=torch.int64, device=device)
 
 
 def exact_results(case: Case, inputs: Inputs, rows: Tensor) -> Exact:

@@ -20,6 +20,7 @@ from types import FrameType, ModuleType
 import torch
 
 from ..backends import cpu
+from ..validation.values import is_debugging
 from . import records
 from .records import CRASHED, RIGHT, WRONG, VerifyRecord
 
@@ -216,7 +217,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 def _tell_choice(device: torch.device, dtype: torch.dtype, n_cols: int, chosen: str) -> None:
     """Once for each size, for whoever wonders which kernels a rank runs."""
-    if os.environ.get("CFPO_KERNELS_DEBUG", "") in ("", "0"):
+    if not is_debugging():
         return
     line = f"cfpo_kernels: {chosen} for {dtype} logits, V = {n_cols}, on {device}"
     if line not in _warned:

@@ -82,7 +82,7 @@ def _bytes(device: torch.device) -> int:
 def _repeated(inputs: Inputs, n_rows: int) -> Inputs:
     """The same rows again and again, without those that are masked, contiguous."""
     keep = inputs.active.nonzero().squeeze(1)
-    index = keep[torch.arange(n_rows, device=keep.device) % keep.numel()]
+    index = keep[torch.arange(n_rows, dtype=torch.int64, device=keep.device) % keep.numel()]
 
     given, terms = inputs.rows, inputs.terms
     picked = KernelRows(

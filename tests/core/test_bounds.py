@@ -441,7 +441,12 @@ REFUSED: list[Refusal] = [
     ("target", lambda: bounds.bapo(X, X, target=-0.1), ValueError, "-0.1"),
     ("low", lambda: bounds.bapo(X, X, low=(0.9, 0.8)), ValueError, r"\(0.9, 0.8\)"),
     ("low", lambda: bounds.bapo(X, X, low=0.8), TypeError, "pair"),
-    ("high", lambda: bounds.bapo(X, X, high=(1.2, torch.ones(()))), TypeError, "a tensor"),
+    (
+        "high",
+        lambda: bounds.bapo(X, X, high=(1.2, torch.ones((), device="meta"))),
+        TypeError,
+        "a tensor",
+    ),
     ("high_step", lambda: bounds.bapo(X, X, high_step=0.0), ValueError, "0.0"),
 ]
 

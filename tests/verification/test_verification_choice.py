@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -15,12 +16,13 @@ import pytest
 import simulated
 import torch
 from fake_native import FakeNative
+from limits import HANGS_AFTER
 from repository import ROOT, SUPPORT
 from targets import Target as Running
 
 import cfpo_kernels
 from cfpo_kernels import backends
-from cfpo_kernels.backends import cpu, cuda
+from cfpo_kernels.backends import cpu, cuda, triton
 from cfpo_kernels.verification import choice, records, run, targets
 from cfpo_kernels.verification.records import Timing, Verdict, VerifyRecord
 
@@ -365,6 +367,61 @@ def test_without_the_native_module_one_warning_says_why(monkeypatch: pytest.Monk
     with pytest.warns(UserWarning, match="plain torch computes the loss on cpu.*no file"):
         assert backends.resolve("auto", CPU, F32, 1000) == "reference"
     assert "no file" in cfpo_kernels.available_backends()["cpu"].detail
+
+
+MISSING = """
+import contextlib, io, sys, warnings
+sys.modules["cfpo_kernels._C"] = None
+import torch, cfpo_kernels
+from cfpo_kernels.verification import report
+logits, ids = torch.zeros(2, 9, requires_grad=True), torch.arange(2)
+said = {"available_backends": cfpo_kernels.available_backends()["cpu"].detail}
+for how in ({}, {"inplace": True}, {"backend": "cpu"}):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):  # the second time nothing is said, or the same is raised
+            with contextlib.suppress(cfpo_kernels.BackendUnavailableError):
+                cfpo_kernels.cfpo_loss(logits * 1.0, ids, torch.ones(2), **how)
+    said[str(how)] = [str(w.message) for w in seen]
+try:
+    cfpo_kernels.cfpo_loss(logits, ids, torch.ones(2), backend="cpu")
+except cfpo_kernels.BackendUnavailableError as error:
+    said["cpu"] = str(error)
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+    report.print_info()
+said["info"] = " ".join(printed.getvalue().split())
+print(said)
+"""
+
+
+def test_a_library_that_is_missing_is_named_by_everyone_once() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", MISSING], capture_output=True, text=True, timeout=HANGS_AFTER
+    )
+    assert found.returncode == 0, found.stderr
+    said = ast.literal_eval(found.stdout)
+    why = "the native module could not be imported: import of cfpo_kernels._C halted"
+    for who in ("{}", "{'inplace': True}"):
+        assert len(said[who]) == 1 and why in said[who][0], said
+    assert said["{'backend': 'cpu'}"] == []
+    for who in ("available_backends", "cpu", "info"):
+        assert why in said[who], said
+
+
+def test_triton_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(triton, "_INSTALLED", True)
+    monkeypatch.setattr(triton, "has_device", lambda kind: kind == "cuda")
+    monkeypatch.setattr(triton, "_module", fail)
+    triton._import_failure.cache_clear()
+    try:
+        assert "libcuda.so.1" in cfpo_kernels.available_backends()["triton"].detail
+        with pytest.raises(cfpo_kernels.BackendUnavailableError, match=r"libcuda\.so\.1"):
+            backends.resolve("triton", torch.device("cuda", 0), BF16, 1000)
+    finally:
+        triton._import_failure.cache_clear()
 
 
 # The processor's own kernels --------------------------------------------------------------------

@@ -17,7 +17,7 @@ NATIVE_OPTIONS := $(CFPO_KERNELS_CUDA)|$(CFPO_KERNELS_CUDA_ARCHS)|$(CFPO_KERNELS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test test-all test-triton lint lint-workflows format docs bench bench-micro gpu-check wheel dist clean distclean FORCE
+.PHONY: help demo examples test test-all test-triton lint lint-workflows format docs bench study bench-micro gpu-check wheel dist clean distclean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -64,6 +64,9 @@ docs: $(STAMPS)/torch $(STAMPS)/docs ## Build the docs site into build/site; ARG
 
 bench: $(STAMPS)/native $(STAMPS)/demo ## Measure the CPU kernels (ARGS="--json FILE" keeps the figures)
 	$(VENV_PYTHON) -m bench --cases cpu $(ARGS)
+
+study: $(STAMPS)/native $(STAMPS)/demo ## Train small policies by CFPO and clipping: 45 minutes on 2 cores (ARGS=--quick: 3)
+	$(VENV_PYTHON) -m bench.study $(ARGS)
 
 bench-micro: $(STAMPS)/native $(STAMPS)/test ## Run the pytest-benchmark tests
 	$(VENV_PYTHON) -m pytest --benchmark-only $(ARGS)

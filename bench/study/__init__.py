@@ -2,5 +2,5 @@
 
 ``task.py`` is the task and the policy, ``train.py`` one run, ``grid.py`` which runs, written before
 any of them was made, ``findings.py`` the tables, ``pictures.py`` the pictures, and ``__main__.py``
-runs what is left on all cores. docs/study.md says what came out.
+runs what is left on all cores.
 """

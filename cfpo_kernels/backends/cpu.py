@@ -22,12 +22,12 @@ try:
 except (ImportError, OSError) as error:
     # A pure wheel, a source tree that was never built, or a library that is missing: the reference
     # still works.
-    import_failure = (
-        "this is the package in pure Python, without the kernels in C++ and CUDA: plain torch "
-        "computes the loss, or Triton on a GPU; a wheel for Linux, or a build from source, has them"
-        if getattr(error, "name", None) == "cfpo_kernels._C"
-        else f"the native module could not be imported: {error}"
-    )
+    import_failure = f"the native module could not be imported: {error}"
+    if getattr(error, "name", None) == "cfpo_kernels._C":
+        import_failure += (
+            "; this is the package in pure Python: plain torch computes the loss, or Triton on a "
+            "GPU, and a wheel for Linux, or a build from source, has the kernels in C++ and CUDA"
+        )
 
 
 def status() -> BackendStatus:

@@ -57,13 +57,6 @@ struct ClusterPlace {
   }
 };
 
-// An array in shared memory that is read only.
-template <class T>
-struct SharedArray {
-  const T* begin;
-  CFPO_DEVICE T operator[](int i) const { return hw::read_shared(begin + i); }
-};
-
 // What the threads of a block have in common.
 template <class T, class Stage>
 class ClusterBlock {

@@ -21,6 +21,9 @@ constexpr int kMostSlice = 32;
 constexpr int kLeastSlots = 3;
 constexpr int kMostSlots = 5;
 constexpr int kMinClusterSegments = 25;  // shorter rows: the row kernel takes several at a time
+// Of a transient cluster: so short that six blocks of as many rows share an SM.
+constexpr int kShortSlice = 16;
+constexpr std::int64_t kMostGridX = 0x7FFFFFFF;
 
 int windows_that_fit(RowPlan plan, int shared_bytes) {
   plan.windows = plan.extra_windows = 0;
@@ -68,6 +71,21 @@ ClusterSharedMemory cluster_shared_memory(const ClusterPlan& plan) {
   return shared;
 }
 
+// True, or std::invalid_argument.
+bool must_work(const std::string& kernel, const RowSlices& plan, const DeviceLimits& limits) {
+  if (limits.clusters && plan.cluster > 0) return true;
+  throw std::invalid_argument("CFPO_KERNELS_CUDA_KERNEL is '" + kernel + "', but " +
+                              std::string(limits.clusters
+                                              ? "a row is too long for that kernel"
+                                              : "this device or this build has no clusters"));
+}
+
+// Whether there is a slice for every SM, of rows that are long enough.
+bool suits(std::int64_t n_rows, const RowSlices& plan, const DeviceLimits& limits) {
+  return limits.clusters && plan.cluster > 0 && plan.n_segments >= kMinClusterSegments &&
+         n_rows * plan.cluster >= limits.sm_count;
+}
+
 bool works(const RowPlan& plan) {
   return plan.windows > kRing || plan.windows * plan.warps_per_row() >= plan.n_segments;
 }
@@ -113,26 +131,43 @@ ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits) {
   return ClusterPlan();
 }
 
+TransientPlan plan_transient(int n_segments, const DeviceLimits& limits) {
+  TransientPlan plan;
+  plan.n_segments = n_segments;
+  plan.cluster = 1;
+  while (plan.cluster < kMostCluster && plan.slice_segments() > kShortSlice) plan.cluster *= 2;
+  plan.sums = plan.slice_segments() * kWindowBytes;
+  plan.gradient = plan.sums + n_segments * int{sizeof(SentSum)};
+  plan.barriers = plan.gradient + int{sizeof(SentGradient)};
+  plan.bytes = plan.barriers + 2 * 8;
+  if (plan.bytes > limits.shared_per_block) return TransientPlan();
+  plan.blocks_per_sm = std::max(1, limits.shared_per_sm / (plan.bytes + kReservedPerBlock));
+  plan.warps = std::min(kTransientThreads, kTransientThreadsPerSm / plan.blocks_per_sm) / 32;
+  plan.warps = std::max(1, std::min(plan.warps, plan.slice_segments()));
+  return plan;
+}
+
 RowKernel row_kernel(const std::string& name) {
   if (name == "auto") return RowKernel::kAuto;
   if (name == "portable") return RowKernel::kPortable;
   if (name == "cluster") return RowKernel::kCluster;
+  if (name == "transient") return RowKernel::kTransient;
+  if (name == "auto-transient") return RowKernel::kAutoTransient;
   throw std::invalid_argument("CFPO_KERNELS_CUDA_KERNEL is '" + name +
-                              "'; it takes auto, portable or cluster");
+                              "'; it takes auto, portable, cluster, transient or auto-transient");
 }
 
 bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimits& limits,
                   RowKernel wanted) {
-  const bool possible = limits.clusters && plan.cluster > 0;
-  if (wanted == RowKernel::kCluster && !possible) {
-    throw std::invalid_argument("CFPO_KERNELS_CUDA_KERNEL is 'cluster', but " +
-                                std::string(limits.clusters
-                                                ? "a row is too long for that kernel"
-                                                : "this device or this build has no clusters"));
-  }
-  if (wanted != RowKernel::kAuto) return wanted == RowKernel::kCluster;
-  return possible && plan.n_segments >= kMinClusterSegments &&
-         n_rows * plan.cluster >= limits.sm_count;
+  if (wanted == RowKernel::kCluster) return must_work("cluster", plan, limits);
+  return wanted == RowKernel::kAuto && suits(n_rows, plan, limits);
+}
+
+bool use_transient(std::int64_t n_rows, const TransientPlan& plan, const DeviceLimits& limits,
+                   RowKernel wanted) {
+  if (n_rows > kMostGridX / kMostCluster) return false;
+  if (wanted == RowKernel::kTransient) return must_work("transient", plan, limits);
+  return wanted == RowKernel::kAutoTransient && suits(n_rows, plan, limits);
 }
 
 bool split_rows(std::int64_t n_rows, int n_segments, const DeviceLimits& limits) {

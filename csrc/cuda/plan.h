@@ -26,6 +26,8 @@ constexpr int kRing = 2;
 constexpr int kRowThreadsPerSm = 640;
 constexpr int kSplitThreads = 256;
 constexpr int kClusterThreads = 512;  // 15 warps that work on the logits, one on the scalars
+constexpr int kTransientThreads = 384;
+constexpr int kTransientThreadsPerSm = 768;  // 80 registers a thread
 constexpr int kClusterNotes = 16;     // power of two; at least 3 more than the slots
 
 struct DeviceLimits {
@@ -75,6 +77,19 @@ struct RowSharedMemory {
 RowPlan plan_rows(int n_segments, bool both_sweeps, const DeviceLimits& limits);
 std::int64_t row_blocks(std::int64_t n_rows, const RowPlan& plan, const DeviceLimits& limits);
 
+// How a row is cut up for the blocks of a cluster: into slices of whole segments.
+struct RowSlices {
+  int n_segments = 0;  // of a row
+  int cluster = 0;     // blocks; 0: no plan
+
+  // Block `rank` has the segments from first_segment(rank); slices differ by one at most.
+  CFPO_HOST_DEVICE int first_segment(int rank) const {
+    const int extra = n_segments % cluster;
+    return rank * (n_segments / cluster) + (rank < extra ? rank : extra);
+  }
+  CFPO_HOST_DEVICE int slice_segments() const { return (n_segments + cluster - 1) / cluster; }
+};
+
 // Offsets into the cluster kernel's shared memory, which begins with the slots. Sums and gradients
 // have two copies: row number % 2 has which.
 struct ClusterSharedMemory {
@@ -88,19 +103,10 @@ struct ClusterSharedMemory {
 
 // The cluster kernel: each block of a cluster has a slice of the row, whole segments, in a slot of
 // shared memory; as many rows are in flight as there are slots.
-struct ClusterPlan {
-  int n_segments = 0;  // of a row
-  int cluster = 0;     // blocks; 0: no plan
-  int slots = 0;       // of a block
-  int warps = 0;       // workers of a block; there is one more
+struct ClusterPlan : RowSlices {
+  int slots = 0;  // of a block
+  int warps = 0;  // workers of a block; there is one more
   ClusterSharedMemory shared;
-
-  // Of n_segments, block `rank` has those from first_segment(rank); slices differ by one at most.
-  CFPO_HOST_DEVICE int first_segment(int rank) const {
-    const int extra = n_segments % cluster;
-    return rank * (n_segments / cluster) + (rank < extra ? rank : extra);
-  }
-  int slice_segments() const { return (n_segments + cluster - 1) / cluster; }
 };
 
 // What the cluster kernel notes of a row that is read.
@@ -116,14 +122,36 @@ struct alignas(16) SentSum : PartialSum {};
 // The smallest cluster that keeps slices short and three rows in flight; cluster 0 if none does.
 ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits);
 
-// Which kernel sums and writes whole rows: the one that suits the row and the device ("auto"), the
-// one that needs no clusters ("portable"), or the one of clusters ("cluster").
-enum class RowKernel { kAuto, kPortable, kCluster };
+// The transient kernel: a cluster for each row, whose blocks have a slice each in windows of shared
+// memory, and behind these, by their offsets, what they exchange.
+struct TransientPlan : RowSlices {
+  int warps = 0;          // of a block
+  int blocks_per_sm = 0;  // as far as shared memory decides
+  int sums = 0;           // n_segments SentSums, of the cluster's first block
+  int gradient = 0;       // a SentGradient
+  int barriers = 0;       // 2
+  int bytes = 0;
+};
+struct alignas(16) SentGradient {
+  RowGradient gradient;
+};
+
+// Slices of at most 32 KiB, or eight; cluster 0 where not even those fit.
+TransientPlan plan_transient(int n_segments, const DeviceLimits& limits);
+
+// Which kernel sums and writes whole rows: the one that needs no clusters ("portable"), the one of
+// clusters that stay ("cluster"), the one of clusters that come and go with their rows
+// ("transient"); or the first or the second, whichever suits the row and the device ("auto"); or the
+// first or the third ("auto-transient").
+enum class RowKernel { kAuto, kPortable, kCluster, kTransient, kAutoTransient };
 RowKernel row_kernel(const std::string& name);  // std::invalid_argument for anything else
 
 // Whether the cluster kernel takes these rows; std::invalid_argument if it is wanted and cannot.
+// Likewise the transient kernel.
 bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimits& limits,
                   RowKernel wanted);
+bool use_transient(std::int64_t n_rows, const TransientPlan& plan, const DeviceLimits& limits,
+                   RowKernel wanted);
 
 // Whether to split rows over many blocks, by two kernels instead of one.
 bool split_rows(std::int64_t n_rows, int n_segments, const DeviceLimits& limits);

@@ -70,6 +70,7 @@ class Ranges {
   void add(std::int64_t stride) { add(factors_, stride != 0 ? 4 * n_rows_ : 4, false); }
   void add(const cfpo::cuda::RowPlan&) {}
   void add(const cfpo::cuda::ClusterPlan&) {}
+  void add(const cfpo::cuda::TransientPlan&) {}
 
  private:
   void add(const void* p, std::size_t bytes, bool write) {

@@ -134,17 +134,20 @@ ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits) {
 TransientPlan plan_transient(int n_segments, const DeviceLimits& limits) {
   TransientPlan plan;
   plan.n_segments = n_segments;
-  plan.cluster = 1;
-  while (plan.cluster < kMostCluster && plan.slice_segments() > kShortSlice) plan.cluster *= 2;
-  plan.sums = plan.slice_segments() * kWindowBytes;
-  plan.gradient = plan.sums + n_segments * int{sizeof(SentSum)};
-  plan.barriers = plan.gradient + int{sizeof(SentGradient)};
-  plan.bytes = plan.barriers + 2 * 8;
-  if (plan.bytes > limits.shared_per_block) return TransientPlan();
-  plan.blocks_per_sm = std::max(1, limits.shared_per_sm / (plan.bytes + kReservedPerBlock));
-  plan.warps = std::min(kTransientThreads, kTransientThreadsPerSm / plan.blocks_per_sm) / 32;
-  plan.warps = std::max(1, std::min(plan.warps, plan.slice_segments()));
-  return plan;
+  for (plan.cluster = 1; plan.cluster <= kMostCluster; plan.cluster *= 2) {
+    if (plan.slice_segments() > kShortSlice && plan.cluster < kMostCluster) continue;
+    plan.sums = plan.slice_segments() * kWindowBytes;
+    plan.gradient = plan.sums + n_segments * int{sizeof(SentSum)};
+    plan.barriers = plan.gradient + int{sizeof(SentGradient)};
+    plan.bytes = plan.barriers + 2 * 8;
+    if (plan.bytes > limits.shared_per_block) continue;
+    const int fit = limits.shared_per_sm / (plan.bytes + kReservedPerBlock);
+    plan.blocks_per_sm = std::min(fit, kTransientThreadsPerSm / 32);
+    const int threads = std::min(kTransientThreads, kTransientThreadsPerSm / plan.blocks_per_sm);
+    plan.warps = std::min(threads / 32, plan.slice_segments());
+    return plan;
+  }
+  return TransientPlan();
 }
 
 RowKernel row_kernel(const std::string& name) {

@@ -28,7 +28,7 @@ constexpr int kSplitThreads = 256;
 constexpr int kClusterThreads = 512;  // 15 warps that work on the logits, one on the scalars
 constexpr int kTransientThreads = 384;
 constexpr int kTransientThreadsPerSm = 768;  // 80 registers a thread
-constexpr int kClusterNotes = 16;     // power of two; at least 3 more than the slots
+constexpr int kClusterNotes = 16;            // power of two; at least 3 more than the slots
 
 struct DeviceLimits {
   int sm_count = 0;
@@ -125,24 +125,25 @@ ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits);
 // The transient kernel: a cluster for each row, whose blocks have a slice each in windows of shared
 // memory, and behind these, by their offsets, what they exchange.
 struct TransientPlan : RowSlices {
-  int warps = 0;          // of a block
-  int blocks_per_sm = 0;  // as far as shared memory decides
-  int sums = 0;           // n_segments SentSums, of the cluster's first block
-  int gradient = 0;       // a SentGradient
-  int barriers = 0;       // 2
+  int warps = 0;  // of a block
+  int blocks_per_sm = 0;
+  int sums = 0;      // n_segments SentSums, of the cluster's first block
+  int gradient = 0;  // a SentGradient
+  int barriers = 0;  // 2
   int bytes = 0;
 };
 struct alignas(16) SentGradient {
   RowGradient gradient;
 };
 
-// Slices of at most 32 KiB, or eight; cluster 0 where not even those fit.
+// The smallest cluster with slices of at most 32 KiB, or one of eight; cluster 0 where that does
+// not fit either.
 TransientPlan plan_transient(int n_segments, const DeviceLimits& limits);
 
 // Which kernel sums and writes whole rows: the one that needs no clusters ("portable"), the one of
 // clusters that stay ("cluster"), the one of clusters that come and go with their rows
-// ("transient"); or the first or the second, whichever suits the row and the device ("auto"); or the
-// first or the third ("auto-transient").
+// ("transient"); or the first or the second, whichever suits the row and the device ("auto"); or
+// the first or the third ("auto-transient").
 enum class RowKernel { kAuto, kPortable, kCluster, kTransient, kAutoTransient };
 RowKernel row_kernel(const std::string& name);  // std::invalid_argument for anything else
 

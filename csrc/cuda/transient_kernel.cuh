@@ -3,9 +3,9 @@
 //
 // Each block of a cluster has a slice of the row, whole segments, in windows of its shared memory.
 // Its warps fetch and sum some segments each, and send the sums to the cluster's first block. One
-// warp there merges them, runs stage 2, and sends the coefficients to every block, whose warps write
-// the gradients of their segments from the windows. A warp waits for its own copies, and for the
-// coefficients; nothing is used twice, so there is nothing to be vacated, and nobody meets at a
+// warp there merges them, runs stage 2, and sends the coefficients to every block, whose warps
+// write the gradients of their segments from the windows. A warp waits for its own copies, and for
+// the coefficients; nothing is used twice, so there is nothing to be vacated, and nobody meets at a
 // barrier of the block.
 //
 // Nothing hides the exchange within a cluster. What hides it are the blocks of other rows on the

@@ -37,7 +37,7 @@ struct Case {
   bool inplace, entropy;
   DeviceLimits device;
   Mask mask = Mask::kFourth;
-  bool no_such_token = false;  // of the last row
+  bool no_such_token = false;                 // of the last row
   RowKernel long_rows = RowKernel::kCluster;  // where the device has clusters
 
   bool masked(int row) const {
@@ -171,9 +171,8 @@ bool run(const Case& c) {
   std::vector<char> workspace(static_cast<std::size_t>(
       SplitWorkspace::bytes(c.n_rows, count_segments(c.n_cols, DType::kBFloat16))));
   if (!c.entropy) params.entropy = nullptr;
-  run_stage<T>(
-      PolicyStage{params}, params.dlogits,
-      {0, 0, workspace.data(), c.device.clusters ? c.long_rows : RowKernel::kPortable});
+  run_stage<T>(PolicyStage{params}, params.dlogits,
+               {0, 0, workspace.data(), c.device.clusters ? c.long_rows : RowKernel::kPortable});
 
   bool right = logits.guards_hold() && apart.guards_hold();
   if (!right) std::fprintf(stderr, "memory beside the rows was written\n");
@@ -284,8 +283,8 @@ void check_transient() {
           const bool inplace = out_offset < 0, entropy = offset == 1;
           const bool few = v > 9001 && order != emulation::Order::kForward;
           if (few && (v > 60000 || inplace)) continue;
-          check({v > 9001 ? 2 : 5, v, offset, inplace ? offset : out_offset, v % 5, inplace, entropy,
-                 device, Mask::kFourth, false, RowKernel::kTransient});
+          check({v > 9001 ? 2 : 5, v, offset, inplace ? offset : out_offset, v % 5, inplace,
+                 entropy, device, Mask::kFourth, false, RowKernel::kTransient});
         }
       }
     }

@@ -25,10 +25,11 @@ constexpr int kRing = 2;
 // Blocks are smaller.
 constexpr int kRowThreadsPerSm = 640;
 constexpr int kSplitThreads = 256;
-constexpr int kClusterThreads = 512;  // 15 warps that work on the logits, one on the scalars
+constexpr int kClusterThreads = 512;  // 14 warps that work on the logits, two on the scalars
+constexpr int kAccountants = 2;
+constexpr int kClusterNotes = 16;  // power of two; at least 5 more than the slots
 constexpr int kTransientThreads = 384;
 constexpr int kTransientThreadsPerSm = 768;  // 80 registers a thread
-constexpr int kClusterNotes = 16;            // power of two; at least 3 more than the slots
 
 struct DeviceLimits {
   int sm_count = 0;
@@ -105,7 +106,7 @@ struct ClusterSharedMemory {
 // shared memory; as many rows are in flight as there are slots.
 struct ClusterPlan : RowSlices {
   int slots = 0;  // of a block
-  int warps = 0;  // workers of a block; there is one more
+  int warps = 0;  // workers of a block; the accountants come behind them
   ClusterSharedMemory shared;
 };
 

@@ -118,21 +118,44 @@ CFPO_DEVICE PartialSum sum_segment(const char* window, const Segment<const T>& s
 }
 
 // A row's sums from those of its segments, by one warp, in an order that depends on nothing but
-// their number; the result in every lane.
-template <class Parts>
+// their number; the result in every lane. Without kEntropy `weighted` stays 0.
+//
+// A lane takes kMergeAtOnce parts at once and has no branch among them, so that their latencies
+// overlap: somebody waits for this.
+constexpr int kMergeAtOnce = 5;  // 160 segments, as many as a row of 151,936 16-bit logits has
+
+template <bool kEntropy = true, class Parts>
 CFPO_DEVICE RowSum merge_segments(Parts parts, int count) {
+  constexpr int kStep = kMergeAtOnce * kWarpThreads;
   float top = -INFINITY;
-  for (int i = lane_index(); i < count; i += kWarpThreads) top = std::fmax(top, parts[i].ref);
+#pragma unroll 1
+  for (int first = lane_index(); first < count; first += kStep) {
+    for (int k = 0; k < kMergeAtOnce; ++k) {
+      const int i = first + k * kWarpThreads;
+      top = std::fmax(top, i < count ? parts[i].ref : -INFINITY);
+    }
+  }
+  top = hw::warp_max(top);
   RowSum row;
-  row.ref = hw::warp_max(top);
-  for (int i = lane_index(); i < count; i += kWarpThreads) {
-    RowSum part{parts[i].ref, parts[i].sum, parts[i].weighted};
-    part.rebase(row.ref);
-    row.sum += part.sum;
-    row.weighted += part.weighted;
+  row.ref = top;
+#pragma unroll 1
+  for (int first = lane_index(); first < count; first += kStep) {
+    for (int k = 0; k < kMergeAtOnce; ++k) {
+      const int i = first + k * kWarpThreads;
+      const bool exists = i < count;
+      // Differences of references are exact floats unless they are so large that nothing is left.
+      const float down = exists ? parts[i].ref - top : 0.0f;
+      const double sum = exists ? parts[i].sum : 0.0f;
+      const double factor = power_of_two(down);
+      row.sum += sum * factor;
+      if (kEntropy) {
+        const double weighted = exists ? parts[i].weighted : 0.0f;
+        row.weighted += sum == 0.0 ? 0.0 : (weighted + down * sum) * factor;
+      }
+    }
   }
   row.sum = warp_sum(row.sum);
-  row.weighted = warp_sum(row.weighted);
+  if (kEntropy) row.weighted = warp_sum(row.weighted);
   return row;
 }
 

@@ -111,20 +111,20 @@ class TransientWarp {
     }
   }
 
-  // From the row's sums to its scalars and the gradient's coefficients.
+  // From the row's sums to its scalars and the gradient's coefficients. All lanes do the same, for
+  // without branches more of it overlaps; each of the first few sends to one block.
   CFPO_DEVICE void settle(float scale) const {
     const auto inputs = stage_.inputs(row_);
-    // Nobody overwrites it before the coefficients are there. One lane has read it, then.
-    float target = 0.0f;
-    if (lane_index() == 0) target = token_ >= 0 ? load_element(x_ + token_) : absent_logit();
+    // Nobody overwrites it before the coefficients are there, and one lane alone reads it.
+    float target = problem().absent_logit();
+    if (lane_index() == 0 && token_ >= 0) target = load_element(x_ + token_);
+    target = hw::shuffle(target, 0);
     hw::barrier_wait(sums_came(), 0);
-    const RowSum sum = merge_segments(SharedArray<SentSum>{sums()}, plan_.n_segments);
-    if (lane_index() != 0) return;
+    const RowSum sum = merge_segments<kEntropy>(SharedArray<SentSum>{sums()}, plan_.n_segments);
     const RowStats stats = join_target(scale, target, sum, problem().sharded);
-    const SentGradient sent{stage_(row_, inputs, stats, true)};
-    for (int rank = 0; rank < plan_.cluster; ++rank) send(gradient(), sent, rank, coefs_came());
+    const SentGradient sent{stage_(row_, inputs, stats, lane_index() == 0)};
+    if (lane_index() < plan_.cluster) send(gradient(), sent, lane_index(), coefs_came());
   }
-  CFPO_DEVICE float absent_logit() const { return problem().absent_logit(); }
 
   CFPO_DEVICE void write() const {
     hw::barrier_wait(coefs_came(), 0);

@@ -28,8 +28,8 @@ constexpr int kSplitThreads = 256;
 constexpr int kClusterThreads = 512;  // 14 warps that work on the logits, two on the scalars
 constexpr int kAccountants = 2;
 constexpr int kClusterNotes = 16;  // power of two; at least 5 more than the slots
-constexpr int kTransientThreads = 384;
-constexpr int kTransientThreadsPerSm = 768;  // 80 registers a thread
+constexpr int kTransientThreads = 512;
+constexpr int kTransientThreadsPerSm = 1024;  // 64 registers a thread
 
 struct DeviceLimits {
   int sm_count = 0;

@@ -101,9 +101,15 @@ CFPO_HOST_DEVICE inline RowStats join_target(float scale, float target, RowSum r
   stats.scale = scale;
   stats.ref = static_cast<float>(top);
   stats.sum = sum;
-  stats.logp = mass > rest.sum ? 0.0 - std::log1p(rest.sum / mass) : (u - top - log2_sum) * kLn2;
   stats.complement = rest.sum / sum;
-  stats.entropy = (log2_sum - weighted / sum) * kLn2;
+  if (mass > rest.sum) {
+    stats.logp = 0.0 - std::log1p(rest.sum / mass);
+    // Two positive terms; see entropy_of_peaked.
+    stats.entropy = -stats.logp - (rest.weighted - (u - top) * rest.sum) / sum * kLn2;
+  } else {
+    stats.logp = (u - top - log2_sum) * kLn2;
+    stats.entropy = (log2_sum - weighted / sum) * kLn2;
+  }
   return stats;
 }
 
@@ -151,17 +157,17 @@ constexpr float kPeakedEntropy = 0.02f;
 struct PeakedSum {
   RowSum rest;
   double peak = -INFINITY;  // u of it, without a reference
-  std::int64_t column = -1;
+  std::int64_t at = -1;     // where it is: its column, or its segment
 
   // A segment's sums, and the element that they leave out.
-  void add(const RowSum& part, double u, std::int64_t at) {
+  void add(const RowSum& part, double u, std::int64_t where) {
     rest.add(part);
-    if (at < 0) return;
+    if (where < 0) return;
     if (u > peak) {
       const double before = peak;
       peak = u;
       u = before;
-      column = at;
+      at = where;
     }
     if (u == -INFINITY) return;
     const double ref = std::ceil(u), mass = std::exp2(u - ref);
@@ -170,37 +176,61 @@ struct PeakedSum {
 };
 
 struct Peak {
-  std::int64_t column = -1;  // none: nothing of the row needs to be computed apart
+  std::int64_t at = -1;  // none: nothing of the row needs to be computed apart
   double logp = 0.0;
 };
 
-// Sets the entropy where the peak or the target has most of the row's mass, and says which column
-// is the peak if it does. With w_v = e^(log p_v - log p_max) of all but the likeliest,
+// Sets the entropy where the peak has most of the row's mass, and says where it is. With
+// w_v = e^(log p_v - log p_peak) of all others,
 //   H = log(1 + sum w) + sum |log w| w / (1 + sum w)
 // a sum of positive numbers.
-inline Peak entropy_of_peaked(RowStats& stats, float target, PeakedSum sums) {
-  const double u = static_cast<double>(target) * stats.scale;
-  const double top = std::fmax(u, sums.peak), other = std::fmin(u, sums.peak);
-  if (!(std::exp2(top - sums.rest.ref) >= sums.rest.sum)) return {};
-  const double factor = std::exp2(sums.rest.ref - top), gap = other - top;
-  const double others = gap < -1000.0 ? 0.0 : std::exp2(gap);
-  double mass = others, weighted = others == 0.0 ? 0.0 : gap * others;
+CFPO_HOST_DEVICE inline Peak entropy_of_peaked(RowStats& stats, float target,
+                                               const PeakedSum& sums) {
+  const double u = static_cast<double>(target) * stats.scale, top = sums.peak;
+  if (!(top > u && std::exp2(top - sums.rest.ref) >= sums.rest.sum)) return {};
+  const double gap = u - top;
+  double mass = gap < -1000.0 ? 0.0 : std::exp2(gap);
+  double weighted = mass == 0.0 ? 0.0 : gap * mass;
   if (sums.rest.sum != 0.0) {
+    const double factor = std::exp2(sums.rest.ref - top);
     mass += sums.rest.sum * factor;
     weighted += (sums.rest.weighted + (sums.rest.ref - top) * sums.rest.sum) * factor;
   }
   const double logp = -std::log1p(mass);
   stats.entropy = -logp - weighted * kLn2 / (1.0 + mass);
-  if (top == u) return {};
   // For lse, from which a backward finds log p of the peak again; log p of the target stays what it
   // is without an entropy.
   stats.sum = std::exp2(top - stats.ref) * (1.0 + mass);
-  return {sums.column, logp};
+  return {sums.at, logp};
+}
+
+// Whether a logit that is not the target's is the peak of a row with this lse. The difference is
+// exact, but a float64 lse is known to about its spacing, 7e-15 near 40, and log p no better: to
+// 1e-5 of itself where 1 - p is 1e-9. It stays within [-H, 0].
+CFPO_HOST_DEVICE inline Peak peak_from_lse(float scale, float logit, double lse, double entropy,
+                                           std::int64_t at) {
+  const double logp = (logit - lse) * scale * kLn2;
+  if (!(logp > -kLn2)) return {};
+  return {at, std::fmin(std::fmax(logp, -entropy), 0.0)};
 }
 
 // The gradient of an element with log p = logp that is not the target.
-inline float gradient_apart(const RowStats& s, const RowDerivatives& d, double logp) {
-  return plain_nan(s.scale * kLn2 * std::exp(logp) * (d.h * (logp + s.entropy) - d.c));
+CFPO_HOST_DEVICE inline float gradient_apart(float scale, double entropy, const RowDerivatives& d,
+                                             double logp) {
+  return plain_nan(scale * kLn2 * std::exp(logp) * (d.h * (logp + entropy) - d.c));
 }
+
+// What stage 3 takes from a row's scalars: the peak's element is stored like the target's.
+struct GradientParts {
+  RowGradient gradient;
+  std::int64_t peak = -1;  // where it is, or none
+  float peak_value = 0.0f;
+
+  GradientParts() = default;
+  CFPO_HOST_DEVICE GradientParts(const RowStats& stats, const RowDerivatives& d, const Peak& peak)
+      : gradient(row_gradient(stats, d)), peak(peak.at) {
+    if (peak.at >= 0) peak_value = gradient_apart(stats.scale, stats.entropy, d, peak.logp);
+  }
+};
 
 }  // namespace cfpo

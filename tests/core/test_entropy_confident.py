@@ -21,7 +21,7 @@ def confident(peak: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     top[:4] = torch.tensor([0, 5, 511, V - 1])  # where the reference is guessed; the end
     logits.scatter_(1, top[:, None], peak)
     second = (top + 9000) % V  # a second likely one, in another segment, half as likely as the rest
-    logits.scatter_(1, second[:, None], peak - 12.0)
+    logits.scatter_(1, second[:, None], 11.2)
     return logits.to(dtype), top
 
 

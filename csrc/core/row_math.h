@@ -104,7 +104,7 @@ CFPO_HOST_DEVICE inline RowStats join_target(float scale, float target, RowSum r
   stats.complement = rest.sum / sum;
   if (mass > rest.sum) {
     stats.logp = 0.0 - std::log1p(rest.sum / mass);
-    // Two positive terms; see entropy_of_peaked.
+    // Two positive terms; see peak_of.
     stats.entropy = -stats.logp - (rest.weighted - (u - top) * rest.sum) / sum * kLn2;
   } else {
     stats.logp = (u - top - log2_sum) * kLn2;
@@ -178,15 +178,22 @@ struct PeakedSum {
 struct Peak {
   std::int64_t at = -1;  // none: nothing of the row needs to be computed apart
   double logp = 0.0;
+  double entropy = 0.0;  // of the row
+  double sum = 0.0;      // of the row, near `ref`
+
+  // log p of the target stays what it is without an entropy. The sum is for lse, from which a
+  // backward finds log p of the peak again.
+  CFPO_HOST_DEVICE void apply(RowStats& stats) const {
+    stats.entropy = entropy;
+    stats.sum = sum;
+  }
 };
 
-// Sets the entropy where the peak has most of the row's mass, and says where it is. With
-// w_v = e^(log p_v - log p_peak) of all others,
+// The peak where it has most of the row's mass. With w_v = e^(log p_v - log p_peak) of all others,
 //   H = log(1 + sum w) + sum |log w| w / (1 + sum w)
 // a sum of positive numbers.
-CFPO_HOST_DEVICE inline Peak entropy_of_peaked(RowStats& stats, float target,
-                                               const PeakedSum& sums) {
-  const double u = static_cast<double>(target) * stats.scale, top = sums.peak;
+CFPO_HOST_DEVICE inline Peak peak_of(float scale, float target, const PeakedSum& sums, double ref) {
+  const double u = static_cast<double>(target) * scale, top = sums.peak;
   if (!(top > u && std::exp2(top - sums.rest.ref) >= sums.rest.sum)) return {};
   const double gap = u - top;
   double mass = gap < -1000.0 ? 0.0 : std::exp2(gap);
@@ -197,11 +204,8 @@ CFPO_HOST_DEVICE inline Peak entropy_of_peaked(RowStats& stats, float target,
     weighted += (sums.rest.weighted + (sums.rest.ref - top) * sums.rest.sum) * factor;
   }
   const double logp = -std::log1p(mass);
-  stats.entropy = -logp - weighted * kLn2 / (1.0 + mass);
-  // For lse, from which a backward finds log p of the peak again; log p of the target stays what it
-  // is without an entropy.
-  stats.sum = std::exp2(top - stats.ref) * (1.0 + mass);
-  return {sums.at, logp};
+  return {sums.at, logp, -logp - weighted * kLn2 / (1.0 + mass),
+          std::exp2(top - ref) * (1.0 + mass)};
 }
 
 // Whether a logit that is not the target's is the peak of a row with this lse. The difference is
@@ -211,26 +215,13 @@ CFPO_HOST_DEVICE inline Peak peak_from_lse(float scale, float logit, double lse,
                                            std::int64_t at) {
   const double logp = (logit - lse) * scale * kLn2;
   if (!(logp > -kLn2)) return {};
-  return {at, std::fmin(std::fmax(logp, -entropy), 0.0)};
+  return {at, std::fmin(std::fmax(logp, -entropy), 0.0), entropy};
 }
 
-// The gradient of an element with log p = logp that is not the target.
-CFPO_HOST_DEVICE inline float gradient_apart(float scale, double entropy, const RowDerivatives& d,
-                                             double logp) {
-  return plain_nan(scale * kLn2 * std::exp(logp) * (d.h * (logp + entropy) - d.c));
+CFPO_HOST_DEVICE inline float peak_gradient(float scale, const Peak& peak,
+                                            const RowDerivatives& d) {
+  const double p = std::exp(peak.logp);
+  return plain_nan(scale * kLn2 * p * (d.h * (peak.logp + peak.entropy) - d.c));
 }
-
-// What stage 3 takes from a row's scalars: the peak's element is stored like the target's.
-struct GradientParts {
-  RowGradient gradient;
-  std::int64_t peak = -1;  // where it is, or none
-  float peak_value = 0.0f;
-
-  GradientParts() = default;
-  CFPO_HOST_DEVICE GradientParts(const RowStats& stats, const RowDerivatives& d, const Peak& peak)
-      : gradient(row_gradient(stats, d)), peak(peak.at) {
-    if (peak.at >= 0) peak_value = gradient_apart(stats.scale, stats.entropy, d, peak.logp);
-  }
-};
 
 }  // namespace cfpo

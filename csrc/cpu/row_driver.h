@@ -35,6 +35,13 @@ struct SegmentPart {
   float peak_logit = 0.0f;
 };
 
+// What the sweeps take from a row's scalars; the peak's gradient is stored like the target's.
+struct GradientParts {
+  RowGradient gradient;
+  std::int64_t peak = -1;
+  float peak_value = 0.0f;
+};
+
 inline float target_logit(const SegmentOps& ops, const Problem& problem, std::int64_t row) {
   const std::int64_t column = problem.column(row);
   return column < 0 ? problem.absent_logit() : ops.load(problem.logits.row(row), column);
@@ -77,7 +84,10 @@ class RowSummer {
       }
     }
     RowStats stats = join_target(scale_, target_logit_, rest, sharded_);
-    if (entropy_ && stats.sum > 0.0) peak = entropy_of_peaked(stats, target_logit_, peaked);
+    if (entropy_ && stats.sum > 0.0) {
+      peak = peak_of(scale_, target_logit_, peaked, stats.ref);
+      if (peak.at >= 0) peak.apply(stats);
+    }
     return stats;
   }
 
@@ -110,7 +120,8 @@ class RowSummer {
   float hint_;
 };
 
-// The likeliest token of a row but its target, if it has most of the mass; where stage 2 has an lse.
+// The likeliest token of a row but its target, if it has most of the mass; where stage 2 has an
+// lse.
 template <class Stage2>
 Peak find_peak(const SegmentOps& ops, const Stage2& stage2, std::int64_t row) {
   const Problem& problem = stage2.p.problem;
@@ -256,7 +267,13 @@ class RowDriver {
       stats = stage2_.stats(row, target_logit(ops_, problem_, row));
       if (stage2_.may_peak(row)) peak = find_peak(ops_, stage2_, row);
     }
-    return {stats, stage2_.derivatives(row, stats), peak};
+    const RowDerivatives derivatives = stage2_.derivatives(row, stats);
+    GradientParts parts{row_gradient(stats, derivatives)};
+    if (peak.at >= 0) {
+      parts.peak = peak.at;
+      parts.peak_value = peak_gradient(stats.scale, peak, derivatives);
+    }
+    return parts;
   }
 
   // Called by every thread of the team. The same thread sums a segment and writes its gradient: it

@@ -8,18 +8,18 @@
 //
 // Two kinds of warps keep each other busy. Workers have a chunk of the slot each, some segments of
 // every slice: they sum these, send the sums to every block of the cluster, and write the gradient
-// of the row before. Meanwhile one more warp, the accountant, merges that row's sums, in the order
-// of every other kernel, and runs stage 2: nobody waits for the exchange or for float64 unless it
-// takes longer than a row. The accountant also looks ahead for rows that are not masked, and tells
-// the workers about them.
+// of the row before. Meanwhile two more warps, the accountants, take rows by turns: one merges a
+// row's sums, in the order of every other kernel, and runs stage 2, so that nobody waits for the
+// exchange or for float64 unless it takes longer than two rows. Accountants also look ahead for
+// rows that are not masked, and tell the workers about them.
 //
 // Rows that are not masked are numbered 0, 1, 2, ...; what has two copies uses copy number % 2, the
 // turn. Which barrier allows what:
 //
 //   full[slot]       the row has come: workers sum it
-//   exchange[turn]   all sums of the row have come: the accountant merges them
-//   vacant[turn]     every accountant has merged the row: workers may send those of the row after
-//                    next
+//   exchange[turn]   all sums of the row have come: the accountant of this turn merges them
+//   vacant[turn]     the accountants of this turn, one in each block, have merged the row: workers
+//                    may send the sums of the row after next
 //   ready[turn]      the row's coefficients are there, and the notes of the row `slots` later:
 //                    workers write the gradient, and may fetch that row
 //
@@ -115,20 +115,21 @@ class ClusterBlock {
   int row_step_;
 };
 
-// One warp of each block: from a row's sums to its scalars and the gradient's coefficients.
+// Two warps of each block, which take rows by turns: from a row's sums to its scalars and the
+// gradient's coefficients.
 template <class T, class Stage, bool kEntropy>
 class ClusterAccountant : ClusterBlock<T, Stage, kEntropy> {
   using Block = ClusterBlock<T, Stage, kEntropy>;
   using Block::dlogits_, Block::n_rows, Block::plan_, Block::row_step_, Block::stage_;
-  using typename Block::Sent;
+  using typename Block::Gradient, typename Block::Sent;
 
  public:
   CFPO_DEVICE ClusterAccountant(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan)
-      : Block(stage, dlogits, plan), next_(Block::first_row()) {}
+      : Block(stage, dlogits, plan), which_(warp_index() - plan.warps), next_(Block::first_row()) {}
 
   // Before the cluster's first barrier.
   CFPO_DEVICE void begin() {
-    if (lane_index() == 0) {
+    if (which_ == 0 && lane_index() == 0) {
       for (int turn = 0; turn < 2; ++turn) {
         hw::barrier_init(Block::exchange(turn), 1);
         hw::barrier_init(Block::vacant(turn), plan_.cluster);
@@ -137,55 +138,87 @@ class ClusterAccountant : ClusterBlock<T, Stage, kEntropy> {
       for (int i = 0; i < plan_.slots; ++i) hw::barrier_init(Block::full(i), plan_.warps);
       hw::fence_barrier_init();
     }
-    for (int i = 0; i < plan_.slots; ++i) note_next(i);
+    for (int i = 0; i < which_; ++i) {
+      find_next();
+      pass();
+    }
+    for (int number = which_; number < ahead(); number += kAccountants) note(number);
   }
 
   CFPO_DEVICE void run() {
-    for (int number = 0;; ++number) {
+    hw::sync_warp();
+    ClusterRow row = Block::noted(which_);
+    Inputs inputs = inputs_of(row);
+    for (int number = which_; row.row >= 0; number += kAccountants) {
+      note(number + ahead());
       hw::sync_warp();
-      const ClusterRow row = Block::noted(number);
-      if (row.row < 0) return;
-      note_next(number + plan_.slots);
-      settle(row, number);
+      // What the next of its rows brings along comes while this one is settled.
+      const ClusterRow next = Block::noted(number + kAccountants);
+      const Inputs next_inputs = inputs_of(next);
+      settle(row, inputs, number);
+      row = next;
+      inputs = next_inputs;
     }
   }
 
  private:
+  using Inputs = typename Stage::Inputs;
+
+  // Rows are noted so long before they are settled, a multiple of kAccountants: at ready[] of the
+  // row `slots` before, whoever settles them has noted them.
+  CFPO_DEVICE int ahead() const {
+    return (plan_.slots + kAccountants - 1) / kAccountants * kAccountants;
+  }
+  CFPO_DEVICE Inputs inputs_of(const ClusterRow& row) const {
+    return row.row >= 0 ? stage_.inputs(row.row) : Inputs();
+  }
+
   // The lanes look at 32 rows at once, and keep what they find.
   CFPO_DEVICE void look_ahead() {
     const int row = next_ + lane_index() * row_step_;
     const bool exists = row < n_rows() && row >= 0;
     const bool active = exists && !stage_.skip(row);
     if (active) {
+      x_ = Block::logits().row(row);
+      out_ = dlogits_.row(row);
       row_ = row;
       token_ = static_cast<int>(Block::problem().column(row));
       scale_ = row_scale(Block::problem(), row);
-    } else if (exists && hw::cluster_rank() == 0) {
+    } else if (exists && which_ == 0 && hw::cluster_rank() == 0) {
       stage_.skipped(row);
     }
     left_ = hw::ballot(active);
     next_ =
         n_rows() - next_ > kWarpThreads * row_step_ ? next_ + kWarpThreads * row_step_ : n_rows();
   }
-  // Notes the next row that is read, or that there is none.
-  CFPO_DEVICE void note_next(int number) {
+  CFPO_DEVICE void find_next() {
     while (left_ == 0 && next_ < n_rows()) look_ahead();
+  }
+  CFPO_DEVICE void pass() { left_ &= left_ - 1; }  // the lowest
+  // Notes the next row that is read, or that there is none, and passes those of the others.
+  CFPO_DEVICE void note(int number) {
+    find_next();
     ClusterRow* const notes = Block::notes(number);
     if (left_ == 0) {
       notes->row = -1;
-    } else if (lane_index() == hw::lowest_bit(left_)) {
-      *notes = {Block::logits().row(row_), dlogits_.row(row_), row_, token_, scale_};
+    } else if ((left_ & -left_) >> lane_index() == 1) {
+      *notes = {x_, out_, row_, token_, scale_};
     }
-    left_ &= left_ - 1;
+    pass();
+    for (int i = 1; i < kAccountants; ++i) {
+      find_next();
+      pass();
+    }
   }
 
-  CFPO_DEVICE void settle(const ClusterRow& row, int number) {
+  // All lanes do the same, for without branches more of it overlaps.
+  CFPO_DEVICE void settle(const ClusterRow& row, const Inputs& inputs, int number) {
     const int turn = Block::turn(number);
+    const bool leads = lane_index() == 0;
     const int sent = plan_.n_segments + (row.token >= 0 ? 1 : 0);
-    if (lane_index() == 0) {
+    if (leads) {
       hw::barrier_arrive_expect(Block::exchange(turn), sent * static_cast<int>(sizeof(Sent)));
     }
-    const auto inputs = stage_.inputs(row.row);
     hw::barrier_wait(Block::exchange(turn), Block::parity(number));
     const SharedArray<Sent> sums{Block::sums(number)};
     MergedRow merged;
@@ -194,26 +227,31 @@ class ClusterAccountant : ClusterBlock<T, Stage, kEntropy> {
       if (row.token >= 0) target = sums[plan_.n_segments].top;
       merged = merge_peaked(sums, plan_.n_segments, row.scale, target);
     } else {
-      merged.sum = merge_segments(sums, plan_.n_segments);
       if (row.token >= 0) target = sums[plan_.n_segments].ref;
+      merged.sum = merge_plain(sums, plan_.n_segments);
     }
     hw::fence_async();
     hw::sync_warp();  // all lanes have read, and fenced
     if (lane_index() < plan_.cluster) hw::arrive_peer(Block::vacant(turn), lane_index());
-    if (lane_index() == 0) {
-      const bool publish = hw::cluster_rank() == 0;
-      if constexpr (kEntropy) {
-        *Block::gradient(number) = settle_peaked(stage_, row.row, target, merged, publish, inputs);
-      } else {
-        const RowStats stats = join_target(row.scale, target, merged.sum);
-        *Block::gradient(number) = stage_(row.row, inputs, stats, publish);
-      }
+    const bool publish = leads && hw::cluster_rank() == 0;
+    Gradient gradient;
+    if constexpr (kEntropy) {
+      gradient = settle_peaked(stage_, row.row, row.scale, target, merged, publish, inputs);
+    } else {
+      const RowStats stats = join_target(row.scale, target, merged.sum);
+      gradient = stage_(row.row, inputs, stats, publish);
+    }
+    if (leads) {
+      *Block::gradient(number) = gradient;
       hw::barrier_arrive_expect(Block::ready(turn), 0);
     }
   }
 
+  int which_;               // of the accountants
   int next_;                // row to look at
   std::uint32_t left_ = 0;  // lanes whose row is to be noted; of each lane:
+  const void* x_ = nullptr;
+  void* out_ = nullptr;
   int row_ = 0;
   int token_ = 0;
   float scale_ = 0.0f;

@@ -106,7 +106,7 @@ ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits) {
       plan.shared = cluster_shared_memory(plan);
       if (plan.shared.bytes > limits.shared_per_block) continue;
       // Each has a segment in every block: that keeps workers within a row of each other.
-      plan.warps = std::min(n_segments / plan.cluster, kClusterThreads / 32 - 1);
+      plan.warps = std::min(n_segments / plan.cluster, kClusterThreads / 32 - kAccountants);
       return plan;
     }
   }

@@ -26,8 +26,9 @@ constexpr int kRing = 2;
 // Blocks are smaller.
 constexpr int kRowThreadsPerSm = 640;
 constexpr int kSplitThreads = 256;
-constexpr int kClusterThreads = 512;  // 15 warps that work on the logits, one on the scalars
-constexpr int kClusterNotes = 16;     // power of two; at least 3 more than the slots
+constexpr int kClusterThreads = 512;  // 14 warps that work on the logits, two on the scalars
+constexpr int kAccountants = 2;
+constexpr int kClusterNotes = 16;  // power of two; at least 5 more than the slots
 
 struct DeviceLimits {
   int sm_count = 0;
@@ -125,7 +126,7 @@ struct ClusterPlan {
   int n_segments = 0;  // of a row
   int cluster = 0;     // blocks; 0: no plan
   int slots = 0;       // of a block
-  int warps = 0;       // workers of a block; there is one more
+  int warps = 0;       // workers of a block; the accountants come behind them
   ClusterSharedMemory shared;
 
   // Of n_segments, block `rank` has those from first_segment(rank); slices differ by one at most.

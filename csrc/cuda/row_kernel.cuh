@@ -175,7 +175,7 @@ class RowWorker {
                            shared_row(row_in_block()).target);
           if (lane_index() == 0) shared_row(row_in_block()).merged = merged;
         } else {
-          const RowSum sum = merge_segments(parts(), plan_.n_segments);
+          const RowSum sum = merge_plain(parts(), plan_.n_segments);
           if (lane_index() == 0) shared_row(row_in_block()).merged.sum = sum;
         }
       }
@@ -194,7 +194,8 @@ class RowWorker {
     if constexpr (!Stage::kSums) {
       shared.gradient = settle_from_lse(stage_, led_row(), shared.target);
     } else if constexpr (kEntropy) {
-      shared.gradient = settle_peaked(stage_, led_row(), shared.target, shared.merged, true);
+      shared.gradient = settle_peaked(stage_, led_row(), row_scale(problem(), led_row()),
+                                      shared.target, shared.merged, true);
     } else {
       const RowStats stats = join_target(row_scale(problem(), led_row()), shared.target,
                                          shared.merged.sum, problem().sharded);

@@ -177,84 +177,108 @@ CFPO_DEVICE SegmentSum<kEntropy> sum_segment(const char* window, const Segment<c
   }
 }
 
+CFPO_DEVICE PartialSum of_all(const PartialSum& part, float) { return part; }
+CFPO_DEVICE PartialSum of_all(const PeakedPart& part, float scale) {
+  const float ref = reference_of(part.top, scale);
+  const float u = finite_exponent(std::fma(part.top, scale, -ref));
+  return {ref, part.sum, part.weighted + u * (part.sum - part.rest)};
+}
+
 // A row's sums from those of its segments, by one warp, in an order that depends on nothing but
-// their number; the result in every lane.
-template <class Parts>
-CFPO_DEVICE RowSum merge_segments(Parts parts, int count) {
-  float top = -INFINITY;
-  for (int i = lane_index(); i < count; i += kWarpThreads) top = std::fmax(top, parts[i].ref);
+// their number; the result in every lane. Without kEntropy `weighted` stays 0.
+//
+// A lane takes kMergeAtOnce parts at once and has no branch among them, so that their latencies
+// overlap: somebody waits for this.
+constexpr int kMergeAtOnce = 5;  // 160 segments, as many as a row of 151,936 16-bit logits has
+
+template <bool kEntropy, class Parts>
+CFPO_DEVICE RowSum merge_segments(Parts parts, int count, float ref, float scale = 0.0f) {
+  constexpr int kStep = kMergeAtOnce * kWarpThreads;
   RowSum row;
-  row.ref = hw::warp_max(top);
-  for (int i = lane_index(); i < count; i += kWarpThreads) {
-    RowSum part{parts[i].ref, parts[i].sum, parts[i].weighted};
-    part.rebase(row.ref);
-    row.sum += part.sum;
-    row.weighted += part.weighted;
+  row.ref = ref;
+#pragma unroll 1
+  for (int first = lane_index(); first < count; first += kStep) {
+    for (int k = 0; k < kMergeAtOnce; ++k) {
+      const int i = first + k * kWarpThreads;
+      const PartialSum part = i < count ? of_all(parts[i], scale) : PartialSum{ref, 0.0f, 0.0f};
+      // Differences of references are exact floats unless they are so large that nothing is left.
+      const float down = part.ref - ref;
+      const double sum = part.sum;
+      const double factor = power_of_two(down);
+      row.sum += sum * factor;
+      if (kEntropy) {
+        const double weighted = part.weighted;
+        row.weighted += sum == 0.0 ? 0.0 : (weighted + down * sum) * factor;
+      }
+    }
   }
   row.sum = warp_sum(row.sum);
-  row.weighted = warp_sum(row.weighted);
+  if (kEntropy) row.weighted = warp_sum(row.weighted);
   return row;
+}
+// The largest of one number of each.
+template <class Parts, class Number>
+CFPO_DEVICE float largest_of(Parts parts, int count, Number number) {
+  constexpr int kStep = kMergeAtOnce * kWarpThreads;
+  float top = -INFINITY;
+#pragma unroll 1
+  for (int first = lane_index(); first < count; first += kStep) {
+    for (int k = 0; k < kMergeAtOnce; ++k) {
+      const int i = first + k * kWarpThreads;
+      top = std::fmax(top, i < count ? number(parts[i]) : -INFINITY);
+    }
+  }
+  return hw::warp_max(top);
+}
+
+template <class Parts>
+CFPO_DEVICE RowSum merge_plain(Parts parts, int count) {
+  const float ref = largest_of(parts, count, [](const PartialSum& part) { return part.ref; });
+  return merge_segments<false>(parts, count, ref);
 }
 
 // The same where an entropy is wanted: `sum` has the same bits. `target`: its logit.
 template <class Parts>
 CFPO_DEVICE MergedRow merge_peaked(Parts parts, int count, float scale, float target) {
-  float top = -INFINITY;
-  for (int i = lane_index(); i < count; i += kWarpThreads) top = std::fmax(top, parts[i].top);
-  const float ref = reference_of(hw::warp_max(top), scale);
+  const float top = largest_of(parts, count, [](const PeakedPart& part) { return part.top; });
+  const float ref = reference_of(top, scale);
   MergedRow row;
-  int peak = -1;  // segment whose peak is left out
-  while (true) {
-    RowSum sum{ref};
-    float best = -INFINITY;  // of this lane's peaks
-    int best_at = -1;
-    for (int i = lane_index(); i < count; i += kWarpThreads) {
-      const PeakedPart from = parts[i];
-      RowSum part{reference_of(from.top, scale), from.sum, from.weighted};
-      if (from.rest != from.sum) {
-        const float u = std::fma(from.top, scale, -static_cast<float>(part.ref));
-        if (i == peak) {
-          part.sum = from.rest;
-        } else {
-          part.weighted += u * (from.sum - from.rest);
-        }
-        if (from.top > best) {
-          best = from.top;
-          best_at = i;
-        }
-      }
-      part.rebase(ref);
-      sum.sum += part.sum;
-      sum.weighted += part.weighted;
-    }
-    sum.sum = warp_sum(sum.sum);
-    sum.weighted = warp_sum(sum.weighted);
-    if (peak >= 0) {
-      const double u = static_cast<double>(row.peak_logit) * scale;
-      row.peak = peak_of(scale, target, {sum, u, peak}, ref);
-      return row;
-    }
-    row.sum = sum;
-    // More than half, so that but one is; and by more than roundings.
-    const bool has_most = best_at >= 0 && hw::exp2_approx(std::fma(best, scale, -ref)) >
-                                              0.75f * static_cast<float>(sum.sum);
-    const std::uint32_t lanes = hw::ballot(has_most);
-    if (lanes == 0) return row;
-    const int lane = hw::lowest_bit(lanes);
-    peak = static_cast<int>(hw::shuffle(static_cast<float>(best_at), lane));
-    row.peak_logit = hw::shuffle(best, lane);
+  row.sum = merge_segments<true>(parts, count, ref, scale);
+  // More than of its segment, so that it is a peak there too.
+  if (!(hw::exp2_approx(std::fma(top, scale, -ref)) > 0.9375f * static_cast<float>(row.sum.sum))) {
+    return row;
   }
+  RowSum rest{ref};
+  float segment = -1.0f;
+#pragma unroll 1
+  for (int i = lane_index(); i < count; i += kWarpThreads) {
+    const PeakedPart from = parts[i];
+    PartialSum part = of_all(from, scale);
+    if (from.top == top) {
+      part.sum = from.rest;
+      part.weighted = from.weighted;
+      segment = static_cast<float>(i);
+    }
+    RowSum sum{part.ref, part.sum, part.weighted};
+    sum.rebase(ref);
+    rest.sum += sum.sum;
+    rest.weighted += sum.weighted;
+  }
+  rest.sum = warp_sum(rest.sum);
+  rest.weighted = warp_sum(rest.weighted);
+  row.peak_logit = top;
+  const int at = static_cast<int>(hw::warp_max(segment));
+  row.peak = peak_of(scale, target, {rest, static_cast<double>(top) * scale, at}, ref);
+  return row;
 }
 
 // Stage 2, by one thread; `inputs`: what a stage takes besides, or nothing. Of a row that was
 // summed for an entropy:
 template <class Stage, class... Inputs>
-CFPO_DEVICE PeakedGradient settle_peaked(const Stage& stage, int row, float target,
+CFPO_DEVICE PeakedGradient settle_peaked(const Stage& stage, int row, float scale, float target,
                                          const MergedRow& merged, bool publish,
                                          const Inputs&... inputs) {
-  const Problem& problem = stage.p.problem;
-  const float scale = row_scale(problem, row);
-  RowStats stats = join_target(scale, target, merged.sum, problem.sharded);
+  RowStats stats = join_target(scale, target, merged.sum, stage.p.problem.sharded);
   const bool peaked = merged.peak.at >= 0 && stats.sum > 0.0;
   if (peaked) merged.peak.apply(stats);
   const RowDerivatives d = stage.derivatives(row, inputs..., stats, publish);

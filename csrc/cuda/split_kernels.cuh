@@ -62,16 +62,16 @@ CFPO_DEVICE PeakedGradient split_second_stage(const Stage& stage, int row,
   const Problem& problem = stage.p.problem;
   const bool publish = hw::block_index_y() == 0;
   if constexpr (Stage::kSums) {
-    const float target = workspace.targets[row];
+    const float scale = row_scale(problem, row), target = workspace.targets[row];
     MergedRow merged;
     if (stage.entropy()) {
-      merged = merge_peaked(split_parts<true>(workspace, row, n_segments), n_segments,
-                            row_scale(problem, row), target);
+      merged =
+          merge_peaked(split_parts<true>(workspace, row, n_segments), n_segments, scale, target);
     } else {
-      merged.sum = merge_segments(split_parts<false>(workspace, row, n_segments), n_segments);
+      merged.sum = merge_plain(split_parts<false>(workspace, row, n_segments), n_segments);
     }
     if (lane_index() != 0) return {};
-    return settle_peaked(stage, row, target, merged, publish);
+    return settle_peaked(stage, row, scale, target, merged, publish);
   } else {
     if (lane_index() != 0) return {};
     // Only the block that has the target uses it, and has not overwritten it yet.

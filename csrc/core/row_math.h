@@ -41,8 +41,8 @@ CFPO_HOST_DEVICE inline float row_scale(const Problem& p, std::int64_t row) {
   return static_cast<float>(kLog2E / p.temperature[row * p.temperature_stride]);
 }
 
-// 2^exponent for a whole exponent <= 0; 0 where that would be subnormal, and for NaN: only sums that
-// are NaN themselves have such references.
+// 2^exponent for a whole exponent <= 0; 0 where that would be subnormal, and for NaN: only sums
+// that are NaN themselves have such references.
 template <class Real>
 CFPO_HOST_DEVICE double power_of_two(Real exponent) {
   const int whole = static_cast<int>(exponent > Real{-1023} ? exponent : Real{-1023});
@@ -124,7 +124,9 @@ CFPO_HOST_DEVICE inline RowStats join_target(float scale, float target, RowSum r
   const double log = std::log(likely ? kept : stats.sum);
   stats.logp = likely ? log - lost : log_mass - log;
   stats.log_sum = likely ? log_mass - stats.logp : log;
-  stats.entropy = stats.log_sum - weighted * stats.inverse_sum * kLn2;
+  // Of a likely token two positive terms; see peak_of.
+  const double beside = likely ? rest.weighted - (u - top) * rest.sum : weighted;
+  stats.entropy = (likely ? -stats.logp : stats.log_sum) - beside * stats.inverse_sum * kLn2;
   return stats;
 }
 
@@ -179,17 +181,17 @@ constexpr float kPeakedEntropy = 0.02f;
 struct PeakedSum {
   RowSum rest;
   double peak = -INFINITY;  // u of it, without a reference
-  std::int64_t column = -1;
+  std::int64_t at = -1;     // where it is: its column, or its segment
 
   // A segment's sums, and the element that they leave out.
-  void add(const RowSum& part, double u, std::int64_t at) {
+  void add(const RowSum& part, double u, std::int64_t where) {
     rest.add(part);
-    if (at < 0) return;
+    if (where < 0) return;
     if (u > peak) {
       const double before = peak;
       peak = u;
       u = before;
-      column = at;
+      at = where;
     }
     if (u == -INFINITY) return;
     const double ref = std::ceil(u), mass = std::exp2(u - ref);
@@ -198,39 +200,55 @@ struct PeakedSum {
 };
 
 struct Peak {
-  std::int64_t column = -1;  // none: nothing of the row needs to be computed apart
+  std::int64_t at = -1;  // none: nothing of the row needs to be computed apart
   double logp = 0.0;
+  double entropy = 0.0;  // of the row
+  double sum = 0.0;      // of the row, near `ref`
+  double log_sum = 0.0;
+
+  // log p of the target stays what it is without an entropy. The sum is for lse, from which a
+  // backward finds log p of the peak again.
+  CFPO_HOST_DEVICE void apply(RowStats& stats) const {
+    stats.entropy = entropy;
+    stats.sum = sum;
+    stats.inverse_sum = 1.0 / sum;
+    stats.log_sum = log_sum;
+  }
 };
 
-// Sets the entropy where the peak or the target has most of the row's mass, and says which column
-// is the peak if it does. With w_v = e^(log p_v - log p_max) of all but the likeliest,
+// The peak where it has most of the row's mass. With w_v = e^(log p_v - log p_peak) of all others,
 //   H = log(1 + sum w) + sum |log w| w / (1 + sum w)
 // a sum of positive numbers.
-inline Peak entropy_of_peaked(RowStats& stats, float target, PeakedSum sums) {
-  const double u = static_cast<double>(target) * stats.scale;
-  const double top = std::fmax(u, sums.peak), other = std::fmin(u, sums.peak);
-  if (!(std::exp2(top - sums.rest.ref) >= sums.rest.sum)) return {};
-  const double factor = std::exp2(sums.rest.ref - top), gap = other - top;
-  const double others = gap < -1000.0 ? 0.0 : std::exp2(gap);
-  double mass = others, weighted = others == 0.0 ? 0.0 : gap * others;
+CFPO_HOST_DEVICE inline Peak peak_of(float scale, float target, const PeakedSum& sums, double ref) {
+  const double u = static_cast<double>(target) * scale, top = sums.peak;
+  if (!(top > u && std::exp2(top - sums.rest.ref) >= sums.rest.sum)) return {};
+  const double gap = u - top;
+  double mass = gap < -1000.0 ? 0.0 : std::exp2(gap);
+  double weighted = mass == 0.0 ? 0.0 : gap * mass;
   if (sums.rest.sum != 0.0) {
+    const double factor = std::exp2(sums.rest.ref - top);
     mass += sums.rest.sum * factor;
     weighted += (sums.rest.weighted + (sums.rest.ref - top) * sums.rest.sum) * factor;
   }
   const double logp = -std::log1p(mass);
-  stats.entropy = -logp - weighted * kLn2 / (1.0 + mass);
-  if (top == u) return {};
-  // For lse, from which a backward finds log p of the peak again; log p of the target stays what it
-  // is without an entropy.
-  stats.sum = std::exp2(top - stats.ref) * (1.0 + mass);
-  stats.inverse_sum = 1.0 / stats.sum;
-  stats.log_sum = (top - stats.ref) * kLn2 - logp;
-  return {sums.column, logp};
+  return {sums.at, logp, -logp - weighted * kLn2 / (1.0 + mass),
+          std::exp2(top - ref) * (1.0 + mass), (top - ref) * kLn2 - logp};
 }
 
-// The gradient of an element with log p = logp that is not the target.
-inline float gradient_apart(const RowStats& s, const RowDerivatives& d, double logp) {
-  return plain_nan(s.scale * kLn2 * std::exp(logp) * (d.h * (logp + s.entropy) - d.c));
+// Whether a logit that is not the target's is the peak of a row with this lse. The difference is
+// exact, but a float64 lse is known to about its spacing, 7e-15 near 40, and log p no better: to
+// 1e-5 of itself where 1 - p is 1e-9. It stays within [-H, 0].
+CFPO_HOST_DEVICE inline Peak peak_from_lse(float scale, float logit, double lse, double entropy,
+                                           std::int64_t at) {
+  const double logp = (logit - lse) * scale * kLn2;
+  if (!(logp > -kLn2)) return {};
+  return {at, std::fmin(std::fmax(logp, -entropy), 0.0), entropy};
+}
+
+CFPO_HOST_DEVICE inline float peak_gradient(float scale, const Peak& peak,
+                                            const RowDerivatives& d) {
+  const double p = std::exp(peak.logp);
+  return plain_nan(scale * kLn2 * p * (d.h * (peak.logp + peak.entropy) - d.c));
 }
 
 }  // namespace cfpo

@@ -58,7 +58,7 @@ struct ClusterPlace {
 };
 
 // What the threads of a block have in common.
-template <class T, class Stage>
+template <class T, class Stage, bool kEntropy>
 class ClusterBlock {
  public:
   CFPO_DEVICE ClusterBlock(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan)
@@ -88,16 +88,18 @@ class ClusterBlock {
   // Of the phase of a barrier by turns.
   static CFPO_DEVICE int parity(int number) { return number >> 1 & 1; }
 
-  CFPO_DEVICE RowGradient* gradient(int number) const {
-    return shared<RowGradient>(plan_.shared.gradients) + turn(number);
+  using Sent = SentSum<kEntropy>;
+  using Gradient = StageGradient<kEntropy>;
+  CFPO_DEVICE Gradient* gradient(int number) const {
+    return shared<Gradient>(plan_.shared.gradients) + turn(number);
   }
   CFPO_DEVICE ClusterRow* notes(int number) const {
     return shared<ClusterRow>(plan_.shared.notes) + number % kClusterNotes;
   }
   CFPO_DEVICE ClusterRow noted(int number) const { return hw::read_shared(notes(number)); }
-  // The sums of a row's segments; behind them the target's logit, as `ref`.
-  CFPO_DEVICE SentSum* sums(int number) const {
-    return shared<SentSum>(plan_.shared.sums) + turn(number) * (plan_.n_segments + 1);
+  // The sums of a row's segments; behind them the target's logit, as their first number.
+  CFPO_DEVICE Sent* sums(int number) const {
+    return shared<Sent>(plan_.shared.sums) + turn(number) * (plan_.n_segments + 1);
   }
 
   const Stage& stage_;
@@ -109,9 +111,10 @@ class ClusterBlock {
 // Two warps of each block, which take rows by turns: from a row's sums to its scalars and the
 // gradient's coefficients.
 template <class T, class Stage, bool kEntropy>
-class ClusterAccountant : ClusterBlock<T, Stage> {
-  using Block = ClusterBlock<T, Stage>;
+class ClusterAccountant : ClusterBlock<T, Stage, kEntropy> {
+  using Block = ClusterBlock<T, Stage, kEntropy>;
   using Block::dlogits_, Block::n_rows, Block::plan_, Block::row_step_, Block::stage_;
+  using typename Block::Gradient, typename Block::Sent;
 
  public:
   CFPO_DEVICE ClusterAccountant(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan)
@@ -207,17 +210,30 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
     const bool leads = lane_index() == 0;
     const int sent = plan_.n_segments + (row.token >= 0 ? 1 : 0);
     if (leads) {
-      hw::barrier_arrive_expect(Block::exchange(turn), sent * static_cast<int>(sizeof(SentSum)));
+      hw::barrier_arrive_expect(Block::exchange(turn), sent * static_cast<int>(sizeof(Sent)));
     }
     hw::barrier_wait(Block::exchange(turn), Block::parity(number));
-    const SharedArray<SentSum> sums{Block::sums(number)};
-    const float target = row.token >= 0 ? sums[plan_.n_segments].ref : NAN;
-    const RowSum sum = merge_segments<kEntropy>(sums, plan_.n_segments);
+    const SharedArray<Sent> sums{Block::sums(number)};
+    MergedRow merged;
+    float target = NAN;
+    if constexpr (kEntropy) {
+      if (row.token >= 0) target = sums[plan_.n_segments].top;
+      merged = merge_peaked(sums, plan_.n_segments, row.scale, target);
+    } else {
+      if (row.token >= 0) target = sums[plan_.n_segments].ref;
+      merged.sum = merge_plain(sums, plan_.n_segments);
+    }
     hw::fence_async();
     hw::sync_warp();  // all lanes have read, and fenced
     if (lane_index() < plan_.cluster) hw::arrive_peer(Block::vacant(turn), lane_index());
-    const RowStats stats = join_target(row.scale, target, sum);
-    const RowGradient gradient = stage_(row.row, inputs, stats, leads && hw::cluster_rank() == 0);
+    const bool publish = leads && hw::cluster_rank() == 0;
+    Gradient gradient;
+    if constexpr (kEntropy) {
+      gradient = settle_peaked(stage_, row.row, row.scale, target, merged, publish, inputs);
+    } else {
+      const RowStats stats = join_target(row.scale, target, merged.sum);
+      gradient = stage_(row.row, inputs, stats, publish);
+    }
     if (leads) {
       *Block::gradient(number) = gradient;
       hw::barrier_arrive_expect(Block::ready(turn), 0);
@@ -235,10 +251,11 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
 };
 
 template <class T, class Stage, bool kEntropy>
-class ClusterWorker : ClusterBlock<T, Stage> {
-  using Block = ClusterBlock<T, Stage>;
+class ClusterWorker : ClusterBlock<T, Stage, kEntropy> {
+  using Block = ClusterBlock<T, Stage, kEntropy>;
   using Block::dlogits_, Block::logits, Block::n_rows, Block::plan_, Block::row_step_,
       Block::stage_;
+  using typename Block::Gradient, typename Block::Sent;
 
  public:
   CFPO_DEVICE ClusterWorker(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan)
@@ -338,7 +355,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     for (int i = begin_; i < end_; ++i) {
       const char* window = slot(place) + i * kSegmentBytes;
       const int target = column_in_segment<T>(column, i);
-      const PartialSum part = sum_segment<T, kEntropy>(
+      const SegmentSum<kEntropy> part = sum_segment<T, kEntropy>(
           window, Segment<const T>(x.begin, x.count, i), target, row.scale);
       float logit = 0.0f;
       if (target >= 0) {
@@ -350,11 +367,18 @@ class ClusterWorker : ClusterBlock<T, Stage> {
         hw::fence_async();
         hw::sync_warp();
       }
-      send(number, first_segment_ + i, {part});
-      if (target >= 0) send(number, plan_.n_segments, {{logit, 0.0f, 0.0f}});
+      send(number, first_segment_ + i, Sent{part});
+      if (target >= 0) send(number, plan_.n_segments, sent_logit(logit));
     }
   }
-  CFPO_DEVICE void send(int number, int index, const SentSum& sum) {
+  static CFPO_DEVICE Sent sent_logit(float logit) {
+    if constexpr (kEntropy) {
+      return {logit, 0.0f, 0.0f, 0.0f};
+    } else {
+      return {{logit, 0.0f, 0.0f}};
+    }
+  }
+  CFPO_DEVICE void send(int number, int index, const Sent& sum) {
     if (lane_index() >= plan_.cluster) return;
     Vector v;
     std::memcpy(&v, &sum, sizeof v);
@@ -369,7 +393,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     const Segment<T> out = slice(static_cast<T*>(row.dlogits));
     const int column = column_in_slice(row);
     hw::barrier_wait(Block::ready(Block::turn(number)), Block::parity(number));
-    const RowGradient g = hw::read_shared(Block::gradient(number));
+    const Gradient g = hw::read_shared(Block::gradient(number));
     char* const bytes = slot(place);
     if (out.shift == x.shift) {
       if (begin_ < end_) write_chunk(bytes, x, out, column, g);
@@ -377,16 +401,22 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     }
     // Nothing in the slot is where it has to be in memory.
     for (int i = begin_; i < end_; ++i) {
-      write_gradient<T, kEntropy>(bytes + i * kSegmentBytes, x.shift,
-                                  Segment<T>(out.begin, out.count, i),
-                                  column_in_segment<T>(column, i), g, slope_of(stage_));
+      const Segment<T> to(out.begin, out.count, i);
+      const int target = column_in_segment<T>(column, i);
+      const char* window = bytes + i * kSegmentBytes;
+      write_gradient<T, kEntropy>(window, x.shift, to, target, without_peak(g), slope_of(stage_));
+      if constexpr (kEntropy) {
+        if (first_segment_ + i == g.segment) {
+          write_peak(window, x.shift, to, target, stage_, row.row, g);
+        }
+      }
     }
     hw::fence_async();
     hw::sync_threads(plan_.warps * kWarpThreads);  // the next chunk's first vector was read too
   }
 
   CFPO_DEVICE void write_chunk(char* bytes, const Segment<const T>& x, const Segment<T>& out,
-                               int column, const RowGradient& g) {
+                               int column, const Gradient& g) {
     constexpr int kSize = sizeof(T);
     // Columns [0, head) and [tail, count) have no whole vector to themselves.
     const int before = (kVectorBytes - x.shift) % kVectorBytes / kSize;
@@ -394,15 +424,27 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     const int tail = head + (x.count - head) / kVectorElements<T> * kVectorElements<T>;
     const int from = begin_ == 0 ? x.shift + head * kSize : begin_ * kSegmentBytes;
     const int to = end_ == count_ ? x.shift + tail * kSize : end_ * kSegmentBytes;
+    LanePeak peak;
+    if constexpr (kEntropy) {
+      // Before it is overwritten. A segment that is shifted ends in the next chunk.
+      const int segment = g.segment - first_segment_;
+      if (g.segment >= 0 && segment >= begin_ - 1 && segment < end_) {
+        peak = peak_in_chunk(bytes, x, from, to, segment * kSegmentBytes, column, g.logit);
+      }
+    }
     for (int at = from + lane_index() * kVectorBytes; at < to; at += kWarpThreads * kVectorBytes) {
       float values[kVectorElements<T>];
       unpack<T>(hw::load_shared(bytes + at), values);
-      gradient_vector<T, kEntropy>(values, (at - x.shift) / kSize, column, g, slope_of(stage_));
+      gradient_vector<T, kEntropy>(values, (at - x.shift) / kSize, column, without_peak(g),
+                                   slope_of(stage_));
       hw::store_shared(bytes + at, pack<T>(values));
     }
     const T* columns = reinterpret_cast<const T*>(bytes + x.shift);
     if (begin_ == 0) write_elements(columns, out, 0, head, column, g);
     if (end_ == count_) write_elements(columns, out, tail, x.count, column, g);
+    if constexpr (kEntropy) {
+      if (g.segment >= 0) replace_peak(bytes, x, peak, g);
+    }
     // For the bulk store, and for the load of another row: after all that is read here.
     hw::fence_async();
     hw::sync_warp();
@@ -412,13 +454,44 @@ class ClusterWorker : ClusterBlock<T, Stage> {
       hw::bulk_commit();
     }
   }
+  // Among the vectors [from, to) of the slot that a segment touches.
+  CFPO_DEVICE LanePeak peak_in_chunk(const char* bytes, const Segment<const T>& x, int from, int to,
+                                     int segment, int column, float least) {
+    LanePeak peak;
+    const int begin = segment > from ? segment : from;
+    const int last = segment + kWindowBytes;
+    const int end = last < to ? last : to;
+    for (int at = begin + lane_index() * kVectorBytes; at < end;
+         at += kWarpThreads * kVectorBytes) {
+      const int first = (at - x.shift) / static_cast<int>(sizeof(T));
+      peak.template look<T>(hw::load_shared(bytes + at), first, x.count, column, least);
+    }
+    return peak;
+  }
+  CFPO_DEVICE void replace_peak(char* bytes, const Segment<const T>& x, LanePeak peak,
+                                const Gradient& g) {
+    hw::sync_warp();  // another lane may have written there
+    if (peak.column < 0) return;
+    const int byte = x.shift + peak.column * static_cast<int>(sizeof(T));
+    const int within = byte % kVectorBytes / static_cast<int>(sizeof(T));
+    char* const vector = bytes + byte / kVectorBytes * kVectorBytes;
+    const float value = peak.value(stage_, 0, g);
+    float values[kVectorElements<T>];
+    unpack<T>(hw::load_shared(vector), values);
+    for (int j = 0; j < kVectorElements<T>; ++j) values[j] = j == within ? value : values[j];
+    hw::store_shared(vector, pack<T>(values));
+  }
   // Fewer than a vector.
   CFPO_DEVICE void write_elements(const T* columns, const Segment<T>& out, int first, int last,
-                                  int column, const RowGradient& g) {
+                                  int column, const Gradient& g) {
     const int i = first + lane_index();
     if (i >= last) return;
     const float x = load_shared_element(columns + i);
-    store_element(out.begin + i, gradient_at<kEntropy>(x, i, column, g, slope_of(stage_)));
+    float value = gradient_at<kEntropy>(x, i, column, without_peak(g), slope_of(stage_));
+    if constexpr (kEntropy) {
+      if (g.segment >= 0 && i != column && x >= g.logit) value = g.value * slope_of(stage_)(x);
+    }
+    store_element(out.begin + i, value);
   }
 
   int first_segment_;  // of the slice

@@ -39,7 +39,7 @@ def implementations_for(device: str) -> list[Implementation]:
     if "cpu" in backends:
         ours += [at_level(name) for name in cpu.native.cpu_levels()[1:]]
     if "cuda" in backends:
-        ours.append(portable_kernel())
+        ours += [of_cuda("portable"), of_cuda("auto-transient")]
     found_peers = peers.implementations() if device == "cuda" else []
     return [*ours, reference(), *baselines(), *found_peers]
 
@@ -73,10 +73,11 @@ def at_level(level: str) -> Implementation:
     return held_back(name, label, "cpu", CFPO_KERNELS_CPU_LEVEL=level)
 
 
-def portable_kernel() -> Implementation:
-    """The CUDA kernel that needs no clusters, where another would be chosen: the control for it."""
-    label = "cuda kernel, in place, portable"
-    return held_back("cuda-portable", label, "cuda", CFPO_KERNELS_CUDA_KERNEL="portable")
+def of_cuda(row_kernel: str) -> Implementation:
+    """Other CUDA kernels than those of "auto", whose controls they are."""
+    name = row_kernel.removeprefix("auto-")
+    label = f"cuda kernel, in place, {name}"
+    return held_back(f"cuda-{name}", label, "cuda", CFPO_KERNELS_CUDA_KERNEL=row_kernel)
 
 
 def held_back(

@@ -91,7 +91,7 @@ def table(module: str) -> str:
     """Registers of the kernels on each architecture, as Markdown."""
     rows: dict[str, dict[str, int]] = {}
     for usage in usages(module):
-        if usage.kernel.startswith(("row_", "cluster_", "split_", "multiply_")):
+        if usage.kernel.startswith(("row_", "cluster_", "transient_", "split_", "multiply_")):
             rows.setdefault(usage.kernel, {})[usage.arch] = usage.registers
     archs = sorted({arch for row in rows.values() for arch in row}, key=arch_number)
     lines = ["| kernel | " + " | ".join(archs) + " |", "|---" * (len(archs) + 1) + "|"]

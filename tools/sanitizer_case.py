@@ -54,7 +54,7 @@ def main():
             ids, advantages = torch.randint(v, (n,)), torch.randn(n)
             for inplace in (False, True):
                 want = gradient(logits, ids, advantages, "cpu", inplace)
-                for kernel in ("auto", "portable"):
+                for kernel in ("auto", "portable", "auto-transient"):
                     os.environ["CFPO_KERNELS_CUDA_KERNEL"] = kernel
                     got = gradient(logits, ids, advantages, "cuda", inplace)
                     for x, y in zip(got, want, strict=True):

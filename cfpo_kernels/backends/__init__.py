@@ -27,6 +27,7 @@ NAMES = ("cuda", "triton", "cpu", REFERENCE)
 KERNELS: dict[str, Backend] = {
     "cuda": cuda.CUDA,
     "cuda-portable": cuda.CUDA_PORTABLE,
+    "cuda-transient": cuda.CUDA_TRANSIENT,
     "cpu": cpu.CPU,
     "triton": triton.TRITON,
 }

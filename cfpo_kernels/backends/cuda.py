@@ -85,6 +85,13 @@ def why_not(device: torch.device) -> str:
     return _usable[index]
 
 
+def why_no_clusters(device: torch.device) -> str:
+    """Why kernels that need clusters of blocks would be others on `device`, or ""."""
+    major, minor = torch.cuda.get_device_capability(device)
+    needs = "its long rows need clusters of blocks, compute capability 9.0 or newer"
+    return "" if major >= 9 else f"{needs}; {device} has {major}.{minor}"
+
+
 def status() -> BackendStatus:
     """What `available_backends` says."""
     if reason := why_not_built():
@@ -108,8 +115,9 @@ class CudaBackend(NativeBackend):
     """See ``base.Backend``.
 
     Args:
-        row_kernel: "portable" or "cluster" hold calls to that kernel, where whole rows are taken
-            with their gradient; None: the variable CFPO_KERNELS_CUDA_KERNEL, or what suits.
+        row_kernel: "portable", "cluster" or "transient" hold calls to that kernel, where whole rows
+            are taken with their gradient; "auto" and "auto-transient" choose between the first and
+            the second or third; None: the variable CFPO_KERNELS_CUDA_KERNEL, or "auto".
     """
 
     def __init__(self, row_kernel: str | None = None) -> None:
@@ -139,3 +147,4 @@ class CudaBackend(NativeBackend):
 
 CUDA = CudaBackend()
 CUDA_PORTABLE = CudaBackend("portable")
+CUDA_TRANSIENT = CudaBackend("auto-transient")

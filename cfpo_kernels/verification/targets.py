@@ -9,7 +9,7 @@ from ..backends import cpu, cuda, triton
 from .battery import Target
 
 # By kind of device, the ones to prefer first.
-NAMES = {"gpu": ("cuda", "cuda-portable", "triton"), "cpu": ("cpu",)}
+NAMES = {"gpu": ("cuda", "cuda-transient", "cuda-portable", "triton"), "cpu": ("cpu",)}
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
@@ -31,7 +31,8 @@ def why_not(name: str, device: torch.device) -> str:
     """Why these kernels cannot even be tried on the device, or "". Asks no kernel to run."""
     if backend_of(name) == "cuda":
         status = cuda.status()
-        return cuda.why_not(device) if status else status.detail
+        why = cuda.why_not(device) if status else status.detail
+        return why or (cuda.why_no_clusters(device) if name == "cuda-transient" else "")
     if name == "triton":
         found = triton.status()
         return triton.why_not(device) if found else found.detail

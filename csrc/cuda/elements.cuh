@@ -84,6 +84,13 @@ CFPO_DEVICE float load_shared_element(const T* p) {
   return load_element(&x);
 }
 
+// An array in shared memory that is read only.
+template <class T>
+struct SharedArray {
+  const T* begin;
+  CFPO_DEVICE T operator[](int i) const { return hw::read_shared(begin + i); }
+};
+
 template <class T>
 CFPO_DEVICE void store_element(T* p, float x) {
   const float pair[2] = {x, x};

@@ -21,6 +21,9 @@ constexpr int kMostSlice = 32;
 constexpr int kLeastSlots = 3;
 constexpr int kMostSlots = 5;
 constexpr int kMinClusterSegments = 25;  // shorter rows: the row kernel takes several at a time
+// Of a transient cluster: so short that six blocks of as many rows share an SM.
+constexpr int kShortSlice = 16;
+constexpr std::int64_t kMostGridX = 0x7FFFFFFF;
 
 int windows_that_fit(RowPlan plan, int shared_bytes) {
   plan.windows = plan.extra_windows = 0;
@@ -61,11 +64,26 @@ ClusterSharedMemory cluster_shared_memory(const ClusterPlan& plan) {
   ClusterSharedMemory shared;
   shared.slot_bytes = plan.slice_segments() * kSegmentBytes + kLineBytes;
   shared.sums = plan.slots * shared.slot_bytes;
-  shared.barriers = shared.sums + 2 * (plan.n_segments + 1) * int{sizeof(SentSum)};
+  shared.barriers = shared.sums + 2 * (plan.n_segments + 1) * int{sizeof(PeakedPart)};
   shared.notes = shared.barriers + (6 + plan.slots) * 8;
   shared.gradients = shared.notes + kClusterNotes * int{sizeof(ClusterRow)};
-  shared.bytes = shared.gradients + 2 * int{sizeof(RowGradient)};
+  shared.bytes = shared.gradients + 2 * int{sizeof(PeakedGradient)};
   return shared;
+}
+
+// True, or std::invalid_argument.
+bool must_work(const std::string& kernel, const RowSlices& plan, const DeviceLimits& limits) {
+  if (limits.clusters && plan.cluster > 0) return true;
+  throw std::invalid_argument("CFPO_KERNELS_CUDA_KERNEL is '" + kernel + "', but " +
+                              std::string(limits.clusters
+                                              ? "a row is too long for that kernel"
+                                              : "this device or this build has no clusters"));
+}
+
+// Whether there is a slice for every SM, of rows that are long enough.
+bool suits(std::int64_t n_rows, const RowSlices& plan, const DeviceLimits& limits) {
+  return limits.clusters && plan.cluster > 0 && plan.n_segments >= kMinClusterSegments &&
+         n_rows * plan.cluster >= limits.sm_count;
 }
 
 bool works(const RowPlan& plan) {
@@ -106,33 +124,53 @@ ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits) {
       plan.shared = cluster_shared_memory(plan);
       if (plan.shared.bytes > limits.shared_per_block) continue;
       // Each has a segment in every block: that keeps workers within a row of each other.
-      plan.warps = std::min(n_segments / plan.cluster, kClusterThreads / 32 - 1);
+      plan.warps = std::min(n_segments / plan.cluster, kClusterThreads / 32 - kAccountants);
       return plan;
     }
   }
   return ClusterPlan();
 }
 
+TransientPlan plan_transient(int n_segments, const DeviceLimits& limits) {
+  TransientPlan plan;
+  plan.n_segments = n_segments;
+  for (plan.cluster = 1; plan.cluster <= kMostCluster; plan.cluster *= 2) {
+    if (plan.slice_segments() > kShortSlice && plan.cluster < kMostCluster) continue;
+    plan.sums = plan.slice_segments() * kWindowBytes;
+    plan.gradient = plan.sums + n_segments * int{sizeof(SentSum)};
+    plan.barriers = plan.gradient + int{sizeof(SentGradient)};
+    plan.bytes = plan.barriers + 2 * 8;
+    if (plan.bytes > limits.shared_per_block) continue;
+    const int fit = limits.shared_per_sm / (plan.bytes + kReservedPerBlock);
+    plan.blocks_per_sm = std::min(fit, kTransientThreadsPerSm / 32);
+    const int threads = std::min(kTransientThreads, kTransientThreadsPerSm / plan.blocks_per_sm);
+    plan.warps = std::min(threads / 32, plan.slice_segments());
+    return plan;
+  }
+  return TransientPlan();
+}
+
 RowKernel row_kernel(const std::string& name) {
   if (name == "auto") return RowKernel::kAuto;
   if (name == "portable") return RowKernel::kPortable;
   if (name == "cluster") return RowKernel::kCluster;
+  if (name == "transient") return RowKernel::kTransient;
+  if (name == "auto-transient") return RowKernel::kAutoTransient;
   throw std::invalid_argument("CFPO_KERNELS_CUDA_KERNEL is '" + name +
-                              "'; it takes auto, portable or cluster");
+                              "'; it takes auto, portable, cluster, transient or auto-transient");
 }
 
 bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimits& limits,
                   RowKernel wanted) {
-  const bool possible = limits.clusters && plan.cluster > 0;
-  if (wanted == RowKernel::kCluster && !possible) {
-    throw std::invalid_argument("CFPO_KERNELS_CUDA_KERNEL is 'cluster', but " +
-                                std::string(limits.clusters
-                                                ? "a row is too long for that kernel"
-                                                : "this device or this build has no clusters"));
-  }
-  if (wanted != RowKernel::kAuto) return wanted == RowKernel::kCluster;
-  return possible && plan.n_segments >= kMinClusterSegments &&
-         n_rows * plan.cluster >= limits.sm_count;
+  if (wanted == RowKernel::kCluster) return must_work("cluster", plan, limits);
+  return wanted == RowKernel::kAuto && suits(n_rows, plan, limits);
+}
+
+bool use_transient(std::int64_t n_rows, const TransientPlan& plan, const DeviceLimits& limits,
+                   RowKernel wanted) {
+  if (n_rows > kMostGridX / kMostCluster) return false;
+  if (wanted == RowKernel::kTransient) return must_work("transient", plan, limits);
+  return wanted == RowKernel::kAutoTransient && suits(n_rows, plan, limits);
 }
 
 bool split_rows(std::int64_t n_rows, int n_segments, const DeviceLimits& limits) {
@@ -141,12 +179,12 @@ bool split_rows(std::int64_t n_rows, int n_segments, const DeviceLimits& limits)
 }
 
 std::int64_t SplitWorkspace::bytes(std::int64_t n_rows, int n_segments) {
-  return n_rows * (n_segments * static_cast<std::int64_t>(sizeof(PartialSum)) + sizeof(float));
+  return n_rows * (n_segments * static_cast<std::int64_t>(sizeof(PeakedPart)) + sizeof(float));
 }
 
 SplitWorkspace SplitWorkspace::at(void* memory, std::int64_t n_rows, int n_segments) {
   SplitWorkspace workspace;
-  workspace.parts = static_cast<PartialSum*>(memory);
+  workspace.parts = static_cast<PeakedPart*>(memory);
   workspace.targets = reinterpret_cast<float*>(workspace.parts + n_rows * n_segments);
   return workspace;
 }

@@ -11,6 +11,7 @@
 #include "cuda/row_kernel.cuh"
 #include "cuda/run.h"
 #include "cuda/split_kernels.cuh"
+#include "cuda/transient_kernel.cuh"
 
 namespace cfpo::cuda {
 
@@ -57,7 +58,7 @@ bool run_cluster_kernel(const Stage& stage, const Rows& dlogits, const ClusterPl
                         const Execution& execution) {
   Grid grid;
   grid.cluster = plan.cluster;
-  grid.threads = (plan.warps + 1) * kWarpThreads;
+  grid.threads = (plan.warps + kAccountants) * kWarpThreads;
   grid.shared_bytes = plan.shared.bytes;
   with_flag(with_entropy(stage), [&](auto entropy) {
     if constexpr (kExists<Stage, entropy.value>) {
@@ -68,6 +69,24 @@ bool run_cluster_kernel(const Stage& stage, const Rows& dlogits, const ClusterPl
     }
   });
   return grid.blocks > 0;
+}
+
+// Likewise.
+template <class T, class Stage>
+bool run_transient_kernel(const Stage& stage, const Rows& dlogits, const TransientPlan& plan,
+                          const Execution& execution) {
+  Grid grid;
+  grid.blocks = stage.p.problem.logits.n_rows * plan.cluster;
+  grid.cluster = plan.cluster;
+  grid.threads = plan.warps * kWarpThreads;
+  grid.shared_bytes = plan.bytes;
+  bool room = false;
+  with_flag(stage.entropy(), [&](auto entropy) {
+    const auto kernel = transient_kernel<T, Stage, entropy.value>;
+    room = clusters_at_once("transient_kernel", kernel, grid, execution) > 0;
+    if (room) launch("transient_kernel", kernel, grid, execution, stage, dlogits, plan);
+  });
+  return room;
 }
 
 template <class T, class Stage>
@@ -93,21 +112,31 @@ void run_split_kernels(const Stage& stage, const Rows& dlogits, int n_segments,
          workspace);
 }
 
+inline void refuse_clusters(const std::string& kernel, const RowSlices& plan) {
+  throw std::invalid_argument("CFPO_KERNELS_CUDA_KERNEL is '" + kernel +
+                              "', but this device has no room for clusters of " +
+                              std::to_string(plan.cluster) + " blocks");
+}
+
 template <class T, class Stage>
 void run_stage(const Stage& stage, const Rows& dlogits, const Execution& execution) {
   const Rows& logits = stage.p.problem.logits;
   const int n_segments = count_segments(logits.n_cols, logits.dtype);
   const DeviceLimits limits = device_limits(execution.device);
+  const RowKernel wanted = execution.row_kernel;
   if constexpr (Stage::kSums && Stage::kGradient) {
     const ClusterPlan plan = plan_clusters(n_segments, limits);
-    const RowKernel wanted = execution.row_kernel;
     if (dlogits.data != nullptr && use_clusters(logits.n_rows, plan, limits, wanted)) {
       if (run_cluster_kernel<T>(stage, dlogits, plan, execution)) return;
-      if (wanted == RowKernel::kCluster) {
-        throw std::invalid_argument(
-            "CFPO_KERNELS_CUDA_KERNEL is 'cluster', but this device has no room for clusters of " +
-            std::to_string(plan.cluster) + " blocks");
-      }
+      if (wanted == RowKernel::kCluster) refuse_clusters("cluster", plan);
+    }
+  }
+  // Behind a softcap there is none of these.
+  if constexpr (Stage::kSums && Stage::kGradient && !kCapped<Stage>) {
+    const TransientPlan plan = plan_transient(n_segments, limits);
+    if (dlogits.data != nullptr && use_transient(logits.n_rows, plan, limits, wanted)) {
+      if (run_transient_kernel<T>(stage, dlogits, plan, execution)) return;
+      if (wanted == RowKernel::kTransient) refuse_clusters("transient", plan);
     }
   }
   if (split_rows(logits.n_rows, n_segments, limits)) {

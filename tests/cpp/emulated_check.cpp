@@ -37,7 +37,8 @@ struct Case {
   bool inplace, entropy;
   DeviceLimits device;
   Mask mask = Mask::kFourth;
-  bool no_such_token = false;  // of the last row
+  bool no_such_token = false;                 // of the last row
+  RowKernel long_rows = RowKernel::kCluster;  // where the device has clusters
 
   bool masked(int row) const {
     switch (mask) {
@@ -170,9 +171,8 @@ bool run(const Case& c) {
   std::vector<char> workspace(static_cast<std::size_t>(
       SplitWorkspace::bytes(c.n_rows, count_segments(c.n_cols, DType::kBFloat16))));
   if (!c.entropy) params.entropy = nullptr;
-  run_stage<T>(
-      PolicyStage{params}, params.dlogits,
-      {0, 0, workspace.data(), c.device.clusters ? RowKernel::kCluster : RowKernel::kPortable});
+  run_stage<T>(PolicyStage{params}, params.dlogits,
+               {0, 0, workspace.data(), c.device.clusters ? c.long_rows : RowKernel::kPortable});
 
   bool right = logits.guards_hold() && apart.guards_hold();
   if (!right) std::fprintf(stderr, "memory beside the rows was written\n");
@@ -272,17 +272,41 @@ void check_masks() {
   }
 }
 
+void check_transient() {
+  const DeviceLimits device{1, 227 * 1024, 228 * 1024, true};
+  for (const auto order : kOrders) {
+    emulation::machine().order = order;
+    // Clusters of 1, 2 and 8 blocks, slices that differ, warps with and without a segment more.
+    for (const int v : {1, 7, 1031, 4100, 16385, 67000}) {
+      for (const int offset : {0, 1}) {
+        for (const int out_offset : {-1, 7 - offset}) {
+          const bool inplace = out_offset < 0, entropy = offset == 1;
+          const bool few = v > 9001 && order != emulation::Order::kForward;
+          if (few && (v > 60000 || inplace)) continue;
+          check({v > 9001 ? 2 : 5, v, offset, inplace ? offset : out_offset, v % 5, inplace,
+                 entropy, device, Mask::kFourth, false, RowKernel::kTransient});
+        }
+      }
+    }
+    for (const Mask mask : {Mask::kAll, Mask::kAllButLast}) {
+      check({3, 17000, 1, 2, 1, false, false, device, mask, true, RowKernel::kTransient});
+    }
+  }
+}
+
 }  // namespace
 }  // namespace cfpo::cuda
 
-// With "rows" or "clusters" as its argument, those kernels only.
+// With "rows", "clusters" or "transient" as its argument, those kernels only.
 int main(int n, char** arguments) {
   const std::string which = n > 1 ? arguments[1] : "";
-  if (which != "clusters") cfpo::cuda::check_rows();
-  if (which != "rows") {
+  const auto wanted = [&](const std::string& name) { return which.empty() || which == name; };
+  if (wanted("rows")) cfpo::cuda::check_rows();
+  if (wanted("clusters")) {
     cfpo::cuda::check_clusters();
     cfpo::cuda::check_masks();
   }
+  if (wanted("transient")) cfpo::cuda::check_transient();
   std::printf("%d cases, 0 failed\n", cfpo::cuda::count);
   return 0;
 }

@@ -6,7 +6,7 @@
 //   capturing         this thread captures a graph from now on
 //   NAME=VALUE        of the device or the runtime: device, sms, shared, launches_clusters,
 //                     ptx_version, clusters, runtime_version, driver_version
-//   row_kernel:NAME   which kernel takes whole rows: auto, portable or cluster
+//   row_kernel:NAME   which kernel takes whole rows: auto, portable, ...
 //   limits            device_limits
 //   launch:A, launch:B   one of two kernels
 //   count:A           clusters of four blocks

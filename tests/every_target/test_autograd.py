@@ -18,6 +18,7 @@ pytestmark = pytest.mark.not_on(
     "cpu-*",
     "*-split",
     "*-cluster",
+    "*-transient",
     "*-ptx*",
     reason="above the kernels: one target of a backend will do",
 )

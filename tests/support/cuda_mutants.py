@@ -15,12 +15,13 @@ class Mutant(NamedTuple):
     found: str = ""  # what the emulation says
 
 
-ROW, SEGMENT, SPLIT, ELEMENTS, CLUSTER = (
+ROW, SEGMENT, SPLIT, ELEMENTS, CLUSTER, TRANSIENT = (
     "row_kernel.cuh",
     "segment.cuh",
     "split_kernels.cuh",
     "elements.cuh",
     "cluster_kernel.cuh",
+    "transient_kernel.cuh",
 )
 UNFENCED = "over bytes whose reader has not fenced them"
 RAGGED_ENDS = """\
@@ -118,6 +119,12 @@ MUTANTS = {
     "cluster: notes overwritten while they are read": Mutant(
         "plan.h", "kClusterNotes = 16;", "kClusterNotes = 4;"
     ),
+    "cluster: rows noted after they are fetched": Mutant(
+        CLUSTER, "(plan_.slots + kAccountants - 1) / kAccountants", "plan_.slots / kAccountants"
+    ),
+    "cluster: an accountant takes the rows of the other": Mutant(
+        CLUSTER, "for (int i = 0; i < which_; ++i) {", "for (int i = 0; i < 0; ++i) {"
+    ),
     "cluster: the target is not sent": Mutant(
         CLUSTER, "if (target >= 0) send(", "if (target > 0) send("
     ),
@@ -188,6 +195,45 @@ MUTANTS = {
         "const int bytes = begin_ < end_ ? (end_ - begin_) * kSegmentBytes + kVectorBytes : 0;",
         SANITIZE,
     ),
+    "transient: copies not waited for": Mutant(
+        TRANSIENT, "      hw::wait_copies(--later);\n", "      --later;\n"
+    ),
+    "transient: other lanes' copies not waited for": Mutant(
+        TRANSIENT, "(--later);\n      hw::sync_warp();", "(--later);"
+    ),
+    "transient: sums merged before all have come": Mutant(
+        TRANSIENT, "    hw::barrier_wait(sums_came(), 0);\n", ""
+    ),
+    "transient: coefficients used before they are there": Mutant(
+        TRANSIENT, "    hw::barrier_wait(coefs_came(), 0);\n", ""
+    ),
+    "transient: a block written to before it runs": Mutant(
+        TRANSIENT, "    hw::cluster_wait();\n", ""
+    ),
+    "transient: fewer sums expected than are sent": Mutant(
+        TRANSIENT, "sums_came(), plan_.n_segments *", "sums_came(), (plan_.n_segments - 1) *"
+    ),
+    "transient: one block launched without a cluster": Mutant(
+        "run.cuh", "  grid.cluster = plan.cluster;\n  grid.threads = plan.warps * kWarpThreads;",
+        "  if (plan.cluster > 1) grid.cluster = plan.cluster;\n"
+        "  grid.threads = plan.warps * kWarpThreads;",
+    ),
+    "transient: a masked row is read": Mutant(
+        TRANSIENT, "if (stage_.skip(row_)) return", "if (false) return"
+    ),
+    "transient: a masked row's gradient is forgotten": Mutant(
+        TRANSIENT, "write_zeros(segment(out, i));", "static_cast<void>(out);"
+    ),
+    "transient: a masked row's scalars are forgotten": Mutant(
+        TRANSIENT, "stage_.skipped(row_);", "static_cast<void>(0);"
+    ),
+    "transient: the target of the first column is absent": Mutant(
+        TRANSIENT, "&& token_ >= 0) target", "&& token_ > 0) target"
+    ),
+    "transient: slices that overlap": Mutant(
+        TRANSIENT, "first_(plan.first_segment(hw::cluster_rank())),",
+        "first_(plan.first_segment(hw::cluster_rank()) - (hw::cluster_rank() > 1 ? 1 : 0)),",
+    ),
 }  # fmt: skip
 
 # One of each way to go wrong: these are planted at every run of the tests, the others nightly.
@@ -203,4 +249,6 @@ ALWAYS = {
     "cluster: left with stores under way",
     "cluster: a masked row's gradient is forgotten",
     "cluster: a neighbour's bytes written at the end",
+    "transient: sums merged before all have come",
+    "transient: fewer sums expected than are sent",
 }

@@ -124,6 +124,7 @@ def a_gpu(device: torch.device, names: list[str]) -> list[Target]:
     records.identity_of = identity_of
     kernels: dict[str, Backend] = {
         "cuda": emulated(),
+        "cuda-transient": Planted(KERNELS["cpu"], "dropped tail"),
         "cuda-portable": Planted(KERNELS["cpu"], "one wrong element"),
         "triton": Slow(KERNELS["cpu"], 0.05),
     }

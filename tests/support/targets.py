@@ -260,15 +260,24 @@ TARGETS = {
                 starts=emulated_cuda(code, row_kernel, *device),
                 longest=longest,
                 why_not=INTERPRETED or NO_COMPILER or (no_nvcc() if code == "ptx" else ""),
-                every_commit=every_commit if code == "source" else of_bfloat16,
+                every_commit=every_commit if code == "source" else of_ptx,
                 examples=50,
             )
             for code in ("source", "ptx")
-            for of, row_kernel, device, longest, every_commit in (
-                ("", None, ONE_SM, 2**31, of_the_longest_bfloat16),
-                ("-split", None, H100, 2**31, of_the_longest_bfloat16),
+            for of, row_kernel, device, longest, every_commit, of_ptx in (
+                ("", None, ONE_SM, 2**31, of_the_longest_bfloat16, of_bfloat16),
+                ("-split", None, H100, 2**31, of_the_longest_bfloat16, of_bfloat16),
                 # 512 KiB are its longest rows.
-                ("-cluster", "cluster", (*H100, True), 130_000, of_bfloat16),
+                ("-cluster", "cluster", (*H100, True), 130_000, of_bfloat16, of_bfloat16),
+                # What it sums and writes with is the others'.
+                (
+                    "-transient",
+                    "transient",
+                    (*H100, True),
+                    400_000,
+                    of_short_bfloat16,
+                    of_short_bfloat16,
+                ),
             )
         ),
         Target(

@@ -36,7 +36,9 @@ def test_the_cpu_passes_the_long_battery(dtype: torch.dtype, level: str) -> None
 
 
 @pytest.mark.only_on("cuda-source", "cuda-ptx", reason="the device is chosen here")
-@pytest.mark.parametrize("row_kernel", [None, "portable"])
+@pytest.mark.parametrize(
+    "row_kernel", [None, "portable", pytest.param("auto-transient", marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize(
     ("dtype", "largest"),
     [(torch.bfloat16, 50265), (torch.float32, 4096), (torch.float16, 4096)],

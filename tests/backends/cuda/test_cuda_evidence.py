@@ -30,6 +30,7 @@ pytestmark = [
 # What the launch bounds of csrc/cuda leave a thread of 65536 registers.
 MOST_REGISTERS = {
     "cluster_kernel": 128,
+    "transient_kernel": 64,
     "row_kernel": 96,
     "split_sums_kernel": 64,
     "split_finish_kernel": 80,
@@ -100,6 +101,11 @@ def test_every_kernel_is_there(usages: list[Any]) -> None:
         for stage in ("policy",)
         for entropy in ("", ", entropy", ", entropy, softcap")
     }
+    wanted |= {
+        f"transient_kernel<{dtype}, policy{entropy}>"
+        for dtype in ("float32", "bfloat16", "float16")
+        for entropy in ("", ", entropy")
+    }
     archs = {usage.arch for usage in usages}
     assert len(archs) == sum("virtual" not in arch for arch in cpu.native.cuda_archs.split(","))
     for arch in archs:
@@ -158,6 +164,14 @@ def test_clusters_move_rows_by_bulk_copies(usages: list[Any]) -> None:
     row = next(u for u in usages if u.kernel == "row_kernel<bfloat16, policy>")
     found = problems_of_cluster_code(row, resources.instructions(cpu.native.__file__, row))
     assert len(found) >= 7, "another kernel would pass"
+
+
+def test_transient_clusters_move_rows_by_16_bytes(usages: list[Any]) -> None:
+    """As the row kernel does, and send their sums to each other, without proxies to be fenced."""
+    for usage in cluster_kernels(usages, r"transient_kernel<\w+, policy>"):
+        code = resources.instructions(cpu.native.__file__, usage)
+        assert problems_of_code(usage, code) == []
+        assert "STAS.128" in code and not any(name.startswith("UBLKCP") for name in code)
 
 
 def fenced(instructions: list[str]) -> bool:
@@ -232,11 +246,8 @@ def test_a_bad_kernel_is_noticed(tmp_path: Path) -> None:
 def test_the_table_in_the_documentation(usages: list[Any]) -> None:
     """Registers in docs/cuda.md are those of the compiler that it names."""
     text = (ROOT / "docs" / "cuda.md").read_text()
-    rows = re.findall(
-        r"^\| `(row_kernel<.*?>|cluster_kernel<.*?>|split_.*?>|multiply_.*?>)` \|(.*)\|$",
-        text,
-        re.M,
-    )
+    kernels = "row_kernel|cluster_kernel|transient_kernel|split_|multiply_"
+    rows = re.findall(rf"^\| `((?:{kernels}).*?>)` \|(.*)\|$", text, re.M)
     header = re.search(r"^\| registers a thread \|(.*)\|$", text, re.M)
     assert rows and header
     nvcc = shutil.which("nvcc")

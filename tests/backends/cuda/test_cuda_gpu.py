@@ -45,40 +45,43 @@ def test_many_rows(dtype: torch.dtype, v: int) -> None:
         check_gradient(dlogits.cpu(), oracle(case).dlogits, case)
 
 
-def needs_clusters(row_bytes: int) -> None:
+def needs_clusters(kernel: str, row_bytes: int) -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters need compute capability 9.0")
-    # Eight slices, of each of which three fit a block; 12 KiB are for what else is there.
-    memory = torch.cuda.get_device_properties().shared_memory_per_block_optin
-    if row_bytes > 8 * min(32, (memory - 12288) // 3 // 2048) * 2048:
+    # Eight slices, of each of which three, or one, fit a block; 12 KiB are for what else is there.
+    memory = torch.cuda.get_device_properties().shared_memory_per_block_optin - 12288
+    segments = {"cluster": min(32, memory // 3 // 2048), "transient": (memory - 8192) // 2064}
+    if row_bytes > 8 * segments[kernel] * 2048:
         pytest.skip("too long a row for clusters")
 
 
+@pytest.mark.parametrize("kernel", ["cluster", "transient"])
 @pytest.mark.parametrize("v", [1, 1000, 32000, 50257, 128256, 151936, 262144])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_clusters_have_the_bits_of_the_row_kernel(
-    dtype: torch.dtype, v: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, v: int, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs_clusters(dtype.itemsize * v)
+    needs_clusters(kernel, dtype.itemsize * v)
     case = with_everything(make_case(300, v, dtype, mask_every=5, reduction="none"))
     arguments = on_cuda(case)
     monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "portable")
     want = loss_and_gradient(case.logits.cuda(), arguments)
     check_gradient(want[1].cpu(), oracle(case).dlogits, case)
-    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", kernel)
     for inplace in (False, True):
         for _ in range(20):
             got = loss_and_gradient(case.logits.cuda(), arguments, inplace=inplace)
             assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
+@pytest.mark.parametrize("kernel", ["cluster", "transient"])
 @pytest.mark.parametrize("offset", [1, 3, 6])
 def test_clusters_write_nothing_beside_their_rows(
-    offset: int, monkeypatch: pytest.MonkeyPatch
+    offset: int, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     v, n = 50257, 300
-    needs_clusters(2 * v)
-    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
+    needs_clusters(kernel, 2 * v)
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", kernel)
     case = make_case(n, v, torch.bfloat16)
     memory = torch.full((n, v + 7), 7.0, dtype=torch.bfloat16, device="cuda")
     logits = memory[:, offset : offset + v]

@@ -214,6 +214,16 @@ def test_clusters_are_launched_as_clusters(run: Run, v: int, cluster: int) -> No
     assert "cluster" not in second
 
 
+@pytest.mark.parametrize(("v", "cluster"), [(32000, 2), (151936, 8)])
+def test_each_row_has_a_transient_cluster(run: Run, v: int, cluster: int) -> None:
+    wanted = "row_kernel:auto-transient"
+    got = run(wanted, f"loss:8192,{v}", "launches_clusters=0", "device=1", f"loss:8192,{v}")
+    first, second = launches(got)
+    assert first.endswith(f"cluster {cluster}x1x1)")
+    assert f"grid {8192 * cluster}x1x1" in first
+    assert "cluster" not in second
+
+
 NO_ROOM = (
     "fail:cudaOccupancyMaxActiveClusters=cudaErrorInvalidClusterSize",
     "fail:cudaOccupancyMaxActiveClusters=cudaErrorInvalidConfiguration",
@@ -224,13 +234,16 @@ NO_ROOM = (
 
 @pytest.mark.parametrize("answer", NO_ROOM)
 def test_a_device_without_room_for_clusters(run: Run, answer: str) -> None:
-    got = run(answer, "loss:8192,128256", "loss:8192,128256")
-    assert len(launches(got)) == 2 and not any("cluster" in line for line in launches(got))
-    assert len([line for line in got if line.startswith("cudaOccupancy")]) == 1
-    assert got[-1] == CLEAN
-    got = run(answer, "row_kernel:cluster", "loss:8192,128256")
-    assert got[-2].startswith("! ValueError") and "no room for clusters of 4 blocks" in got[-2]
-    assert not launches(got)
+    for kernel in ("auto", "auto-transient"):
+        got = run(answer, f"row_kernel:{kernel}", "loss:8192,128256", "loss:8192,128256")
+        assert len(launches(got)) == 2 and not any("cluster" in line for line in launches(got))
+        assert len([line for line in got if line.startswith("cudaOccupancy")]) == 1
+        assert got[-1] == CLEAN
+    for kernel, blocks in (("cluster", 4), ("transient", 8)):
+        got = run(answer, f"row_kernel:{kernel}", "loss:8192,128256")
+        assert got[-2].startswith(f"! ValueError: CFPO_KERNELS_CUDA_KERNEL is '{kernel}'")
+        assert f"no room for clusters of {blocks} blocks" in got[-2]
+        assert not launches(got)
 
 
 def test_the_longest_row_that_is_split(run: Run) -> None:

@@ -69,7 +69,7 @@ def test_every_mistake_can_be_planted() -> None:
 )
 def test_a_planted_mistake_is_found(name: str, tmp_path: Path) -> None:
     flags = [*MUTANTS[name].flags, "-Wno-unused"]
-    kernels = "clusters" if name.startswith("cluster") else "rows"
+    kernels = {"cluster": "clusters", "transient": "transient"}.get(name.partition(":")[0], "rows")
     done = run(build(tmp_path, plant(MUTANTS[name], tmp_path), flags), kernels)
     assert done.returncode != 0, f"not found: {name}"
     assert MUTANTS[name].found in done.stderr

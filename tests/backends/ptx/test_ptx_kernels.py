@@ -14,7 +14,7 @@ from ptx_tools.build import Done, run_check
 from ptx_tools.nvcc import plant
 
 NIGHTLY = pytest.mark.nightly
-CASES = {"rows": 228, "clusters": 1359}
+CASES = {"rows": 228, "clusters": 1359, "transient": 86}
 
 
 def assert_passed(done: Done, kernels: str) -> None:
@@ -27,19 +27,20 @@ def assert_passed(done: Done, kernels: str) -> None:
     [
         ("rows", nvcc.ROWS),
         ("clusters", nvcc.CLUSTERS),
+        ("transient", nvcc.CLUSTERS),
         *(
             pytest.param(kernels, arch, marks=NIGHTLY)
             for kernels, arch in (
                 *(("rows", arch) for arch in ("86", "89", "90a", "100f", "120f")),
-                *(("clusters", arch) for arch in ("100f", "120f")),
+                *((x, arch) for x in ("clusters", "transient") for arch in ("100f", "120f")),
             )
         ),
     ],
 )
 def test_many_small_cases(kernels: str, arch: str, ptx_check: Path, ptx: nvcc.Compiler) -> None:
-    """Proxy fences are looked for, also of what was read; data races in the row kernels."""
+    """Proxy fences are looked for, also of what was read; data races too, but in clusters."""
     folder = ptx.instance(nvcc.CHECKED, arch).parent
-    assert_passed(run_check(ptx_check, folder, kernels, races=int(kernels == "rows")), kernels)
+    assert_passed(run_check(ptx_check, folder, kernels, races=int(kernels != "clusters")), kernels)
 
 
 # All lanes read the target's logit, but only those that send it use what they read; nothing orders

@@ -22,6 +22,12 @@ inline int& largest_cluster() {
   return value;
 }
 
+// The kernel that was launched last.
+inline std::string& last_kernel() {
+  static std::string name;
+  return name;
+}
+
 }  // namespace emulation
 
 namespace cfpo::cuda {
@@ -41,6 +47,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
   if (grid.shared_bytes > emulation::limits().shared_per_block || grid.threads > 1024) {
     throw std::runtime_error(std::string("launching ") + name + " failed: too large a block");
   }
+  emulation::last_kernel() = name;
   if (emulation::run_ptx() != nullptr) {
     emulation::Ranges ranges;
     (ranges.add(static_cast<const Parameters&>(arguments)), ...);

@@ -62,7 +62,7 @@ class Ranges {
   }
   void add(const cfpo::cuda::SplitWorkspace& workspace) {
     const std::size_t segments = n_rows_ * static_cast<std::size_t>(n_segments_);
-    add(workspace.parts, segments * sizeof(cfpo::PartialSum), true);
+    add(workspace.parts, segments * sizeof(cfpo::cuda::PeakedPart), true);
     add(workspace.targets, 4 * n_rows_, true);
   }
   // multiply_kernel's factors, and after them their stride.
@@ -70,6 +70,7 @@ class Ranges {
   void add(std::int64_t stride) { add(factors_, stride != 0 ? 4 * n_rows_ : 4, false); }
   void add(const cfpo::cuda::RowPlan&) {}
   void add(const cfpo::cuda::ClusterPlan&) {}
+  void add(const cfpo::cuda::TransientPlan&) {}
 
  private:
   void add(const void* p, std::size_t bytes, bool write) {

@@ -15,7 +15,7 @@ from repository import GOLDEN
 
 from .build import build_library
 from .interpreter import Module
-from .nvcc import CLUSTERS, NVCC, POLICIES, ROWS, Compiler
+from .nvcc import CLUSTERS, NVCC, OF_CLUSTERS, POLICIES, ROWS, Compiler
 
 FILE = GOLDEN / "ptx_forms.txt"
 RENEW = "PYTHONPATH=tests/support .venv/bin/python -m ptx_tools.forms"
@@ -46,7 +46,7 @@ def compiled(ptx: Compiler, interpreter: Path, dtypes: Iterable[str]) -> Forms:
                 template = re.search(r"cuda\d+([a-z_]+)_kernelI(?:NS_\d+)?(b|f)(loat16)?", kernel)
                 assert template is not None, kernel
                 own = template[2] if template[2] == "b" else "h" if template[3] else "f"
-                if own == letter and (template[1] == "cluster") == (arch == CLUSTERS):
+                if own == letter and (template[1] in OF_CLUSTERS) == (arch == CLUSTERS):
                     for form in forms:
                         found.setdefault((arch, form), set()).add(f"{template[1]}({letter})")
     return found

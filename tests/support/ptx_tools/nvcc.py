@@ -20,6 +20,7 @@ FLAGS = ("-ptx", "-std=c++17", "-O3", "-DNDEBUG", "-fmad=false")
 POLICIES = ("policy",)
 CHECKED = f"{POLICIES[0]}_bfloat16"  # what emulated_check.cpp runs
 ROWS, CLUSTERS = "80", "90a"  # the oldest architectures that kernels of either kind are for
+OF_CLUSTERS = ("cluster", "transient")
 
 
 def compile_ptx(source: Path, arch: str, output: Path, tree: Path = ROOT) -> str:
@@ -74,5 +75,5 @@ class Compiler:
 
     def text_of(self, kernel: str) -> str:
         """The module that has the kernel, for the oldest architecture that it runs on."""
-        arch = CLUSTERS if "cluster_kernel" in kernel else ROWS
+        arch = CLUSTERS if any(f"{name}_kernel" in kernel for name in OF_CLUSTERS) else ROWS
         return self.instance(instance_of(kernel), arch).read_text()

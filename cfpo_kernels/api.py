@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import backends, validation
-from .formula import loss_of_logps
 from .inputs import LogRatioBounds
 from .objectives import CFPO
 from .runners import Runner, ShardedRunner, may_overwrite, runner
@@ -198,8 +197,8 @@ def policy_loss(
     entropy: Tensor | None
     if terms.beyond or not chosen_runner.one_pass:
         wanted = return_stats or terms.settings.needs_entropy or terms.beyond.needs_entropy
-        logps, entropy, _ = chosen_runner.score(rows, inplace, wanted)
-        loss = loss_of_logps(
+        logps, entropy, _ = chosen_runner.score(rows, inplace, wanted, rounded=False)
+        loss = chosen_runner.token_losses(
             logps, entropy, terms.weights, terms.inputs, terms.settings, terms.beyond
         )
         loss = loss.sum() if summed else loss

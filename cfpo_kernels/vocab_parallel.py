@@ -165,13 +165,13 @@ class Shards:
             logps = torch.stack([x[-1] for x in everyone]).amax(0) - lse
             known = (ids >= 0) & (ids < self.vocab_size)
             logps = torch.where(active, torch.where(known, logps, torch.nan), 0.0)
-            dtype = rows.weights.dtype
             entropy = None
             if with_entropy:
                 share = (lses - lse).exp()
                 parts = torch.where(share == 0, 0.0, share * (entropies[0] + (lse - lses)))
-                entropy = torch.where(active, _in_order(parts), 0.0).to(dtype)
-            return Scores(logps.to(dtype), torch.where(active, lse * temperature, 0.0), entropy)
+                entropy = torch.where(active, _in_order(parts), 0.0)
+                entropy = entropy.to(rows.weights.dtype)
+            return Scores(logps, torch.where(active, lse * temperature, 0.0), entropy)
 
         return merged
 
@@ -240,6 +240,7 @@ class ShardedLogpsFunction(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         inplace: bool,
+        rounded: bool,
         token_ids: Tensor,
         weights: Tensor,
         temperature: Tensor,
@@ -249,12 +250,12 @@ class ShardedLogpsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = KernelRows(logits.detach(), token_ids, weights, temperature, sharded=True)
         logps, lse, entropy = shards.score(tiles, rows, with_entropy)()
-        entropy = logps.new_empty(0) if entropy is None else entropy
+        entropy = weights.new_empty(0) if entropy is None else entropy
         ctx.save_for_backward(logits, *rows[1:4], logps, lse, entropy)
         ctx.inplace, ctx.tiles = inplace, tiles
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        return logps, entropy, lse
+        return logps.to(weights.dtype) if rounded else logps, entropy, lse
 
     @staticmethod
     def backward(
@@ -262,10 +263,11 @@ class ShardedLogpsFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy
         if dlogps is None and dentropy is None:
-            return (None,) * 8
+            return (None,) * 9
         refuse_create_graph()
         logits, token_ids, weights, temperature, logps, lse, entropy = ctx.saved_tensors
-        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
+        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps
+        dlogps = dlogps.to(weights.dtype).contiguous()
         dlogits = logits.detach() if ctx.inplace else logits.detach().clone()
         ctx.tiles.gradient_(
             KernelRows(dlogits, token_ids, weights, temperature, sharded=True),
@@ -275,7 +277,7 @@ class ShardedLogpsFunction(torch.autograd.Function):
         )
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
-        return dlogits, *(None,) * 7
+        return dlogits, *(None,) * 8
 
 
 class _Copied(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, validation
 from ..api import BACKENDS, policy_loss, refuse_tangents, token_logps
-from ..formula import is_idle, loss_of_logps
+from ..formula import is_idle
 from ..inputs import LogRatioBounds
 from ..objectives import CFPO
 from ..runners import runner
@@ -147,8 +147,9 @@ def linear_policy_loss(
         loss, logps, entropy = fused_loss(batch, terms, head.parameters, return_stats)
     else:
         needs_entropy = terms.settings.needs_entropy or terms.beyond.needs_entropy
-        logps, entropy, _ = scores_of(batch, head.parameters, needs_entropy or return_stats)
-        loss = loss_of_logps(
+        with_entropy = needs_entropy or return_stats
+        logps, entropy, _ = scores_of(batch, head.parameters, with_entropy, rounded=False)
+        loss = batch.tiles.token_losses(
             logps, entropy, terms.weights, terms.inputs, terms.settings, terms.beyond
         )
         loss = loss.reshape(rows.shape) if reduction == "none" else loss.sum()
@@ -381,7 +382,7 @@ def linear_token_logps(
         )
     selection = select(rows.active, None, False, _active_tokens(active_tokens))
     batch = head.batch(rows, selection, None)
-    logps, entropy, _ = scores_of(batch, head.parameters, return_entropy)
+    logps, entropy, _ = scores_of(batch, head.parameters, return_entropy, rounded=True)
     if selection.too_many is not None:
         logps = _refuse_too_many(logps, selection.too_many)
     logps = logps.reshape(rows.shape)

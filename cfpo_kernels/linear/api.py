@@ -147,8 +147,13 @@ def linear_policy_loss(
         loss, logps, entropy = fused_loss(batch, terms, head.parameters, return_stats)
     else:
         needs_entropy = terms.settings.needs_entropy or terms.beyond.needs_entropy
-        with_entropy = needs_entropy or return_stats
-        logps, entropy, _ = scores_of(batch, head.parameters, with_entropy, rounded=False)
+        logps, entropy, _ = scores_of(
+            batch,
+            head.parameters,
+            needs_entropy or return_stats,
+            entropy_grad=needs_entropy,
+            rounded=False,
+        )
         loss = batch.tiles.token_losses(
             logps, entropy, terms.weights, terms.inputs, terms.settings, terms.beyond
         )
@@ -327,6 +332,7 @@ def linear_token_logps(
     logits_dtype: torch.dtype | None = None,
     support: Tensor | None = None,
     return_entropy: bool = False,
+    entropy_grad: bool = True,
     vocab_parallel: VocabParallel | None = None,
     chunk_tokens: int | None = None,
     active_tokens: int | None = None,
@@ -338,7 +344,9 @@ def linear_token_logps(
     whichever tokens are left out there: r is exactly 1 for the policy that scored.
 
     Args:
-        return_entropy: also return the rows' entropies, differentiable too.
+        return_entropy: also return the rows' entropies.
+        entropy_grad: they are differentiable. False, where they are for a log only: a frozen head
+            then takes two products, as without entropies.
         others: see :func:`linear_cfpo_loss`.
 
     Returns:
@@ -347,8 +355,9 @@ def linear_token_logps(
     Raises: see :func:`linear_cfpo_loss`.
 
     Memory and products: without a gradient one product and a tile of logits. With a frozen head,
-    and without entropies, two products, and forward keeps a gradient of hidden. Otherwise backward
-    multiplies all but the last tile again, four products, over the vocabulary in slices.
+    and without a gradient of entropies, two products, and forward keeps a gradient of hidden.
+    Otherwise backward multiplies all but the last tile again, four products, over the vocabulary in
+    slices.
 
     Example:
         >>> hidden, weight = torch.zeros(2, 3, 16), torch.randn(1000, 16)
@@ -358,6 +367,7 @@ def linear_token_logps(
                 [0.0010, 0.0010, 0.0010]])
     """
     validation.check_flag("return_entropy", return_entropy)
+    validation.check_flag("entropy_grad", entropy_grad)
     head = _Head(
         hidden,
         weight,
@@ -382,7 +392,9 @@ def linear_token_logps(
         )
     selection = select(rows.active, None, False, _active_tokens(active_tokens))
     batch = head.batch(rows, selection, None)
-    logps, entropy, _ = scores_of(batch, head.parameters, return_entropy, rounded=True)
+    logps, entropy, _ = scores_of(
+        batch, head.parameters, return_entropy, entropy_grad=entropy_grad, rounded=True
+    )
     if selection.too_many is not None:
         logps = _refuse_too_many(logps, selection.too_many)
     logps = logps.reshape(rows.shape)

@@ -123,25 +123,25 @@ def _add_slices(
 
 
 class _LateScores(torch.autograd.Function):
-    """Log-probs only, of which only hidden states (and an adapter's A) are differentiated."""
+    """Differentiated by the log-probs only, and in hidden states (and an adapter's A) only."""
 
     @staticmethod
     def forward(
-        ctx: Any, batch: Batch, rounded: bool, *given: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, batch: Batch, with_entropy: bool, rounded: bool, *given: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         parameters = Parameters(*given)  # type: ignore[arg-type]
-        head, found = batch.head(parameters), _All(batch, False)
-        sums = Sums(batch, head, parameters, ctx.needs_input_grad[2:])
+        head, found = batch.head(parameters), _All(batch, with_entropy)
+        sums = Sums(batch, head, parameters, ctx.needs_input_grad[3:])
         tile = batch.new_tile(head.n_cols)
         columns = slice(0, head.n_cols)
         active = batch.rows.active.to(batch.rows.dtype)
         for chunk in batch.scored:
             head.project(tile, *batch.operands(chunk, parameters), columns)
-            found.write(chunk, batch.score(tile, chunk, False)())
+            found.write(chunk, batch.score(tile, chunk, with_entropy)())
         for chunk in batch.wanted:
             x, u = batch.operands(chunk, parameters)
             head.project(tile, x, u, columns)
-            scores = batch.score(tile, chunk, False)()
+            scores = batch.score(tile, chunk, with_entropy)()
             found.write(chunk, scores)
             rows = batch.kernel_rows(tile, chunk, active)
             batch.tiles.gradient_(rows, scores, chunk.of(active), None)
@@ -151,14 +151,15 @@ class _LateScores(torch.autograd.Function):
             sums.put_rows(chunk, to)
         ctx.save_for_backward(batch.rows.active, *sums.gradients())
         ctx.tiles, ctx.dtype, ctx.spent = batch.tiles, batch.rows.dtype, False
-        ctx.mark_non_differentiable(found.lse)
+        ctx.mark_non_differentiable(found.entropy, found.lse)
         ctx.set_materialize_grads(False)
-        return found.logps.to(batch.rows.dtype) if rounded else found.logps, found.lse
+        logps = found.logps.to(batch.rows.dtype) if rounded else found.logps
+        return logps, found.entropy, found.lse
 
     @staticmethod
-    def backward(ctx: Any, dlogps: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dlogps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dlogps is None:
-            return (None,) * 7
+            return (None,) * 8
         begin_only_backward(ctx)
         active, *gradients = ctx.saved_tensors
         dlogps = dlogps.to(ctx.dtype)
@@ -166,13 +167,15 @@ class _LateScores(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 ctx.tiles.multiply_rows_(gradient.detach(), factors)
-        return None, None, *gradients
+        return None, None, None, *gradients
 
 
 def scores_of(
-    batch: Batch, parameters: Parameters, with_entropy: bool, *, rounded: bool
+    batch: Batch, parameters: Parameters, with_entropy: bool, *, entropy_grad: bool, rounded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logps, float64 unless `rounded`, and entropy, differentiable; T * logsumexp(z / T); (N,)."""
+    """logps, float64 unless `rounded`, differentiable; entropy, likewise if `entropy_grad`;
+    T * logsumexp(z / T); all (N,).
+    """
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters]
     with without_autocast(parameters.hidden.device):
         if not any(needs):
@@ -181,7 +184,7 @@ def scores_of(
             logps = found.logps.to(batch.rows.dtype) if rounded else found.logps
             return logps, found.entropy, found.lse
         of_head = needs[1] or needs[2] or needs[4]
-        if of_head or with_entropy:
-            return _Scores.apply(batch, with_entropy, rounded, *parameters)
-        logps, lse = _LateScores.apply(batch, rounded, *parameters)
-        return logps, logps.new_empty(0), lse
+        if of_head or (with_entropy and entropy_grad):
+            logps, entropy, lse = _Scores.apply(batch, with_entropy, rounded, *parameters)
+            return logps, entropy if entropy_grad else entropy.detach(), lse
+        return _LateScores.apply(batch, with_entropy, rounded, *parameters)

@@ -853,3 +853,28 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], said: str) ->
         scored = {name: arguments[name] for name in ("hidden", "weight", "token_ids")}
         with pytest.raises(error, match=said):
             cfpo_kernels.linear_token_logps(**(scored | change))
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",)])
+def test_entropies_for_a_log(frozen: tuple[str, ...]) -> None:
+    """The same numbers, and the gradients of the log-probs alone."""
+    case = make(mask_every=4)
+    mask = case.options["mask"]
+
+    def scored(**how: Any) -> tuple[Tensor, Tensor, Tensor]:
+        given = case.leaves(frozen)
+        logps, entropy = cfpo_kernels.linear_token_logps(
+            *(given[name] for name in ("hidden", "weight")),
+            case.token_ids,
+            mask=mask,
+            chunk_tokens=16,
+            return_entropy=True,
+            **how,
+        )
+        (logps * torch.linspace(-1, 2, 37)).sum().backward()
+        return logps, entropy, given["hidden"].grad
+
+    (logps, entropy, gradient), want = scored(entropy_grad=False), scored()
+    assert torch.equal(logps, want[0]) and torch.equal(entropy, want[1]) and entropy.any()
+    assert relative(gradient, want[2]) < 1e-6
+    assert want[1].requires_grad and not entropy.requires_grad and logps.requires_grad

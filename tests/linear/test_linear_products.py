@@ -153,6 +153,8 @@ def test_log_probs() -> None:
     assert scored(case, ALL) == 1
     assert scored(case, ("weight",)) == 2
     assert scored(case, ("weight",), return_entropy=True) == 3 - CHUNK / 128
+    assert scored(case, ("weight",), return_entropy=True, entropy_grad=False) == 2
+    assert counted(case, stats=True, low_memory=True, frozen=("weight",)) == 2
     assert scored(case) == 4 - CHUNK / 128
     assert scored(case, mask=torch.arange(128) < 64) == (4 - CHUNK / 64) / 2
 

@@ -38,7 +38,9 @@ def _runner(
             "autograd's own buffers; backend='auto' takes it as a permission"
         )
     if vocab_parallel is not None:
-        return ShardedRunner(tiles(resolved), Shards.of(vocab_parallel, n_cols, logits.device))
+        shards = Shards.of(vocab_parallel, n_cols, logits.device)
+        agreed = shards.agree(chosen, resolved, logits.device, logits.dtype)
+        return ShardedRunner(tiles(agreed), shards)
     return found
 
 
@@ -192,6 +194,8 @@ def policy_loss(
         entropy_coef=entropy_coef,
         grad_scale=grad_scale,
     )
+    if isinstance(chosen_runner, ShardedRunner):
+        chosen_runner.shards.refuse_differences(rows, terms)
     summed = reduction != "none"
     logps: Tensor | None
     entropy: Tensor | None
@@ -406,6 +410,8 @@ def token_logps(
         inplace=inplace,
         takes_float64=chosen_runner.takes_float64,
     )
+    if isinstance(chosen_runner, ShardedRunner):
+        chosen_runner.shards.refuse_differences(rows)
     logps, entropy, lse = chosen_runner.score(rows, inplace, return_entropy, return_lse)
     found = [logps.reshape(rows.shape)]
     if return_entropy:

@@ -135,6 +135,8 @@ def linear_policy_loss(
         )
     with torch.no_grad():
         terms = validation.check_loss_terms(rows, chosen, **numbers)
+        if head.shards is not None:
+            head.shards.refuse_differences(rows, terms)
         selection = select(
             rows.active, _idle(rows, terms), return_stats, _active_tokens(active_tokens)
         )
@@ -390,6 +392,8 @@ def linear_token_logps(
             return_entropy=return_entropy,
             backend=backend,
         )
+    if head.shards is not None:
+        head.shards.refuse_differences(rows)
     selection = select(rows.active, None, False, _active_tokens(active_tokens))
     batch = head.batch(rows, selection, None)
     logps, entropy, _ = scores_of(
@@ -443,6 +447,8 @@ class _Head:
         self.dtypes = precision(self.parameters, logits_dtype, self.softcap)
         device = self.hidden.device
         resolved = backends.resolve(chosen, device, self.dtypes.logits, self.n_cols)
+        if self.shards is not None:
+            resolved = self.shards.agree(chosen, resolved, device, self.dtypes.logits)
         self.tiles, self.runs_triton = tiles(resolved), runner(resolved).runs_triton
         self.chunk = default_chunk(widest, self.dtypes.logits, device)
         if chunk_tokens is not None:

@@ -13,7 +13,11 @@ def can_be_checked(tensor: Tensor) -> bool:
     """On the CPU outside of torch.compile; on a GPU with CFPO_KERNELS_DEBUG=1 only."""
     if torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" or os.environ.get("CFPO_KERNELS_DEBUG", "") not in ("", "0")
+    return tensor.device.type == "cpu" or is_debugging()
+
+
+def is_debugging() -> bool:
+    return os.environ.get("CFPO_KERNELS_DEBUG", "") not in ("", "0")
 
 
 def first_wrong(wrong: Tensor, values: Tensor, shape: torch.Size) -> tuple[list[int], float]:

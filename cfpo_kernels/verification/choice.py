@@ -20,6 +20,7 @@ from types import FrameType, ModuleType
 import torch
 
 from ..backends import cpu
+from ..validation.values import is_debugging
 from . import records
 from .records import CRASHED, RIGHT, WRONG, VerifyRecord
 
@@ -101,6 +102,14 @@ def kernels_for(
         without = "; inplace=True is not used" if inplace else ""
         _warn(f"plain torch computes the loss on {device}{without}: {table.reason(dtype)}")
     return REFERENCE
+
+
+def alternatives(device: torch.device, dtype: torch.dtype) -> set[str]:
+    """What ``kernels_for`` might take of an eager call, if speed did not matter."""
+    name, found = str(dtype).removeprefix("torch."), {REFERENCE}
+    if _targets().kind_of(device) == "gpu" and (record := _gpu_table(device, False).record):
+        found |= {v.kernels for v in record.verdicts if v.dtype == name and v.verdict == RIGHT}
+    return found
 
 
 def fastest(record: VerifyRecord | None, dtype: torch.dtype, n_cols: int) -> str:
@@ -216,7 +225,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 def _tell_choice(device: torch.device, dtype: torch.dtype, n_cols: int, chosen: str) -> None:
     """Once for each size, for whoever wonders which kernels a rank runs."""
-    if os.environ.get("CFPO_KERNELS_DEBUG", "") in ("", "0"):
+    if not is_debugging():
         return
     line = f"cfpo_kernels: {chosen} for {dtype} logits, V = {n_cols}, on {device}"
     if line not in _warned:

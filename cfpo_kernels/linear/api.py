@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..formula import is_idle
 from ..inputs import LogRatioBounds
 from ..objectives import CFPO
 from ..runners import runner
+from ..shapes import SCORE
 from ..stats import CFPOStats, collect_stats
 from ..tiles import tiles
 from ..validation import AnyObjective, LossTerms, Rows, values
@@ -124,6 +126,11 @@ def linear_policy_loss(
         "grad_scale": grad_scale,
     }
     if support is not None:
+        _refuse_with_support(
+            low_memory=validation.check_flag("low_memory", low_memory),
+            accumulate=accumulate,
+            active_tokens=_active_tokens(active_tokens),
+        )
         return policy_loss(
             *head.logits_of(support, rows),
             objective=chosen,
@@ -133,17 +140,18 @@ def linear_policy_loss(
             return_stats=return_stats,
             **numbers,
         )
+    late = validation.check_flag("low_memory", low_memory) or reduction == "none"
     with torch.no_grad():
-        terms = validation.check_loss_terms(rows, chosen, **numbers)
+        given = validation.check_loss_terms(rows, chosen, **numbers)
+        terms = given if late else _by_tokens(rows, given)
         if head.shards is not None:
             head.shards.refuse_differences(rows, terms)
         selection = select(
             rows.active, _idle(rows, terms), return_stats, _active_tokens(active_tokens)
         )
-    late = validation.check_flag("low_memory", low_memory) or reduction == "none"
     wanted = None if late else _chunks_of_whole_losses(selection, rows, terms, head.chunk)
     one_pass = wanted is not None and not terms.beyond and head.shards is None
-    validation.check_formula(chosen, head.runs_triton and one_pass)
+    validation.check_formula(chosen, head.runs_triton and one_pass and not given.beyond)
     batch = head.batch(rows, selection, wanted)
     if wanted is not None:
         loss, logps, entropy = fused_loss(batch, terms, head.parameters, return_stats)
@@ -169,11 +177,11 @@ def linear_policy_loss(
             logps,
             entropy,
             rows.active,
-            terms.inputs,
-            terms.settings,
-            terms.region,
+            given.inputs,
+            given.settings,
+            given.region,
             rows.shape,
-            terms.beyond,
+            given.beyond,
         )
     return loss, stats
 
@@ -241,7 +249,8 @@ def linear_cfpo_loss(
             is in float32 then too: as a scorer has them that takes them from a head of that dtype.
         support: (..., k) int64 or int32, the token ids among which the sampler chose (top-k,
             top-p), -1 for padding: the softmax is over these alone, so that r is unbiased. The
-            sampled token has to be among them. No product over the vocabulary is made at all.
+            sampled token has to be among them. No product over the vocabulary is made at all, so
+            low_memory, accumulate="weight" and active_tokens are refused.
         vocab_parallel: weight and bias are one process's part of the vocabulary, see
             :class:`VocabParallel`.
         chunk_tokens: rows of each product. The last one is filled up with zeros (and all to 16), so
@@ -385,13 +394,15 @@ def linear_token_logps(
     )
     rows = head.rows(token_ids, mask, temperature)
     if support is not None:
-        return token_logps(
+        _refuse_with_support(active_tokens=_active_tokens(active_tokens))
+        found = token_logps(
             *head.logits_of(support, rows),
             mask=mask,
             temperature=head.temperature(rows),
             return_entropy=return_entropy,
             backend=backend,
         )
+        return (found[0], found[1].detach()) if return_entropy and not entropy_grad else found
     if head.shards is not None:
         head.shards.refuse_differences(rows)
     selection = select(rows.active, None, False, _active_tokens(active_tokens))
@@ -509,6 +520,19 @@ class _Head:
         )
 
 
+# What means nothing where no product over the vocabulary is made.
+_WITHOUT_PRODUCTS = {"low_memory": False, "accumulate": "float32", "active_tokens": None}
+
+
+def _refuse_with_support(**given: object) -> None:
+    for name, value in given.items():
+        if value != _WITHOUT_PRODUCTS[name]:
+            raise ValueError(
+                f"{name} must be {_WITHOUT_PRODUCTS[name]!r} with support, got {value!r}: all "
+                "tokens' few logits exist at once, and sums into the head are float32"
+            )
+
+
 def _of_all(
     parameters: Parameters, shape: torch.Size, vocab_parallel: VocabParallel
 ) -> tuple[Parameters, torch.Size]:
@@ -522,6 +546,26 @@ def _of_all(
         times = hidden.shape[0] // parameters.hidden.shape[0]
         shape = torch.Size((times * shape[0], *shape[1:]))
     return parameters._replace(hidden=hidden, u=u), shape
+
+
+def _by_tokens(rows: Rows, terms: LossTerms) -> LossTerms:
+    """Terms whose losses have the same sum and gradient, of single tokens, if there are such.
+
+    On-policy all ratios are 1, of sequences and of tokens. Where a token's loss moves its own log p
+    only, that is the loss of tokens. Where it moves those of its sequence, each of them gets the
+    mean of the sequence's derivatives, which differ by the token weights alone.
+    """
+    ratio, inputs, shape = terms.beyond.ratio, terms.inputs, terms.settings.shape
+    if ratio is None or terms.beyond.function is not None or inputs.old_logps is not None:
+        return terms
+    by_logp = shape.kind == "window" and shape.value == SCORE
+    if not (ratio.by_token or by_logp):
+        if inputs.low is not None or inputs.high is not None:  # by token, and may leave 1 out
+            return terms
+        if inputs.token_weights is not None:
+            weights = ratio.mean(inputs.token_weights, rows.active)
+            inputs = inputs._replace(token_weights=weights)
+    return replace(terms, inputs=inputs, beyond=terms.beyond._replace(ratio=None))
 
 
 def _idle(rows: Rows, terms: LossTerms) -> Tensor | None:

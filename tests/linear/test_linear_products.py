@@ -133,6 +133,8 @@ def test_sequences() -> None:
     case.advantages = torch.ones(1)
     assert counted(case) == 4 - CHUNK / 128
     assert counted(case, chunk_tokens=128) == 3
+    case.old_logps = None  # all ratios are 1
+    assert counted(case) == 3
 
 
 def scored(case: HeadCase, frozen: tuple[str, ...] = (), **how: Any) -> float:

@@ -50,6 +50,24 @@ def kl_term(
     *, estimator: str, distance: float, log_ratio: float, ratio_weighted: bool
 ) -> tuple[float, float]: ...
 def first_bad_token(token_ids: Address, weights: Address, n_rows: int, n_cols: int) -> int: ...
+def token_losses(
+    n_tokens: int,
+    logps: Address,
+    entropy: Address,
+    weights: Address,
+    log_ratios: Address,
+    columns: list[Address],
+    shape: str,
+    numbers: list[float],
+    kl_estimator: str,
+    kl_ratio_weighted: bool,
+    kl_coef: float,
+    entropy_coef: float,
+    loss: Address,
+    dlogps: Address,
+    dlog_ratios: Address,
+    threads: int,
+) -> None: ...
 def policy_loss(
     logits: Rows,
     token_ids: Address,

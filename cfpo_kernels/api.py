@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, validation
-from .formula import loss_of_logps
 from .inputs import LogRatioBounds
 from .objectives import CFPO
 from .runners import Runner, ShardedRunner, may_overwrite, runner
@@ -41,9 +40,9 @@ def _runner(
             "autograd's own buffers; backend='auto' takes it as a permission"
         )
     if vocab_parallel is not None:
-        return ShardedRunner(
-            tiles(resolved, logits), Shards.of(vocab_parallel, n_cols, logits.device)
-        )
+        shards = Shards.of(vocab_parallel, n_cols, logits.device)
+        agreed = shards.agree(chosen, resolved, logits.device, logits.dtype)
+        return ShardedRunner(tiles(agreed, logits), shards)
     return found
 
 
@@ -186,13 +185,15 @@ def policy_loss(
         entropy_coef=entropy_coef,
         grad_scale=grad_scale,
     )
+    if isinstance(chosen_runner, ShardedRunner):
+        chosen_runner.shards.refuse_differences(rows, terms)
     summed = reduction != "none"
     logps: Tensor | None
     entropy: Tensor | None
     if terms.beyond or not chosen_runner.one_pass:
         wanted = return_stats or terms.settings.needs_entropy or terms.beyond.needs_entropy
-        logps, entropy, _ = chosen_runner.score(rows, inplace, wanted)
-        loss = loss_of_logps(
+        logps, entropy, _ = chosen_runner.score(rows, inplace, wanted, rounded=False)
+        loss = chosen_runner.token_losses(
             logps, entropy, terms.weights, terms.inputs, terms.settings, terms.beyond
         )
         loss = loss.sum() if summed else loss
@@ -400,6 +401,8 @@ def token_logps(
         inplace=inplace,
         takes_float64=chosen_runner.takes_float64,
     )
+    if isinstance(chosen_runner, ShardedRunner):
+        chosen_runner.shards.refuse_differences(rows)
     logps, entropy, lse = chosen_runner.score(rows, inplace, return_entropy, return_lse)
     found = [logps.reshape(rows.shape)]
     if return_entropy:

@@ -145,9 +145,9 @@ class CFPOFunction(torch.autograd.Function):
 class TokenLogpsFunction(torch.autograd.Function):
     """log p of each row's token, and the row's entropy, differentiable with respect to the logits.
 
-    ``apply(logits, inplace, *arguments of ops.token_logps)`` returns (logps, entropy (N,) or (0,),
-    lse); lse is not differentiable. Saves the logits; with `inplace`, backward overwrites them
-    with their gradient.
+    ``apply(logits, inplace, rounded, *arguments of ops.token_logps)`` returns (logps, entropy (N,)
+    or (0,), lse); lse is not differentiable; logps are float64 unless `rounded` to the entropy's
+    dtype. Saves the logits; with `inplace`, backward overwrites them with their gradient.
     """
 
     @staticmethod
@@ -155,6 +155,7 @@ class TokenLogpsFunction(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         inplace: bool,
+        rounded: bool,
         token_ids: Tensor,
         weights: Tensor,
         temperature: Tensor,
@@ -168,18 +169,18 @@ class TokenLogpsFunction(torch.autograd.Function):
         ctx.backend = backend
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        return logps, entropy, lse
+        return logps.to(weights.dtype) if rounded else logps, entropy, lse
 
     @staticmethod
     def backward(
         ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any
     ) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 6
+        nothing = (None,) * 7
         refuse_create_graph(TWICE)
         logits, token_ids, weights, temperature, lse, entropy = saved(ctx)
         if dlogps is None and (dentropy is None or dentropy.numel() == 0):
             return None, *nothing
-        dlogps = None if dlogps is None else dlogps.contiguous()
+        dlogps = None if dlogps is None else dlogps.to(weights.dtype).contiguous()
         dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy.contiguous()
         dlogits = ops.run_token_logps_backward(
             KernelRows(logits.detach(), token_ids, weights, temperature),

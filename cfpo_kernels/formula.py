@@ -148,6 +148,16 @@ def kl_loss(settings: LossSettings, logps: Tensor, log_ratio: Tensor, ref_logps:
     return kl * log_ratio.exp() if settings.kl_ratio_weighted else kl
 
 
+def log_ratio_of(logps: Tensor, old_logps: Tensor | None) -> Tensor:
+    """log r of each token, differentiable; exactly 0 where `old_logps` is None, or what is left of
+    logps in a lower precision."""
+    old = logps.detach()
+    if old_logps is not None:
+        same = old_logps.dtype != logps.dtype and old_logps == old.to(old_logps.dtype)
+        old = old_logps if same is False else torch.where(same, old, old_logps.to(old.dtype))
+    return logps - old
+
+
 def loss_of_logps(
     logps: Tensor,
     entropy: Tensor | None,
@@ -159,6 +169,7 @@ def loss_of_logps(
     """Each token's weighted loss (N,), differentiable in logps and entropy.
 
     Args:
+        logps: unrounded, if of a higher precision than the inputs.
         all tensors: (N,). What a token with weight 0 holds may be anything: it reaches neither the
             loss nor a gradient. entropy is used only where something wants it.
         beyond: what looks at more than a token, or is written in torch.
@@ -169,8 +180,9 @@ def loss_of_logps(
         return torch.where(active, x.to(logps.dtype), torch.zeros_like(logps))
 
     logps = of_active(logps)
-    inputs = inputs.each(lambda x: of_active(x.detach()))
-    log_ratio = logps - (logps.detach() if inputs.old_logps is None else inputs.old_logps)
+    inputs = inputs.each(lambda x: torch.where(active, x.detach(), torch.zeros_like(x)))
+    log_ratio = log_ratio_of(logps, inputs.old_logps)
+    inputs = inputs.each(lambda x: x.to(logps.dtype))
     kl_log_ratio = log_ratio
     if beyond.ratio is not None:
         log_ratio, kl_log_ratio = beyond.ratio(log_ratio, active)

@@ -1,4 +1,4 @@
-"""The same losses for callers that have log-probs already, elementwise and in plain torch."""
+"""The same losses for callers that have log-probs already: stage 2 alone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formula, validation
+from . import validation
 from .inputs import LogRatioBounds
 from .objectives import CFPO
+from .stage_two import token_losses
 from .stats import CFPOStats, collect_stats
 from .validation import AnyObjective
 
@@ -43,7 +44,7 @@ def policy_loss_from_logps(
         loss = sum_i w_i (token_weight_i policy_i + kl_coef KL_i - entropy_coef H_i)
 
     where ``policy`` is the objective's loss of a token, H its entropy, and the w_i are made of
-    mask, reduction and normalizer. Elementwise plain torch on any device.
+    mask, reduction and normalizer. Elementwise, on any device.
 
     Args:
         logps: (...) floating point, log p of the tokens in nats; differentiable. Every (...) is
@@ -128,7 +129,7 @@ def policy_loss_from_logps(
         )
     if terms.beyond.needs_entropy and rows.entropy is None:
         raise ValueError("entropy must be given for an objective with needs_entropy")
-    loss = formula.loss_of_logps(
+    loss = token_losses(
         rows.logps, rows.entropy, terms.weights, terms.inputs, terms.settings, terms.beyond
     )
     loss = loss.reshape(rows.shape) if reduction == "none" else loss.sum()
@@ -197,7 +198,7 @@ def cfpo_loss_from_logps(
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, device or value.
 
-    Memory: O(N). Plain torch on any device, differentiable twice.
+    Memory: O(N). On any device, differentiable twice.
 
     Source: CFPO, arXiv 2601.22801; docs/maths.md derives the gradient.
 

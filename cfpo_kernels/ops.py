@@ -73,8 +73,8 @@ def _policy_loss_into(
 def _token_logps(
     rows: KernelRows, with_entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logps, _, entropy = _outputs(rows.weights, with_entropy)
-    lse = torch.empty_like(rows.weights, dtype=torch.float64)
+    entropy = torch.empty_like(rows.weights) if with_entropy else None
+    logps, lse = (torch.empty_like(rows.weights, dtype=torch.float64) for _ in range(2))
     if rows.logits.numel():
         backends.kernels(backend).token_logps(rows, logps=logps, lse=lse, entropy=entropy)
     return logps, lse, _or_empty(entropy, rows.weights)
@@ -180,14 +180,15 @@ def token_logps(
     with_entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (logps (N,), lse (N,) float64, entropy (N,) or (0,))."""
+    """Returns (logps (N,) float64, lse (N,) float64, entropy (N,) or (0,))."""
     return _token_logps(KernelRows(logits, token_ids, weights, temperature), with_entropy, backend)
 
 
 @token_logps.register_fake
 def _(logits, token_ids, weights, temperature, with_entropy, backend):  # type: ignore[no-untyped-def]
-    logps, _, entropy = _fake_outputs(weights, with_entropy)
-    return logps, torch.empty_like(weights, dtype=torch.float64), entropy
+    *_, entropy = _fake_outputs(weights, with_entropy)
+    logps, lse = (torch.empty_like(weights, dtype=torch.float64) for _ in range(2))
+    return logps, lse, entropy
 
 
 @torch.library.custom_op("cfpo_kernels::token_logps_backward", mutates_args=())
@@ -288,7 +289,7 @@ def run_policy_loss(
 def run_token_logps(
     rows: KernelRows, with_entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (logps, lse, entropy)."""
+    """Returns (logps, lse, entropy); the first two in float64."""
     if is_plain(*rows[:4]):
         with _shown("token_logps"):
             return _token_logps(rows, with_entropy, backend)

@@ -5,6 +5,7 @@ What a backend can do is asked of its runner; nobody else compares names.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -15,6 +16,7 @@ from . import backends, ops, reference
 from .autograd import CFPOFunction, LossCall, TokenLogpsFunction
 from .backends.base import KernelRows, KernelTerms
 from .formula import loss_of_logps
+from .stage_two import losses_in_torch, token_losses
 from .tiles import Tiles
 from .transforms import refuse_guarded_views
 from .validation import LossTerms, Rows, values
@@ -37,9 +39,21 @@ class Runner(Protocol):
         """Whether it takes objectives that are written in Triton."""
 
     def score(
-        self, rows: Rows, inplace: bool, with_entropy: bool, with_lse: bool = False
+        self,
+        rows: Rows,
+        inplace: bool,
+        with_entropy: bool,
+        with_lse: bool = False,
+        rounded: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """logps and entropy, differentiable; T * logsumexp(logits / T). (0,) if not asked for."""
+        """logps and entropy, differentiable; T * logsumexp(logits / T). (0,) if not asked for.
+
+        rounded: logps to the rows' dtype; otherwise kernels give them in float64.
+        """
+
+    # Stage 2; see stage_two.token_losses.
+    @property
+    def token_losses(self) -> Callable[..., Tensor]: ...
 
     def loss(
         self, rows: Rows, terms: LossTerms, inplace: bool, with_scores: bool, summed: bool
@@ -57,6 +71,8 @@ class KernelRunner:
     one_pass: ClassVar[bool] = True
     differentiates_twice: ClassVar[bool] = False
 
+    token_losses: ClassVar[Callable[..., Tensor]] = staticmethod(token_losses)
+
     kernels: str  # a name that backends.kernels takes
 
     @property
@@ -64,18 +80,25 @@ class KernelRunner:
         return self.kernels == "triton"
 
     def score(
-        self, rows: Rows, inplace: bool, with_entropy: bool, with_lse: bool = False
+        self,
+        rows: Rows,
+        inplace: bool,
+        with_entropy: bool,
+        with_lse: bool = False,
+        rounded: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits = rows.logits
         of_rows = (rows.token_ids, rows.active.to(rows.dtype), rows.temperature)
         if logits.requires_grad and torch.is_grad_enabled():
             if inplace:
                 refuse_guarded_views(logits, now=False)
-            return TokenLogpsFunction.apply(logits, inplace, *of_rows, with_entropy, self.kernels)
+            return TokenLogpsFunction.apply(
+                logits, inplace, rounded, *of_rows, with_entropy, self.kernels
+            )
         logps, lse, entropy = ops.run_token_logps(
             KernelRows(logits, *of_rows), with_entropy, self.kernels
         )
-        return logps, entropy, lse
+        return logps.to(rows.dtype) if rounded else logps, entropy, lse
 
     def loss(
         self, rows: Rows, terms: LossTerms, inplace: bool, with_scores: bool, summed: bool
@@ -102,13 +125,19 @@ class ReferenceRunner:
     overwrites: ClassVar[bool] = False
     one_pass: ClassVar[bool] = True
     differentiates_twice: ClassVar[bool] = True
+    token_losses: ClassVar[Callable[..., Tensor]] = staticmethod(losses_in_torch)
 
     @property
     def runs_triton(self) -> bool:
         return False
 
     def score(
-        self, rows: Rows, inplace: bool, with_entropy: bool, with_lse: bool = False
+        self,
+        rows: Rows,
+        inplace: bool,
+        with_entropy: bool,
+        with_lse: bool = False,
+        rounded: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits, ids = rows.logits, rows.token_ids
         # The kernels check the ids themselves, when they run: compiled code gets there unchecked.
@@ -141,11 +170,20 @@ class ShardedRunner:
     shards: Shards
 
     @property
+    def token_losses(self) -> Callable[..., Tensor]:
+        return self.tiles.token_losses
+
+    @property
     def runs_triton(self) -> bool:
         return False  # no objective that needs one pass
 
     def score(
-        self, rows: Rows, inplace: bool, with_entropy: bool, with_lse: bool = False
+        self,
+        rows: Rows,
+        inplace: bool,
+        with_entropy: bool,
+        with_lse: bool = False,
+        rounded: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if values.can_be_checked(rows.token_ids):
             values.check_token_range(
@@ -157,6 +195,7 @@ class ShardedRunner:
         return ShardedLogpsFunction.apply(
             logits,
             inplace,
+            rounded,
             rows.token_ids - self.shards.start,
             rows.active.to(rows.dtype),
             rows.temperature,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,14 +15,18 @@ from torch._subclasses.fake_tensor import is_fake
 
 from . import backends, reference
 from .backends.base import KernelRows, KernelTerms
-from .formula import ONE_TOKEN, loss_of_logps
+from .formula import ONE_TOKEN
 from .inputs import LossSettings, TokenInputs
+from .stage_two import losses_in_torch, token_losses
 from .two_pass import Beyond
 from .validation import values
 
 
 class Scores(NamedTuple):
-    """Of each row: log p of its token, T * logsumexp(z / T) in float64, the entropy or None."""
+    """Of each row: log p of its token, T * logsumexp(z / T) in float64, the entropy or None.
+
+    From stage 1 of a kernel, or of shards, log p is float64, unrounded.
+    """
 
     logps: Tensor
     lse: Tensor
@@ -43,6 +47,9 @@ class Tiles(Protocol):
     def score(self, rows: KernelRows, with_entropy: bool) -> Scores:
         """Stage 1."""
 
+    # Stage 2; see stage_two.token_losses.
+    token_losses: ClassVar[Callable[..., Tensor]]
+
     def gradient_(
         self, rows: KernelRows, scores: Scores, dlogps: Tensor, dentropy: Tensor | None
     ) -> None:
@@ -54,12 +61,14 @@ class Tiles(Protocol):
 
 @dataclass(frozen=True)
 class KernelTiles:
+    token_losses: ClassVar[Callable[..., Tensor]] = staticmethod(token_losses)
+
     kernels: str  # a name that backends.kernels takes
 
     def loss_(
         self, rows: KernelRows, terms: KernelTerms, with_entropy: bool, with_gradient: bool
     ) -> tuple[Tensor, Scores]:
-        loss, logps, lse, entropy = _outputs(rows, with_entropy)
+        loss, logps, lse, entropy = _outputs(rows, with_entropy, rows.weights.dtype)
         backends.kernels(self.kernels).policy_loss(
             rows,
             terms,
@@ -71,7 +80,7 @@ class KernelTiles:
         return loss, Scores(logps, lse, entropy)
 
     def score(self, rows: KernelRows, with_entropy: bool) -> Scores:
-        _, logps, lse, entropy = _outputs(rows, with_entropy)
+        _, logps, lse, entropy = _outputs(rows, with_entropy, torch.float64)
         backends.kernels(self.kernels).token_logps(rows, logps=logps, lse=lse, entropy=entropy)
         return Scores(logps, lse, entropy)
 
@@ -96,12 +105,20 @@ class KernelTiles:
 class ReferenceTiles:
     """Plain torch."""
 
+    token_losses: ClassVar[Callable[..., Tensor]] = staticmethod(losses_in_torch)
+
     def loss_(
         self, rows: KernelRows, terms: KernelTerms, with_entropy: bool, with_gradient: bool
     ) -> tuple[Tensor, Scores]:
         scores = self.score(rows, with_entropy or terms.settings.needs_entropy)
         loss, dlogps, dentropy = loss_and_slopes(
-            scores, rows.weights, terms.inputs, terms.settings, ONE_TOKEN, terms.grad_scale
+            self,
+            scores,
+            rows.weights,
+            terms.inputs,
+            terms.settings,
+            ONE_TOKEN,
+            terms.grad_scale,
         )
         if with_gradient:
             self.gradient_(rows, scores, dlogps, dentropy)
@@ -133,6 +150,7 @@ class ReferenceTiles:
 
 
 def loss_and_slopes(
+    tiles: Tiles,
     scores: Scores,
     weights: Tensor,
     inputs: TokenInputs,
@@ -140,7 +158,7 @@ def loss_and_slopes(
     beyond: Beyond,
     grad_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Stage 2 in torch: each row's loss, and the derivatives of their sum times `grad_scale`.
+    """Stage 2: each row's loss, and the derivatives of their sum times `grad_scale`.
 
     That by the entropy is None where the loss does not depend on it.
     """
@@ -149,11 +167,12 @@ def loss_and_slopes(
         assert scores.entropy is not None  # its caller
         entropy = scores.entropy.detach().requires_grad_()
     with torch.enable_grad():
-        loss = loss_of_logps(logps, entropy, weights, inputs, settings, beyond)
+        loss = tiles.token_losses(logps, entropy, weights, inputs, settings, beyond)
         total = (loss if grad_scale is None else loss * grad_scale).sum()
     leaves = [logps] if entropy is None else [logps, entropy]
     slopes = torch.autograd.grad(total, leaves, materialize_grads=True)
-    return loss.detach(), slopes[0], slopes[1] if entropy is not None else None
+    dlogps = slopes[0].to(weights.dtype)
+    return loss.detach(), dlogps, slopes[1] if entropy is not None else None
 
 
 def tiles(resolved: str, like: Tensor) -> Tiles:
@@ -166,8 +185,10 @@ def tiles(resolved: str, like: Tensor) -> Tiles:
     return KernelTiles(resolved)
 
 
-def _outputs(rows: KernelRows, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _outputs(
+    rows: KernelRows, with_entropy: bool, of_logps: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     like = rows.weights
     entropy = torch.empty_like(like) if with_entropy else None
     lse = torch.empty_like(like, dtype=torch.float64)
-    return torch.empty_like(like), torch.empty_like(like), lse, entropy
+    return torch.empty_like(like), torch.empty_like(like, dtype=of_logps), lse, entropy

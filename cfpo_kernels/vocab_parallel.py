@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import backends
 from .autograd import FROM_LOGITS, refuse_create_graph, save, saved
 from .backends.base import KernelRows
 from .tiles import Scores, Tiles
+from .validation import LossTerms, Rows, values
 from .validation.errors import type_error
 from .validation.scalars import whole_number
+from .verification import choice
 
 REDUCTIONS = ("all_reduce", "reduce_scatter", "none")
 
@@ -136,6 +142,49 @@ class Shards:
         where = torch.tensor(order, dtype=torch.int64, device=device)
         return Shards(given.group, given.start, kept, given.vocab_size, block, counts, where)
 
+    def agree(self, name: str, resolved: str, device: torch.device, dtype: torch.dtype) -> str:
+        """The kernels that all processes run: those that `resolved` is everywhere, else some that
+        each of them has. Each asks the others at the first call of a kind.
+
+        name: what a caller asked for, "auto" or a backend.
+        """
+        agreed = _agreed.setdefault(self.group, {})
+        kind = (name, device.type, dtype, self.vocab_size)
+        if kind not in agreed:
+            found = choice.alternatives(device, dtype) if name == "auto" else set()
+            agreed[kind] = _in_common(self.group, resolved, found, device)
+        return agreed[kind]
+
+    def refuse_differences(self, rows: Rows, terms: LossTerms | None = None) -> None:
+        """With CFPO_KERNELS_DEBUG, compares what has to be the same on all processes."""
+        if not values.is_debugging():
+            return
+        named: dict[str, Tensor | None] = {
+            "mask": rows.active,
+            "token_ids": rows.token_ids,
+            "temperature": rows.temperature,
+        }
+        numbers = ""
+        if terms is not None:
+            names = {"low": "log_ratio_bounds[0]", "high": "log_ratio_bounds[1]"}
+            named |= {names.get(k, k): x for k, x in terms.inputs._asdict().items()}
+            named |= {"reduction or normalizer": terms.weights, "grad_scale": terms.grad_scale}
+            numbers = repr(terms.settings)
+        sums = [_checksum(x, rows.active) for x in named.values()]
+        check = zlib.crc32(numbers.encode())
+        sums.append(torch.tensor(check, dtype=torch.int64, device=rows.active.device))
+        everyone = _gathered(self.group, torch.stack(sums))
+        wrong = [
+            f"{name} on ranks {', '.join(str(i) for i in others)}"
+            for k, name in enumerate([*named, "the objective or a coefficient"])
+            if (others := [i for i, its in enumerate(everyone) if its[k] != everyone[0][k]])
+        ]
+        if wrong:
+            raise ValueError(
+                "vocab_parallel needs the same tokens and numbers on all processes of the group; "
+                f"not those of rank 0 are {'; '.join(wrong)}"
+            )
+
     def score(self, tiles: Tiles, rows: KernelRows, with_entropy: bool) -> Callable[[], Scores]:
         """Stage 1 of this shard's (n, n_cols) logits, sent to the others; what it returns waits for
         theirs and merges all, in the order of the vocabulary, so that all processes have the same
@@ -164,13 +213,13 @@ class Shards:
             logps = torch.stack([x[-1] for x in everyone]).amax(0) - lse
             known = (ids >= 0) & (ids < self.vocab_size)
             logps = torch.where(active, torch.where(known, logps, torch.nan), 0.0)
-            dtype = rows.weights.dtype
             entropy = None
             if with_entropy:
                 share = (lses - lse).exp()
                 parts = torch.where(share == 0, 0.0, share * (entropies[0] + (lse - lses)))
-                entropy = torch.where(active, _in_order(parts), 0.0).to(dtype)
-            return Scores(logps.to(dtype), torch.where(active, lse * temperature, 0.0), entropy)
+                entropy = torch.where(active, _in_order(parts), 0.0)
+                entropy = entropy.to(rows.weights.dtype)
+            return Scores(logps, torch.where(active, lse * temperature, 0.0), entropy)
 
         return merged
 
@@ -216,12 +265,60 @@ class Shards:
         return lse, entropy
 
 
-def _ranges(group: Any, start: int, n_cols: int, device: torch.device) -> list[tuple[int, int]]:
-    """The first column and the number of columns of each rank."""
-    mine = torch.tensor([start, n_cols], dtype=torch.int64, device=device)
+# By group, and by what a call is.
+_agreed: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
+
+
+def _in_common(group: Any, mine: str, others: set[str], device: torch.device) -> str:
+    names = (*backends.KERNELS, backends.REFERENCE)
+    flags = [2 if name == mine else int(name in others) for name in names]
+    everyone = _gathered(group, torch.tensor(flags, dtype=torch.int64, device=device))
+    chosen = [names[its.index(2)] for its in everyone]
+    if len(set(chosen)) == 1:
+        return mine
+    described = ", ".join(f"{name} on rank {i}" for i, name in enumerate(chosen))
+    common = [
+        name
+        for name, of_ranks in zip(names, zip(*everyone, strict=True), strict=True)
+        if all(of_ranks)
+    ]
+    if not common:
+        raise ValueError(
+            "backend must be the same on all processes of vocab_parallel's group, or 'auto', got "
+            f"{described}"
+        )
+    agreed = max(common, key=chosen.count)  # the first of those that most have chosen
+    warnings.warn(
+        f"cfpo_kernels: the processes of a VocabParallel group would run {described}; all run "
+        f"{agreed}, for the bits of their losses have to be the same",
+        UserWarning,
+        stacklevel=2,
+    )
+    return agreed
+
+
+def _checksum(x: Tensor | None, active: Tensor) -> Tensor:
+    """0-d int64: of numbers and their places, where they count."""
+    if x is None:
+        return torch.zeros((), dtype=torch.int64, device=active.device)
+    if x.numel() == active.numel():
+        x = torch.where(active, x.reshape(-1), torch.zeros_like(x.reshape(-1)))
+    bits = x.reshape(-1).double().view(torch.int64)
+    places = torch.arange(1, 2 * bits.numel() + 1, 2, dtype=torch.int64, device=bits.device)
+    return (bits * places).sum() + bits.numel() + 1
+
+
+def _gathered(group: Any, mine: Tensor) -> list[list[int]]:
+    """A few integers of each rank."""
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     torch.distributed.all_gather(everyone, mine, group=group)
-    return [(int(x[0]), int(x[1])) for x in everyone]
+    return [x.tolist() for x in everyone]
+
+
+def _ranges(group: Any, start: int, n_cols: int, device: torch.device) -> list[tuple[int, int]]:
+    """The first column and the number of columns of each rank."""
+    everyone = _gathered(group, torch.tensor([start, n_cols], dtype=torch.int64, device=device))
+    return [(first, count) for first, count in everyone]
 
 
 def _in_order(parts: Tensor) -> Tensor:
@@ -241,6 +338,7 @@ class ShardedLogpsFunction(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         inplace: bool,
+        rounded: bool,
         token_ids: Tensor,
         weights: Tensor,
         temperature: Tensor,
@@ -250,12 +348,12 @@ class ShardedLogpsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = KernelRows(logits.detach(), token_ids, weights, temperature, sharded=True)
         logps, lse, entropy = shards.score(tiles, rows, with_entropy)()
-        entropy = logps.new_empty(0) if entropy is None else entropy
+        entropy = weights.new_empty(0) if entropy is None else entropy
         save(ctx, logits, *rows[1:4], logps, lse, entropy)
         ctx.inplace, ctx.tiles = inplace, tiles
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        return logps, entropy, lse
+        return logps.to(weights.dtype) if rounded else logps, entropy, lse
 
     @staticmethod
     def backward(
@@ -263,10 +361,11 @@ class ShardedLogpsFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy
         if dlogps is None and dentropy is None:
-            return (None,) * 8
+            return (None,) * 9
         refuse_create_graph(FROM_LOGITS)
         logits, token_ids, weights, temperature, logps, lse, entropy = saved(ctx)
-        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
+        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps
+        dlogps = dlogps.to(weights.dtype).contiguous()
         dlogits = logits.detach() if ctx.inplace else logits.detach().clone()
         ctx.tiles.gradient_(
             KernelRows(dlogits, token_ids, weights, temperature, sharded=True),
@@ -276,7 +375,7 @@ class ShardedLogpsFunction(torch.autograd.Function):
         )
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
-        return dlogits, *(None,) * 7
+        return dlogits, *(None,) * 8
 
 
 class _Copied(torch.autograd.Function):

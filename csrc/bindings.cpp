@@ -66,6 +66,27 @@ struct CpuKernels {
   static constexpr auto multiply_rows = cpu::multiply_rows;
 };
 
+// Stage 2 alone, for every backend: log-probs that exist are on a CPU, or torch's.
+void token_losses(std::int64_t n_tokens, Address logps, Address entropy, Address weights,
+                  Address log_ratios, const std::vector<Address>& columns, const std::string& shape,
+                  const std::vector<double>& numbers, const std::string& estimator,
+                  bool kl_ratio_weighted, double kl_coef, double entropy_coef, Address loss,
+                  Address dlogps, Address dlog_ratios, int threads) {
+  TokenLossParams params;
+  params.n_tokens = n_tokens;
+  params.logps = pointer<const double>(logps);
+  params.entropy = pointer<const float>(entropy);
+  params.weights = pointer<const float>(weights);
+  params.log_ratios = pointer<const double>(log_ratios);
+  fill(params.columns, kTokenColumns, columns, pointer<const float>);
+  params.policy = make_policy(shape, numbers);
+  params.regularizers = {kl_estimator(estimator), kl_ratio_weighted, kl_coef, entropy_coef};
+  params.loss = pointer<float>(loss);
+  params.dlogps = pointer<double>(dlogps);
+  params.dlog_ratios = pointer<double>(dlog_ratios);
+  cpu::token_losses(params, CpuKernels::execution(threads));
+}
+
 #if defined(CFPO_WITH_CUDA)
 py::dict cuda_query() {
   const cuda::DeviceQuery query = cuda::query_devices();
@@ -100,6 +121,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("n_rows"), py::arg("n_cols"));
   m.def("kl_term", &cfpo::bindings::kl_term, py::kw_only(), py::arg("estimator"),
         py::arg("distance"), py::arg("log_ratio"), py::arg("ratio_weighted"));
+  m.def("token_losses", &cfpo::bindings::token_losses, py::call_guard<py::gil_scoped_release>(),
+        py::arg("n_tokens"), py::arg("logps"), py::arg("entropy"), py::arg("weights"),
+        py::arg("log_ratios"), py::arg("columns"), py::arg("shape"), py::arg("numbers"),
+        py::arg("kl_estimator"), py::arg("kl_ratio_weighted"), py::arg("kl_coef"),
+        py::arg("entropy_coef"), py::arg("loss"), py::arg("dlogps"), py::arg("dlog_ratios"),
+        py::arg("threads"));
   cfpo::bindings::bind_kernels<cfpo::bindings::CpuKernels, int>(m, py::arg("threads"));
 #if defined(CFPO_WITH_CUDA)
   m.attr("cuda_built") = true;

@@ -159,7 +159,7 @@ void token_logps(const RowsTuple& logits, Address token_ids, Address temperature
                  Address logps, Address lse, Address entropy, Where... where) {
   const TokenLogpsParams params{
       make_problem(logits, token_ids, temperature, temperature_stride, weights, sharded, softcap),
-      pointer<float>(logps), pointer<double>(lse), pointer<float>(entropy)};
+      pointer<double>(logps), pointer<double>(lse), pointer<float>(entropy)};
   Kernels::token_logps(params, Kernels::execution(where...));
 }
 

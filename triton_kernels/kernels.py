@@ -327,7 +327,7 @@ def token_logps_kernel(
     token_ids_ptr,
     weights_ptr,
     temperature_ptr,
-    logps_ptr,
+    logps_ptr,  # float64
     lse_ptr,  # float64: T * logsumexp(z / T)
     entropy_ptr,  # or None
     n_rows: tl.int64,
@@ -349,7 +349,7 @@ def token_logps_kernel(
     n_cols = n_cols * COLUMN_UNIT
     first = tl.program_id(0).to(tl.int64)
     for row in range(first, n_rows, tl.num_programs(0).to(tl.int64)):
-        logp = 0.0
+        logp = tl.zeros([], tl.float64)
         lse = tl.zeros([], tl.float64)
         entropy = 0.0
         if tl.load(weights_ptr + row) != 0:
@@ -358,7 +358,7 @@ def token_logps_kernel(
             )
             column = target_column(token_ids_ptr, row, n_cols)
             scale = _row_scale(temperature_ptr, row, temperature_stride)
-            ref, log2_total, _, exact_logp, _, entropy = _row_statistics(
+            ref, log2_total, _, logp, _, entropy = _row_statistics(
                 logits_ptr + x_place,
                 shift,
                 partials_ptr,
@@ -373,7 +373,6 @@ def token_logps_kernel(
                 WITH_ENTROPY,
                 "evict_first",
             )
-            logp = exact_logp.to(tl.float32)
             lse = (ref.to(tl.float64) + log2_total) / scale.to(tl.float64)
         tl.store(logps_ptr + row, logp)
         tl.store(lse_ptr + row, lse)

@@ -58,7 +58,7 @@ class Backend(Protocol):
     def token_logps(
         self, rows: KernelRows, *, logps: Tensor, lse: Tensor, entropy: Tensor | None
     ) -> None:
-        """Stage 1. `lse` is float64: T * logsumexp(logits / T).
+        """Stage 1. `logps` and `lse`, T * logsumexp(logits / T), are float64.
 
         Of sharded rows `lse` and `entropy` are those of the columns that are there: -inf and 0
         where these are -inf throughout. The shards r of a row merge into

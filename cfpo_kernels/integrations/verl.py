@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import validation
 from ..from_logps import policy_loss_from_logps
 from ..linear import linear_token_logps
 from ..objectives import CFPO
@@ -148,6 +149,35 @@ def entropy_from_logits(logits: Tensor, chunk_size: int | None = None) -> Tensor
     return entropy_of_rows(logits)
 
 
+# Whether the fused functions' entropies are differentiable; use_fused_logprobs sets it.
+_entropy_grad = True
+
+
+class _ForTheLog(torch.autograd.Function):
+    """Entropies that were computed without a gradient, and refuse one."""
+
+    @staticmethod
+    def forward(ctx: Any, entropy: Tensor, logps: Tensor) -> Tensor:
+        return entropy.view_as(entropy)
+
+    @staticmethod
+    def backward(ctx: Any, dentropy: Tensor) -> tuple[None, None]:
+        if dentropy.any():  # an entropy_coeff of 0 gives zeros
+            raise RuntimeError(
+                "the loss depends on entropies, which use_fused_logprobs(entropy_grad=False) "
+                "computes without a gradient: set actor.entropy_coeff to 0, or "
+                "model.external_lib to cfpo_kernels.integrations.verl_logprobs"
+            )
+        return None, None
+
+
+def _fused(hidden: Tensor, weight: Tensor, labels: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+    logps, entropy = linear_token_logps(
+        hidden, weight, labels, return_entropy=True, entropy_grad=_entropy_grad, **how
+    )
+    return logps, entropy if _entropy_grad else _ForTheLog.apply(entropy, logps)
+
+
 class FusedLinearForPPO(verl_fused.FusedLinearForPPO):
     """verl's module of this name over :func:`cfpo_kernels.linear_token_logps`.
 
@@ -171,15 +201,13 @@ class FusedLinearForPPO(verl_fused.FusedLinearForPPO):
 
         verl's have no log-probs of a frozen head without its gradient, and entropies in bfloat16.
         """
-        found = linear_token_logps(
+        return _fused(
             hidden_states,
             vocab_weights,
             input_ids,
             temperature=temperature,
-            return_entropy=True,
             chunk_tokens=self.chunk_size,
         )
-        return tuple(found)
 
 
 def linear_cross_entropy(
@@ -214,15 +242,13 @@ def linear_cross_entropy(
         parts = VocabParallel(
             dist_process_group, rank * n_rows, n_rows * dist_process_group.size(), "none"
         )
-    found = linear_token_logps(
+    return _fused(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.reshape(-1),
         temperature=temperature,
-        return_entropy=True,
         vocab_parallel=parts,
     )
-    return tuple(found)
 
 
 REPLACEMENTS: dict[Any, dict[str, Callable[..., Any]]] = {
@@ -237,12 +263,20 @@ REPLACEMENTS: dict[Any, dict[str, Callable[..., Any]]] = {
 }
 
 
-def use_fused_logprobs() -> None:
+def use_fused_logprobs(*, entropy_grad: bool = True) -> None:
     """Puts the functions above in the place of verl's, wherever verl has imported them.
 
     In every worker, with one line of configuration (verl imports what ``external_lib`` names)::
 
         actor_rollout_ref.model.external_lib=cfpo_kernels.integrations.verl_logprobs
+
+    Args:
+        entropy_grad: False: with ``use_fused_kernels`` entropies are numbers for the log, and a
+            frozen head takes two matrix products instead of up to four. verl asks for them at every
+            step, but with ``actor.entropy_coeff=0`` its loss does not depend on them; if it does,
+            backward refuses. external_lib=cfpo_kernels.integrations.verl_logprobs_entropy_free
     """
+    global _entropy_grad
+    _entropy_grad = validation.check_flag("entropy_grad", entropy_grad)
     for home, replacements in REPLACEMENTS.items():
         replace_everywhere(home, replacements)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from .. import backends, validation
 from ..api import BACKENDS, policy_loss, token_logps
-from ..formula import is_idle, loss_of_logps
+from ..formula import is_idle
 from ..inputs import LogRatioBounds
 from ..objectives import CFPO
 from ..runners import runner
+from ..shapes import SCORE
 from ..stats import CFPOStats, collect_stats
 from ..tiles import tiles
 from ..transforms import refuse_transforms
@@ -124,6 +126,11 @@ def linear_policy_loss(
         "grad_scale": grad_scale,
     }
     if support is not None:
+        _refuse_with_support(
+            low_memory=validation.check_flag("low_memory", low_memory),
+            accumulate=accumulate,
+            active_tokens=_active_tokens(active_tokens),
+        )
         return policy_loss(
             *head.logits_of(support, rows),
             objective=chosen,
@@ -133,22 +140,31 @@ def linear_policy_loss(
             return_stats=return_stats,
             **numbers,
         )
+    late = validation.check_flag("low_memory", low_memory) or reduction == "none"
     with torch.no_grad():
-        terms = validation.check_loss_terms(rows, chosen, **numbers)
+        given = validation.check_loss_terms(rows, chosen, **numbers)
+        terms = given if late else _by_tokens(rows, given)
+        if head.shards is not None:
+            head.shards.refuse_differences(rows, terms)
         selection = select(
             rows.active, _idle(rows, terms), return_stats, _active_tokens(active_tokens)
         )
-    late = validation.check_flag("low_memory", low_memory) or reduction == "none"
     wanted = None if late else _chunks_of_whole_losses(selection, rows, terms, head.chunk)
     one_pass = wanted is not None and not terms.beyond and head.shards is None
-    validation.check_formula(chosen, head.runs_triton and one_pass)
+    validation.check_formula(chosen, head.runs_triton and one_pass and not given.beyond)
     batch = head.batch(rows, selection, wanted)
     if wanted is not None:
         loss, logps, entropy = fused_loss(batch, terms, head.parameters, return_stats)
     else:
         needs_entropy = terms.settings.needs_entropy or terms.beyond.needs_entropy
-        logps, entropy, _ = scores_of(batch, head.parameters, needs_entropy or return_stats)
-        loss = loss_of_logps(
+        logps, entropy, _ = scores_of(
+            batch,
+            head.parameters,
+            needs_entropy or return_stats,
+            entropy_grad=needs_entropy,
+            rounded=False,
+        )
+        loss = batch.tiles.token_losses(
             logps, entropy, terms.weights, terms.inputs, terms.settings, terms.beyond
         )
         loss = loss.reshape(rows.shape) if reduction == "none" else loss.sum()
@@ -161,11 +177,11 @@ def linear_policy_loss(
             logps,
             entropy,
             rows.active,
-            terms.inputs,
-            terms.settings,
-            terms.region,
+            given.inputs,
+            given.settings,
+            given.region,
             rows.shape,
-            terms.beyond,
+            given.beyond,
         )
     return loss, stats
 
@@ -233,7 +249,8 @@ def linear_cfpo_loss(
             is in float32 then too: as a scorer has them that takes them from a head of that dtype.
         support: (..., k) int64 or int32, the token ids among which the sampler chose (top-k,
             top-p), -1 for padding: the softmax is over these alone, so that r is unbiased. The
-            sampled token has to be among them. No product over the vocabulary is made at all.
+            sampled token has to be among them. No product over the vocabulary is made at all, so
+            low_memory, accumulate="weight" and active_tokens are refused.
         vocab_parallel: weight and bias are one process's part of the vocabulary, see
             :class:`VocabParallel`.
         chunk_tokens: rows of each product. The last one is filled up with zeros (and all to 16), so
@@ -326,6 +343,7 @@ def linear_token_logps(
     logits_dtype: torch.dtype | None = None,
     support: Tensor | None = None,
     return_entropy: bool = False,
+    entropy_grad: bool = True,
     vocab_parallel: VocabParallel | None = None,
     chunk_tokens: int | None = None,
     active_tokens: int | None = None,
@@ -337,7 +355,9 @@ def linear_token_logps(
     whichever tokens are left out there: r is exactly 1 for the policy that scored.
 
     Args:
-        return_entropy: also return the rows' entropies, differentiable too.
+        return_entropy: also return the rows' entropies.
+        entropy_grad: they are differentiable. False, where they are for a log only: a frozen head
+            then takes two products, as without entropies.
         others: see :func:`linear_cfpo_loss`.
 
     Returns:
@@ -346,8 +366,9 @@ def linear_token_logps(
     Raises: see :func:`linear_cfpo_loss`.
 
     Memory and products: without a gradient one product and a tile of logits. With a frozen head,
-    and without entropies, two products, and forward keeps a gradient of hidden. Otherwise backward
-    multiplies all but the last tile again, four products, over the vocabulary in slices.
+    and without a gradient of entropies, two products, and forward keeps a gradient of hidden.
+    Otherwise backward multiplies all but the last tile again, four products, over the vocabulary in
+    slices.
 
     Example:
         >>> hidden, weight = torch.zeros(2, 3, 16), torch.randn(1000, 16)
@@ -357,6 +378,7 @@ def linear_token_logps(
                 [0.0010, 0.0010, 0.0010]])
     """
     validation.check_flag("return_entropy", return_entropy)
+    validation.check_flag("entropy_grad", entropy_grad)
     head = _Head(
         hidden,
         weight,
@@ -372,16 +394,22 @@ def linear_token_logps(
     )
     rows = head.rows(token_ids, mask, temperature)
     if support is not None:
-        return token_logps(
+        _refuse_with_support(active_tokens=_active_tokens(active_tokens))
+        found = token_logps(
             *head.logits_of(support, rows),
             mask=mask,
             temperature=head.temperature(rows),
             return_entropy=return_entropy,
             backend=backend,
         )
+        return (found[0], found[1].detach()) if return_entropy and not entropy_grad else found
+    if head.shards is not None:
+        head.shards.refuse_differences(rows)
     selection = select(rows.active, None, False, _active_tokens(active_tokens))
     batch = head.batch(rows, selection, None)
-    logps, entropy, _ = scores_of(batch, head.parameters, return_entropy)
+    logps, entropy, _ = scores_of(
+        batch, head.parameters, return_entropy, entropy_grad=entropy_grad, rounded=True
+    )
     if selection.too_many is not None:
         logps = _refuse_too_many(logps, selection.too_many)
     logps = logps.reshape(rows.shape)
@@ -430,6 +458,8 @@ class _Head:
         self.dtypes = precision(self.parameters, logits_dtype, self.softcap)
         device = self.hidden.device
         resolved = backends.resolve(chosen, device, self.dtypes.logits, self.n_cols)
+        if self.shards is not None:
+            resolved = self.shards.agree(chosen, resolved, device, self.dtypes.logits)
         self.tiles = tiles(resolved, self.hidden)
         self.runs_triton = runner(resolved).runs_triton
         self.chunk = default_chunk(widest, self.dtypes.logits, device)
@@ -491,6 +521,19 @@ class _Head:
         )
 
 
+# What means nothing where no product over the vocabulary is made.
+_WITHOUT_PRODUCTS = {"low_memory": False, "accumulate": "float32", "active_tokens": None}
+
+
+def _refuse_with_support(**given: object) -> None:
+    for name, value in given.items():
+        if value != _WITHOUT_PRODUCTS[name]:
+            raise ValueError(
+                f"{name} must be {_WITHOUT_PRODUCTS[name]!r} with support, got {value!r}: all "
+                "tokens' few logits exist at once, and sums into the head are float32"
+            )
+
+
 def _of_all(
     parameters: Parameters, shape: torch.Size, vocab_parallel: VocabParallel
 ) -> tuple[Parameters, torch.Size]:
@@ -504,6 +547,26 @@ def _of_all(
         times = hidden.shape[0] // parameters.hidden.shape[0]
         shape = torch.Size((times * shape[0], *shape[1:]))
     return parameters._replace(hidden=hidden, u=u), shape
+
+
+def _by_tokens(rows: Rows, terms: LossTerms) -> LossTerms:
+    """Terms whose losses have the same sum and gradient, of single tokens, if there are such.
+
+    On-policy all ratios are 1, of sequences and of tokens. Where a token's loss moves its own log p
+    only, that is the loss of tokens. Where it moves those of its sequence, each of them gets the
+    mean of the sequence's derivatives, which differ by the token weights alone.
+    """
+    ratio, inputs, shape = terms.beyond.ratio, terms.inputs, terms.settings.shape
+    if ratio is None or terms.beyond.function is not None or inputs.old_logps is not None:
+        return terms
+    by_logp = shape.kind == "window" and shape.value == SCORE
+    if not (ratio.by_token or by_logp):
+        if inputs.low is not None or inputs.high is not None:  # by token, and may leave 1 out
+            return terms
+        if inputs.token_weights is not None:
+            weights = ratio.mean(inputs.token_weights, rows.active)
+            inputs = inputs._replace(token_weights=weights)
+    return replace(terms, inputs=inputs, beyond=terms.beyond._replace(ratio=None))
 
 
 def _idle(rows: Rows, terms: LossTerms) -> Tensor | None:

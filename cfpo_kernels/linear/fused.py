@@ -100,7 +100,13 @@ class _Fused:
                 ratio = ratio.of(chunk.of, n_sequences)
             beyond = terms.beyond._replace(ratio=ratio)
             loss, dlogps, dentropy = loss_and_slopes(
-                scores, rows.weights, inputs, terms.settings, beyond, terms.grad_scale
+                batch.tiles,
+                scores,
+                rows.weights,
+                inputs,
+                terms.settings,
+                beyond,
+                terms.grad_scale,
             )
             if self.with_gradient:
                 batch.tiles.gradient_(rows, scores, dlogps, dentropy)

@@ -68,13 +68,16 @@ class Head:
     def project(self, tile: Tensor, x: Tensor, u: Tensor | None, columns: slice) -> None:
         """Fills a tile (n, columns) with the logits of x (n, H) and u (n, r)."""
         dtype, step = self._step(columns, tile.dtype, self.weight)
+        # What is small comes first: in a low precision each of these sums is rounded at its size.
+        if self.bias is not None:
+            tile.copy_(self.bias[columns])
         for s, part in _parts(columns, step):
-            product(tile[:, s], x.to(dtype), self.weight[part].to(dtype).t())
+            add = self.bias is not None
             if self.lora is not None:
                 assert u is not None
-                product(tile[:, s], u.to(dtype), self.lora[part].to(dtype).t(), add=True)
-        if self.bias is not None:
-            tile += self.bias[columns]
+                product(tile[:, s], u.to(dtype), self.lora[part].to(dtype).t(), add=add)
+                add = True
+            product(tile[:, s], x.to(dtype), self.weight[part].to(dtype).t(), add=add)
         if self.rounded != tile.dtype:
             for s in slices(tile.shape[1], SLICE):
                 tile[:, s] = tile[:, s].to(self.rounded)

@@ -26,9 +26,8 @@ class _All:
 
     def __init__(self, batch: Batch, with_entropy: bool) -> None:
         like = batch.rows.active.new_empty(0, dtype=batch.rows.dtype)
-        self.logps = like.new_zeros(batch.n_rows)
         self.entropy = like.new_zeros(batch.n_rows if with_entropy else 0)
-        self.lse = like.new_zeros(batch.n_rows, dtype=torch.float64)
+        self.logps, self.lse = (like.new_zeros(batch.n_rows, dtype=torch.float64) for _ in range(2))
 
     def write(self, chunk: Chunk, scores: Scores) -> None:
         chunk.write(self.logps, scores.logps)
@@ -54,7 +53,7 @@ def _score_all(
 class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, batch: Batch, with_entropy: bool, *given: Tensor | None
+        ctx: Any, batch: Batch, with_entropy: bool, rounded: bool, *given: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         parameters = Parameters(*given)  # type: ignore[arg-type]
         found, ctx.tile = _score_all(batch, batch.head(parameters), parameters, with_entropy)
@@ -62,7 +61,8 @@ class _Scores(torch.autograd.Function):
         ctx.batch, ctx.spent = batch, False
         ctx.mark_non_differentiable(found.lse)
         ctx.set_materialize_grads(False)
-        return found.logps, found.entropy, found.lse
+        logps = found.logps.to(batch.rows.dtype) if rounded else found.logps
+        return logps, found.entropy, found.lse
 
     @staticmethod
     def backward(
@@ -70,18 +70,18 @@ class _Scores(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy
         if dlogps is None and dentropy is None:
-            return (None,) * 7
+            return (None,) * 8
         begin_only_backward(ctx, FROM_LOGITS)
         logps, lse, entropy, *given = saved(ctx)
         batch, parameters = ctx.batch, Parameters(*given)
         tile, ctx.tile = ctx.tile, None
-        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps
+        dlogps = (torch.zeros_like(logps) if dlogps is None else dlogps).to(batch.rows.dtype)
         scores = Scores(logps, lse, entropy if dentropy is not None else None)
         with without_autocast(logps.device):
             head = batch.head(parameters)
-            sums = Sums(batch, head, parameters, ctx.needs_input_grad[2:])
+            sums = Sums(batch, head, parameters, ctx.needs_input_grad[3:])
             _add_slices(batch, head, parameters, sums, tile, scores, dlogps, dentropy)
-        return None, None, *sums.gradients()
+        return None, None, None, *sums.gradients()
 
 
 def _add_slices(
@@ -123,23 +123,25 @@ def _add_slices(
 
 
 class _LateScores(torch.autograd.Function):
-    """Log-probs only, of which only hidden states (and an adapter's A) are differentiated."""
+    """Differentiated by the log-probs only, and in hidden states (and an adapter's A) only."""
 
     @staticmethod
-    def forward(ctx: Any, batch: Batch, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, batch: Batch, with_entropy: bool, rounded: bool, *given: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         parameters = Parameters(*given)  # type: ignore[arg-type]
-        head, found = batch.head(parameters), _All(batch, False)
-        sums = Sums(batch, head, parameters, ctx.needs_input_grad[1:])
+        head, found = batch.head(parameters), _All(batch, with_entropy)
+        sums = Sums(batch, head, parameters, ctx.needs_input_grad[3:])
         tile = batch.new_tile(head.n_cols)
         columns = slice(0, head.n_cols)
         active = batch.rows.active.to(batch.rows.dtype)
         for chunk in batch.scored:
             head.project(tile, *batch.operands(chunk, parameters), columns)
-            found.write(chunk, batch.score(tile, chunk, False)())
+            found.write(chunk, batch.score(tile, chunk, with_entropy)())
         for chunk in batch.wanted:
             x, u = batch.operands(chunk, parameters)
             head.project(tile, x, u, columns)
-            scores = batch.score(tile, chunk, False)()
+            scores = batch.score(tile, chunk, with_entropy)()
             found.write(chunk, scores)
             rows = batch.kernel_rows(tile, chunk, active)
             batch.tiles.gradient_(rows, scores, chunk.of(active), None)
@@ -148,36 +150,41 @@ class _LateScores(torch.autograd.Function):
             head.add_gradients(tile, x, u, columns, to)
             sums.put_rows(chunk, to)
         ctx.save_for_backward(batch.rows.active, *sums.gradients())
-        ctx.tiles, ctx.spent = batch.tiles, False
-        ctx.mark_non_differentiable(found.lse)
+        ctx.tiles, ctx.dtype, ctx.spent = batch.tiles, batch.rows.dtype, False
+        ctx.mark_non_differentiable(found.entropy, found.lse)
         ctx.set_materialize_grads(False)
-        return found.logps, found.lse
+        logps = found.logps.to(batch.rows.dtype) if rounded else found.logps
+        return logps, found.entropy, found.lse
 
     @staticmethod
-    def backward(ctx: Any, dlogps: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dlogps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dlogps is None:
-            return (None,) * 6
+            return (None,) * 8
         begin_only_backward(ctx, FROM_LOGITS)
         active, *gradients = ctx.saved_tensors
+        dlogps = dlogps.to(ctx.dtype)
         factors = torch.where(active, dlogps, 1.0)  # a masked row's zeros, also for inf and NaN
         for gradient in gradients:
             if gradient is not None:
                 ctx.tiles.multiply_rows_(gradient.detach(), factors)
-        return None, *gradients
+        return None, None, None, *gradients
 
 
 def scores_of(
-    batch: Batch, parameters: Parameters, with_entropy: bool
+    batch: Batch, parameters: Parameters, with_entropy: bool, *, entropy_grad: bool, rounded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logps and entropy, differentiable; T * logsumexp(z / T); all (N,)."""
+    """logps, float64 unless `rounded`, differentiable; entropy, likewise if `entropy_grad`;
+    T * logsumexp(z / T); all (N,).
+    """
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters]
     with without_autocast(parameters.hidden.device):
         if not any(needs):
             with torch.no_grad():
                 found, _ = _score_all(batch, batch.head(parameters), parameters, with_entropy)
-            return found.logps, found.entropy, found.lse
+            logps = found.logps.to(batch.rows.dtype) if rounded else found.logps
+            return logps, found.entropy, found.lse
         of_head = needs[1] or needs[2] or needs[4]
-        if of_head or with_entropy:
-            return _Scores.apply(batch, with_entropy, *parameters)
-        logps, lse = _LateScores.apply(batch, *parameters)
-        return logps, logps.new_empty(0), lse
+        if of_head or (with_entropy and entropy_grad):
+            logps, entropy, lse = _Scores.apply(batch, with_entropy, rounded, *parameters)
+            return logps, entropy if entropy_grad else entropy.detach(), lse
+        return _LateScores.apply(batch, with_entropy, rounded, *parameters)

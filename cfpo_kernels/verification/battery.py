@@ -204,7 +204,9 @@ def _multiply_faults(inputs: Inputs, outputs: Outputs) -> Iterator[str]:
 def _on_policy_faults(inputs: Inputs, outputs: Outputs) -> Iterator[str]:
     """Scored by these kernels and trained by them, r is exactly 1 and the loss is -A."""
     values = {name: guarded.view for name, guarded in outputs.arrays.items()}
-    yield from same_bits("scored and trained log-probs", values["logps"], values["trained logps"])
+    yield from same_bits(
+        "scored and trained log-probs", values["logps"].float(), values["trained logps"]
+    )
     want = torch.where(inputs.active, -inputs.terms.inputs.advantages, 0.0)
     if not torch.equal(values["loss"], want):
         yield "the loss of what was just scored is not -A"

@@ -89,11 +89,11 @@ def call(kernels: Backend, case: Case, inputs: Inputs) -> Outputs:
     elif case.call == "shards":
         assert dlogits is not None
         entropy = array("entropy") if case.entropy else None
-        _call_in_shards(kernels, inputs, array("logps"), entropy, dlogits)
+        _call_in_shards(kernels, inputs, array("logps", torch.float64), entropy, dlogits)
     else:
         kernels.token_logps(
             rows,
-            logps=array("logps"),
+            logps=array("logps", torch.float64),
             lse=array("lse", torch.float64),
             entropy=array("entropy") if case.entropy else None,
         )
@@ -101,7 +101,7 @@ def call(kernels: Backend, case: Case, inputs: Inputs) -> Outputs:
             kernels.policy_loss(
                 rows,
                 inputs.terms._replace(
-                    inputs=inputs.terms.inputs._replace(old_logps=arrays["logps"].view.clone())
+                    inputs=inputs.terms.inputs._replace(old_logps=arrays["logps"].view.float())
                 ),
                 loss=array("loss"),
                 logps=array("trained logps"),
@@ -141,10 +141,10 @@ def _call_in_shards(
         for piece in columns
     ]
     count, n = len(shards), len(logps)
-    their_logps, their_entropy = torch.full(
-        (2, count, n), math.nan, dtype=torch.float32, device=logps.device
+    their_logps, their_lse = torch.full(
+        (2, count, n), math.nan, dtype=torch.float64, device=logps.device
     )
-    their_lse = torch.full_like(their_logps, math.nan, dtype=torch.float64)
+    their_entropy = torch.full_like(their_lse, math.nan, dtype=torch.float32)
     for i, shard in enumerate(shards):
         kernels.token_logps(
             shard,

@@ -104,6 +104,14 @@ def kernels_for(
     return REFERENCE
 
 
+def alternatives(device: torch.device, dtype: torch.dtype) -> set[str]:
+    """What ``kernels_for`` might take of an eager call, if speed did not matter."""
+    name, found = str(dtype).removeprefix("torch."), {REFERENCE}
+    if _targets().kind_of(device) == "gpu" and (record := _gpu_table(device, False).record):
+        found |= {v.kernels for v in record.verdicts if v.dtype == name and v.verdict == RIGHT}
+    return found
+
+
 def fastest(record: VerifyRecord | None, dtype: torch.dtype, n_cols: int) -> str:
     """Of the kernels that are right, the fastest at the nearest size that was measured; where
     nothing was measured, the first of ``targets.NAMES``."""

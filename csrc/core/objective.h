@@ -176,9 +176,10 @@ struct TokenLoss {
   double dentropy_term;
 };
 
+// The policy term with its drift and its weight.
+//
 // A token whose weight or advantage is 0 has exactly 0 of what they scale, also where r overflows.
-CFPO_HOST_DEVICE inline TokenLoss token_loss(const Policy& policy, const Regularizers& reg,
-                                             const Token& token) {
+CFPO_HOST_DEVICE inline Term weighted_policy(const Policy& policy, const Token& token) {
   Term total{0, 0};
   if (token.token_weight != 0 && (token.advantage != 0 || policy.drift != 0)) {
     if (token.advantage != 0) total = policy(token);
@@ -189,6 +190,12 @@ CFPO_HOST_DEVICE inline TokenLoss token_loss(const Policy& policy, const Regular
     total.loss *= token.token_weight;
     total.dlogp *= token.token_weight;
   }
+  return total;
+}
+
+CFPO_HOST_DEVICE inline TokenLoss token_loss(const Policy& policy, const Regularizers& reg,
+                                             const Token& token) {
+  Term total = weighted_policy(policy, token);
   if (reg.kl_coef != 0) {
     const Term kl = kl_term(reg, token.kl_distance, token.log_ratio);
     total.loss += reg.kl_coef * kl.loss;
@@ -196,6 +203,28 @@ CFPO_HOST_DEVICE inline TokenLoss token_loss(const Policy& policy, const Regular
   }
   if (reg.entropy_coef != 0) total.loss -= reg.entropy_coef * token.entropy;
   return {token.weight * total.loss, token.weight * total.dlogp, token.weight * reg.entropy_coef};
+}
+
+// The derivative of token_loss where log r is not the token's own, but that of its sequence.
+struct SharedRatioSlopes {
+  double dlogp;  // by the token's own log p: of the KL term, and of a weight times logp
+  double dlog_ratio;
+};
+
+CFPO_HOST_DEVICE inline SharedRatioSlopes shared_ratio_slopes(Policy policy,
+                                                              const Regularizers& reg,
+                                                              const Token& token) {
+  Token by_logp = token, by_ratio = token;
+  const bool score =
+      policy.shape == Shape::kWindow && policy.value == static_cast<int>(Value::kScore);
+  if (score) {
+    by_ratio.advantage = 0;  // leaves the drift
+  } else {
+    by_logp.token_weight = 0;  // leaves the KL term
+  }
+  const double dlog_ratio = token.weight * weighted_policy(policy, by_ratio).dlogp;
+  policy.drift = 0;
+  return {token_loss(policy, reg, by_logp).dlogp, dlog_ratio};
 }
 
 }  // namespace cfpo

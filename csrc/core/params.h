@@ -89,9 +89,24 @@ struct PolicyLossParams {
   float* entropy;           // (N), may be null
 };
 
+// Stage 2 alone, for log-probs that exist: of shards, of sequences, from elsewhere.
+struct TokenLossParams {
+  std::int64_t n_tokens;
+  const double* logps;       // (N)
+  const float* entropy;      // (N), may be null where entropy_coef is 0
+  const float* weights;      // (N), 0: not part of the loss
+  const double* log_ratios;  // (N), in place of a token's own, such as a sequence's mean; or null
+  TokenColumns columns;
+  Policy policy;
+  Regularizers regularizers;
+  float* loss;     // (N), weighted
+  double* dlogps;  // (N), of the sum of the losses; with log_ratios, what does not go through them
+  double* dlog_ratios;  // (N), null where log_ratios are
+};
+
 struct TokenLogpsParams {
   Problem problem;
-  float* logps;    // (N)
+  double* logps;   // (N), unrounded
   double* lse;     // (N), T * logsumexp(z / T): float64, since float32 would lose a common offset
   float* entropy;  // (N), may be null
 };

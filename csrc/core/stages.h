@@ -19,6 +19,42 @@
 
 namespace cfpo {
 
+// What a token brings beside its log p; 0, or a weight of 1, where it brings nothing.
+struct TokenNumbers {
+  float advantage, old_logp, ref_logp, token_weight, low, high, weight;
+};
+
+CFPO_HOST_DEVICE inline TokenNumbers load_token(const TokenColumns& columns, const float* weights,
+                                                std::int64_t row) {
+  const float advantage = columns.advantages[row];
+  return {advantage,
+          columns.old_logps != nullptr ? columns.old_logps[row] : 0.0f,
+          columns.ref_logps != nullptr ? columns.ref_logps[row] : 0.0f,
+          columns.token_weights != nullptr ? columns.token_weights[row] : 1.0f,
+          columns.low != nullptr ? columns.low[row] : 0.0f,
+          columns.high != nullptr ? columns.high[row] : 0.0f,
+          weights[row]};
+}
+
+// log r is from the unrounded log p: rounding it to float32 would cost 5e-7 |A| / eps of the
+// gradient. But scoring these very logits gives exactly `rounded`, and must give exactly r = 1.
+CFPO_HOST_DEVICE inline Token make_token(const TokenColumns& columns, const Policy& policy,
+                                         const TokenNumbers& in, double logp, float rounded,
+                                         double entropy) {
+  const bool on_policy = columns.old_logps == nullptr || in.old_logp == rounded;
+  Token token;
+  token.logp = logp;
+  token.log_ratio = logp - (on_policy ? logp : in.old_logp);  // NaN where logp is not finite
+  token.kl_distance = columns.ref_logps != nullptr ? in.ref_logp - logp : 0.0;
+  token.entropy = entropy;
+  token.advantage = in.advantage;
+  token.token_weight = in.token_weight;
+  token.weight = in.weight;
+  token.low = columns.low != nullptr ? in.low : policy.low(in.advantage);
+  token.high = columns.high != nullptr ? in.high : policy.high(in.advantage);
+  return token;
+}
+
 struct PolicyStage {
   static constexpr bool kSums = true;
   static constexpr bool kGradient = true;
@@ -35,42 +71,18 @@ struct PolicyStage {
   }
 
   // Loaded early by a kernel that has something else to wait for.
-  struct Inputs {
-    float advantage, old_logp, ref_logp, token_weight, low, high, weight, grad_scale;
+  struct Inputs : TokenNumbers {
+    float grad_scale;
   };
   CFPO_HOST_DEVICE Inputs inputs(std::int64_t row) const {
-    const TokenColumns& columns = p.columns;
-    const float advantage = columns.advantages[row];
-    return {advantage,
-            columns.old_logps != nullptr ? columns.old_logps[row] : 0.0f,
-            columns.ref_logps != nullptr ? columns.ref_logps[row] : 0.0f,
-            columns.token_weights != nullptr ? columns.token_weights[row] : 1.0f,
-            columns.low != nullptr ? columns.low[row] : 0.0f,
-            columns.high != nullptr ? columns.high[row] : 0.0f,
-            p.problem.weights[row],
+    return {load_token(p.columns, p.problem.weights, row),
             p.grad_scale != nullptr ? *p.grad_scale : 1.0f};
-  }
-
-  // From the unrounded log p: rounding it to float32 would cost 5e-7 |A| / eps of the gradient.
-  // But scoring these very logits gives exactly `logp`, and must give exactly r = 1.
-  CFPO_HOST_DEVICE double log_ratio(float old_logp, double exact_logp, float logp) const {
-    const bool on_policy = p.columns.old_logps == nullptr || old_logp == logp;
-    return exact_logp - (on_policy ? exact_logp : old_logp);  // NaN where logp is not finite
   }
 
   CFPO_HOST_DEVICE RowDerivatives derivatives(std::int64_t row, const Inputs& in,
                                               const RowStats& stats, bool publish) const {
     const float logp = static_cast<float>(stats.logp);
-    Token token;
-    token.logp = stats.logp;
-    token.log_ratio = log_ratio(in.old_logp, stats.logp, logp);
-    token.kl_distance = p.columns.ref_logps != nullptr ? in.ref_logp - stats.logp : 0.0;
-    token.entropy = stats.entropy;
-    token.advantage = in.advantage;
-    token.token_weight = in.token_weight;
-    token.weight = in.weight;
-    token.low = p.columns.low != nullptr ? in.low : p.policy.low(in.advantage);
-    token.high = p.columns.high != nullptr ? in.high : p.policy.high(in.advantage);
+    const Token token = make_token(p.columns, p.policy, in, stats.logp, logp, stats.entropy);
     const TokenLoss loss = token_loss(p.policy, p.regularizers, token);
     if (publish) {
       p.loss[row] = static_cast<float>(loss.loss);
@@ -94,6 +106,25 @@ struct PolicyStage {
   }
 };
 
+// Stage 2 of a token without its row.
+CFPO_HOST_DEVICE inline void second_stage(const TokenLossParams& p, std::int64_t row) {
+  p.dlogps[row] = 0.0;
+  if (p.dlog_ratios != nullptr) p.dlog_ratios[row] = 0.0;
+  p.loss[row] = 0.0f;
+  const TokenNumbers in = load_token(p.columns, p.weights, row);
+  if (in.weight == 0.0f) return;
+  const double logp = p.logps[row], entropy = p.entropy != nullptr ? p.entropy[row] : 0.0;
+  Token token = make_token(p.columns, p.policy, in, logp, static_cast<float>(logp), entropy);
+  if (p.log_ratios != nullptr) token.log_ratio = p.log_ratios[row];
+  const TokenLoss loss = token_loss(p.policy, p.regularizers, token);
+  p.loss[row] = static_cast<float>(loss.loss);
+  p.dlogps[row] = loss.dlogp;
+  if (p.log_ratios == nullptr) return;
+  const SharedRatioSlopes slopes = shared_ratio_slopes(p.policy, p.regularizers, token);
+  p.dlogps[row] = slopes.dlogp;
+  p.dlog_ratios[row] = slopes.dlog_ratio;
+}
+
 struct LogpsStage {
   static constexpr bool kSums = true;
   static constexpr bool kGradient = false;
@@ -103,15 +134,14 @@ struct LogpsStage {
   CFPO_HOST_DEVICE bool entropy() const { return p.entropy != nullptr; }
 
   CFPO_HOST_DEVICE void skipped(std::int64_t row) const {
-    p.logps[row] = 0.0f;
-    p.lse[row] = 0.0;
+    p.logps[row] = p.lse[row] = 0.0;
     if (p.entropy != nullptr) p.entropy[row] = 0.0f;
   }
 
   CFPO_HOST_DEVICE RowDerivatives derivatives(std::int64_t row, const RowStats& stats,
                                               bool publish = true) const {
     if (publish) {
-      p.logps[row] = static_cast<float>(stats.logp);
+      p.logps[row] = stats.logp;
       p.lse[row] = stats.lse();
       if (p.entropy != nullptr) p.entropy[row] = static_cast<float>(stats.entropy);
     }

@@ -27,6 +27,17 @@ void policy_loss(const PolicyLossParams& params, const Execution& execution) {
   RowDriver<PolicyStage>(ops, params.problem, params.dlogits, stage).run(execution.threads);
 }
 
+void token_losses(const TokenLossParams& params, const Execution& execution) {
+  constexpr std::int64_t kAlone = 4096;  // tokens that are not worth a team: 0.1 ms
+  const int threads = ForkGuard::allowed(execution.threads);
+#pragma omp parallel num_threads(threads) if (threads > 1 && params.n_tokens > kAlone)
+  {
+    const DefaultFloatMode mode;
+#pragma omp for schedule(static)
+    for (std::int64_t row = 0; row < params.n_tokens; ++row) second_stage(params, row);
+  }
+}
+
 void token_logps(const TokenLogpsParams& params, const Execution& execution) {
   const SegmentOps& ops = ops_for(execution, params.problem.logits.dtype);
   const LogpsStage stage{params};

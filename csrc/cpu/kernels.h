@@ -19,6 +19,7 @@ struct Execution {
 std::vector<std::string> supported_levels();
 
 void policy_loss(const PolicyLossParams& params, const Execution& execution);
+void token_losses(const TokenLossParams& params, const Execution& execution);
 void token_logps(const TokenLogpsParams& params, const Execution& execution);
 void token_logps_backward(const TokenLogpsBackwardParams& params, const Execution& execution);
 

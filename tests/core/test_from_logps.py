@@ -65,9 +65,15 @@ def test_with_token_logps_it_is_the_fused_loss(dtype: torch.dtype, objective: An
     check_values(got, want)
 
 
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; test_stage_two.py compares the kernels' own stage 2 with this."""
+    monkeypatch.setattr(cfpo_kernels.stage_two, "_is_native", lambda *_: False)
+
+
 @pytest.mark.parametrize("normalizer", [None, 7.5, torch.tensor(12)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_bitwise_the_reference_backend(reduction: str, normalizer: object) -> None:
+def test_bitwise_the_reference_backend(in_torch: None, reduction: str, normalizer: object) -> None:
     for objective in OBJECTIVES:
         case = padded(with_everything(make_case(24, 50, mask_every=5, objective=objective)), 4, 6)
         case.options["mask"][2] = False  # a sequence without tokens
@@ -264,7 +270,9 @@ BUGS = {
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_the_comparison_with_float64_sees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_with_float64_sees(
+    name: str, in_torch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     function, broken = BUGS[name]
     case = with_everything(make_case(26, 1000))
     want = oracle(case)

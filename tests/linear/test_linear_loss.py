@@ -26,7 +26,7 @@ from heads import whole as whole_logits
 from torch import Tensor
 
 import cfpo_kernels
-from cfpo_kernels import CFPO, PPOClip, TokenTerms
+from cfpo_kernels import CFPO, DPPO, TOPR, PPOClip, TokenTerms
 from cfpo_kernels.linear import api, fused, scores
 from cfpo_kernels.linear import batch as batch_module
 from cfpo_kernels.objectives import Objective
@@ -190,6 +190,27 @@ def test_ratios_of_sequences(chunk: int, by_token: bool, layout: str, reduction:
     for objective in (PPOClip(0.02, 0.02), CFPO(0.1)):
         compare(case, objective=objective, **how)
     compare(case, objective=CFPO(0.1), low_memory=True, **how)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize(
+    "objective", [CFPO(0.1), PPOClip(0.02, 0.02), TOPR(drift=0.1), DPPO()], ids=name_of
+)
+def test_ratios_of_sequences_on_policy(objective: Objective, by_token: bool) -> None:
+    """Longer than a tile, with weights that differ within a sequence."""
+    case = replace(Sequences.packed(), old_logps=None)
+    g = torch.Generator().manual_seed(2)
+    case.options["token_weights"] = torch.rand(24, generator=g) * (torch.arange(24) % 4 != 1)
+    case.options |= {"ref_logps": logps64(case).float() + 0.1, "kl_coef": 0.2}
+    if not by_token:
+        case.advantages = torch.tensor([1.0, -1.5, 0.0, 0.7, -0.4])
+    bounds: dict[str, Any] = {}
+    if objective.needs_bounds:
+        low = torch.where(torch.arange(24) % 3 == 0, 0.1, -0.2)  # which 1 is outside of
+        bounds["log_ratio_bounds"] = (low, low + 0.3)
+    for reduction in ("seq-mean-token-mean", "none"):
+        how = {"ratio_level": "sequence", "reduction": reduction, "kl_ratio_weighted": True}
+        compare(case, objective=objective, chunk_tokens=4, **how, **bounds)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -773,6 +794,14 @@ def test_products_of_another_number_of_rows_are_noticed() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    *(
+        (
+            {"support": torch.zeros(5, 2, dtype=torch.int64), name: value},
+            ValueError,
+            f"{name} must be",
+        )
+        for name, value in (("low_memory", True), ("accumulate", "weight"), ("active_tokens", 5))
+    ),
     ({"hidden": [1.0]}, TypeError, "hidden must be a float32"),
     ({"hidden": torch.ones(5, 16, dtype=torch.int64)}, TypeError, "hidden must be.*int64"),
     ({"hidden": torch.ones(5, 16).double()}, TypeError, "float64 needs backend='reference'"),
@@ -853,3 +882,28 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], said: str) ->
         scored = {name: arguments[name] for name in ("hidden", "weight", "token_ids")}
         with pytest.raises(error, match=said):
             cfpo_kernels.linear_token_logps(**(scored | change))
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",)])
+def test_entropies_for_a_log(frozen: tuple[str, ...]) -> None:
+    """The same numbers, and the gradients of the log-probs alone."""
+    case = make(mask_every=4)
+    mask = case.options["mask"]
+
+    def scored(**how: Any) -> tuple[Tensor, Tensor, Tensor]:
+        given = case.leaves(frozen)
+        logps, entropy = cfpo_kernels.linear_token_logps(
+            *(given[name] for name in ("hidden", "weight")),
+            case.token_ids,
+            mask=mask,
+            chunk_tokens=16,
+            return_entropy=True,
+            **how,
+        )
+        (logps * torch.linspace(-1, 2, 37)).sum().backward()
+        return logps, entropy, given["hidden"].grad
+
+    (logps, entropy, gradient), want = scored(entropy_grad=False), scored()
+    assert torch.equal(logps, want[0]) and torch.equal(entropy, want[1]) and entropy.any()
+    assert relative(gradient, want[2]) < 1e-6
+    assert want[1].requires_grad and not entropy.requires_grad and logps.requires_grad

@@ -138,3 +138,24 @@ def test_a_slow_machine_is_asked_of_torch() -> None:
     assert batch_module.operand_dtype(torch.bfloat16, torch.bfloat16, torch.device("cpu")) == (
         torch.bfloat16 if known else torch.float32
     )
+
+
+@pytest.mark.parametrize("of", ["bias", "adapter", "both"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_logits_are_rounded_once(fast: bool, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what a bias and an adapter add; twice would be 1.4 times the error, thrice 1.7."""
+    pretend_speed(monkeypatch, fast)
+    g = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).bfloat16()
+
+    x, u, weight = random(64, 48), random(64, 4), random(500, 48)
+    bias = None if of == "adapter" else random(500)
+    lora = None if of == "bias" else 0.5 * random(500, 4)
+    exact = x.double() @ weight.double().T
+    exact += 0 if bias is None else bias.double()
+    exact += 0 if lora is None else u.double() @ lora.double().T
+    tile = torch.full((64, 500), torch.nan, dtype=torch.bfloat16)
+    head.Head(weight, bias, lora, tile.dtype, tile.dtype).project(tile, x, u, slice(0, 500))
+    assert relative(tile, exact) < 1.1 * relative(exact.bfloat16(), exact)

@@ -133,6 +133,8 @@ def test_sequences() -> None:
     case.advantages = torch.ones(1)
     assert counted(case) == 4 - CHUNK / 128
     assert counted(case, chunk_tokens=128) == 3
+    case.old_logps = None  # all ratios are 1
+    assert counted(case) == 3
 
 
 def scored(case: HeadCase, frozen: tuple[str, ...] = (), **how: Any) -> float:
@@ -153,6 +155,8 @@ def test_log_probs() -> None:
     assert scored(case, ALL) == 1
     assert scored(case, ("weight",)) == 2
     assert scored(case, ("weight",), return_entropy=True) == 3 - CHUNK / 128
+    assert scored(case, ("weight",), return_entropy=True, entropy_grad=False) == 2
+    assert counted(case, stats=True, low_memory=True, frozen=("weight",)) == 2
     assert scored(case) == 4 - CHUNK / 128
     assert scored(case, mask=torch.arange(128) < 64) == (4 - CHUNK / 64) / 2
 

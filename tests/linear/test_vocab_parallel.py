@@ -6,6 +6,7 @@ Each group of processes runs all scenarios once; the tests look at what they fou
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -29,7 +30,9 @@ from heads import (
 from torch import Tensor
 
 import cfpo_kernels
-from cfpo_kernels import CFPO, PPOClip, VocabParallel
+from cfpo_kernels import CFPO, PPOClip, VocabParallel, backends, token_logps
+from cfpo_kernels.backends.cpu import CpuBackend
+from cfpo_kernels.verification import choice
 from cfpo_kernels.vocab_parallel import Shards
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed")
@@ -329,6 +332,74 @@ def refusals(process: Process) -> dict[str, str]:
     return said
 
 
+class Noting(CpuBackend):
+    """Stands in for kernels of a GPU."""
+
+    def __init__(self, name: str, used: list[str]) -> None:
+        self.name, self.used = name, used
+
+    def token_logps(self, rows: Any, **outputs: Any) -> None:
+        self.used.append(self.name)
+        super().token_logps(rows, **outputs)
+
+
+def kernels_of_ranks(process: Process) -> dict[str, Any]:
+    """What runs where the first rank has, or had rather, other kernels than the others."""
+    case, used = everything(), []
+    first, others = "cuda", "triton"
+    mine = first if process.rank == 0 else others
+    found: dict[str, Any] = {}
+    for name, alternatives in (
+        ("faster", {first, others, "reference"}),
+        ("lacking", {mine, "reference"}),
+    ):
+        where = VocabParallel(dist.new_group(), process.start, V)
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for kernels in (first, others):
+                patch.setitem(backends.KERNELS, kernels, Noting(kernels, used))
+            patch.setattr(choice, "kernels_for", lambda *_: mine)
+            patch.setattr(choice, "alternatives", lambda *_, known=alternatives: known)
+            for _ in range(2):
+                linear(process.part(case), stats=True, vocab_parallel=where)
+                leaf = process.columns(logits_of(case.leaves(), {}).detach().T).T.contiguous()
+                token_logps(leaf, case.token_ids, vocab_parallel=where)
+        found[name] = sorted(set(used)), [str(w.message) for w in said if "would run" in str(w)]
+        used.clear()
+    try:
+        backend = "cpu" if process.rank == 0 else "reference"
+        where = VocabParallel(dist.new_group(), process.start, V)
+        linear(process.part(case), backend=backend, vocab_parallel=where)
+    except ValueError as error:
+        found["named"] = str(error)
+    return found
+
+
+def compared(process: Process) -> dict[str, str]:
+    """What is said, where a number is another one on the last rank, or in a masked row."""
+    said, last = {}, process.rank == process.world - 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CFPO_KERNELS_DEBUG", "1")
+        for name in ("nothing", "masked", "advantages", "token_ids", "mask", "kl_coef"):
+            case = everything()
+            mask = case.options["mask"] = case.options.get("mask", case.token_ids >= 0).clone()
+            mask[3] = False
+            if last and name == "masked":
+                case.advantages[3] = 9.0
+            elif last and name in ("advantages", "token_ids"):
+                getattr(case, name)[6] = 1
+            elif last and name == "mask":
+                mask[6] = False
+            elif last and name == "kl_coef":
+                case.options["kl_coef"] = 0.7
+            try:
+                linear(process.part(case), vocab_parallel=process.split())
+                said[name] = ""
+            except ValueError as error:
+                said[name] = str(error)
+    return said
+
+
 def run(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -366,6 +437,8 @@ def run(rank: int, world: int, folder: str) -> None:
         again.advantages[::2] = 0.0
         results["again"] = of_linear(process.part(again), vocab_parallel=process.split())
         results["refused"] = refusals(process)
+        results["kernels"] = kernels_of_ranks(process)
+        results["compared"] = compared(process)
     torch.save(results, f"{folder}/{rank}")
     dist.barrier()
     dist.destroy_process_group()
@@ -552,6 +625,29 @@ def test_what_is_refused_is_refused_on_each_process(group: list[Any]) -> None:
         for name, said in REFUSED.items():
             with pytest.raises(AssertionError, match=said):
                 raise AssertionError(results["refused"][name])
+
+
+def test_all_processes_run_the_same_kernels(group: list[Any]) -> None:
+    world = len(group)
+    # As most have chosen; and what each has, where the choice is another's only.
+    for name, agreed in (("faster", "cuda" if world == 2 else "triton"), ("lacking", None)):
+        for results in group:
+            used, said = results["kernels"][name]
+            assert used == ([agreed] if agreed else [])
+            assert said and f"all run {agreed or 'reference'}" in said[0]
+            assert "cuda on rank 0, triton on rank 1" in said[0]
+    for results in group:
+        assert "got cpu on rank 0, reference on rank 1" in results["kernels"]["named"]
+
+
+def test_numbers_that_differ_are_named_when_debugging(group: list[Any]) -> None:
+    for results in group:
+        said = results["compared"]
+        assert said["nothing"] == said["masked"] == ""
+        for name in ("advantages", "token_ids", "mask", "kl_coef"):
+            shown = "the objective or a coefficient" if name == "kl_coef" else name
+            assert f"{shown} on ranks {len(group) - 1}" in said[name], said[name]
+            assert name == "mask" or ";" not in said[name].split("are ")[1]
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ class Sums(NamedTuple):
 
 def sums(rows: KernelRows, with_entropy: bool = True) -> Sums:
     n = len(rows.token_ids)
-    logps, entropy = torch.full((n,), 7.0), torch.full((n,), 7.0)
-    lse = torch.full((n,), 7.0, dtype=torch.float64)
+    entropy = torch.full((n,), 7.0)
+    logps, lse = torch.full((2, n), 7.0, dtype=torch.float64)
     kernels(rows.logits).token_logps(
         rows, logps=logps, lse=lse, entropy=entropy if with_entropy else None
     )

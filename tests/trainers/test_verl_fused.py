@@ -170,6 +170,27 @@ def test_a_frozen_head_has_no_gradient(in_place: None, frozen: bool) -> None:
     assert (model.lm_head.weight.grad is None) is frozen
 
 
+def test_entropies_for_the_log(in_place: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a frozen head two products, as without entropies; a loss of them is refused."""
+    monkeypatch.setattr(ours, "_entropy_grad", True)  # and back afterwards
+    ours.use_fused_logprobs(entropy_grad=False)
+    model = make_model()
+    model.lm_head.weight.requires_grad_(False)
+    patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
+    for coefficient in (None, 0.0, 0.1):  # verl's loss has no entropies, or these times that
+        with Products() as products:
+            output = model(**packed(LONG), temperature=T, return_dict=True, use_cache=False)
+            loss = output.log_probs.sum()
+            if coefficient is not None:
+                loss = loss - coefficient * output.entropy.mean()
+            if coefficient:
+                with pytest.raises(RuntimeError, match=r"actor\.entropy_coeff to 0"):
+                    loss.backward()
+            else:
+                loss.backward()
+        assert output.entropy.gt(0).any() and products.found == [(H, 128, V)] * 4
+
+
 def test_an_unknown_reduction_is_refused() -> None:
     with pytest.raises(ValueError, match="reduction must be 'none', got 'mean'"):
         ours.linear_cross_entropy(

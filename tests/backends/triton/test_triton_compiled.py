@@ -96,7 +96,9 @@ def launch_logps(logits: torch.Tensor, entropy: bool) -> None:
     n = logits.shape[:-1].numel()
     given = per_row(n) if entropy else None
     lse = per_row(n, torch.float64)
-    backend.TRITON.token_logps(rows(logits), logps=per_row(n), lse=lse, entropy=given)
+    backend.TRITON.token_logps(
+        rows(logits), logps=per_row(n, torch.float64), lse=lse, entropy=given
+    )
     backend.TRITON.token_logps_backward(
         rows(logits), lse=lse, entropy=given, dlogps=per_row(n), dentropy=given, dlogits=logits
     )

@@ -36,7 +36,7 @@ class Ranges {
   }
   void add(const cfpo::LogpsStage& stage) {
     add(stage.p.problem);
-    add(stage.p.logps, 4 * n_rows_, true);
+    add(stage.p.logps, 8 * n_rows_, true);
     add(stage.p.lse, 8 * n_rows_, true);
     add(stage.p.entropy, 4 * n_rows_, true);
   }

@@ -108,7 +108,9 @@ def _memory(options: argparse.Namespace) -> int:
         return 0
     split = f", vocabulary over {options.tp} processes, on each" if options.tp > 1 else ""
     print(f"Peak beyond hidden states and head, tiles of {step.rows} rows on {device}{split}\n")
-    rows = [(name, f"{size:>15,}", f"{size / 2**30:8.2f}") for name, size in ways]
+    rows: list[tuple[str, ...]] = [
+        (name, f"{size:>15,}", f"{size / 2**30:8.2f}") for name, size in ways
+    ]
     print(report.table(rows, ("way", f"{'bytes':>15}", f"{'GiB':>8}")))
     return 0
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import formula
+from .autograd import save, saved
 from .backends import cpu
 from .inputs import LossSettings, TokenInputs
 from .plain import is_plain
@@ -105,13 +106,13 @@ class _TokenLosses(torch.autograd.Function):
             dlog_ratio,
             torch.get_num_threads(),
         )
-        ctx.save_for_backward(logps, entropy, log_ratio, weights, dlogps, dlog_ratio)
+        save(ctx, logps, entropy, log_ratio, weights, dlogps, dlog_ratio)
         ctx.inputs, ctx.settings = inputs, settings
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        logps, entropy, log_ratio, weights, dlogps, dlog_ratio = ctx.saved_tensors
+        logps, entropy, log_ratio, weights, dlogps, dlog_ratio = saved(ctx)
         given = (logps, entropy, log_ratio)
         slopes: list[Tensor | None] = [dlogps, -ctx.settings.entropy_coef * weights, dlog_ratio]
         if torch.is_grad_enabled():  # create_graph

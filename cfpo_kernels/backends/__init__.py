@@ -90,12 +90,16 @@ def resolve(
             status = cuda.status()
             detail = why if status else status.detail
             raise BackendUnavailableError(f"backend='cuda' is not available: {detail}")
+        if not torch.compiler.is_compiling() and (name, device.type) not in choice.asked:
+            choice.tell_asked(name, device)
         return name
     status = _STATUS[name]()
     if not status:
         raise BackendUnavailableError(f"backend={name!r} is not available: {status.detail}")
     if name == "triton" and (why := triton.why_not(device)):
         raise BackendUnavailableError(f"backend='triton' {why}")
+    if not torch.compiler.is_compiling() and (name, device.type) not in choice.asked:
+        choice.tell_asked(name, device)
     return name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,6 +36,12 @@ def status() -> BackendStatus:
     if native is None:
         return BackendStatus(False, import_failure)
     return BackendStatus(True, "instruction sets: " + ", ".join(native.cpu_levels()))
+
+
+def level() -> str:
+    """The instruction sets that calls use, for a person."""
+    forced = os.environ.get("CFPO_KERNELS_CPU_LEVEL")
+    return f"{forced} by CFPO_KERNELS_CPU_LEVEL" if forced else f"up to {native.cpu_levels()[0]}"
 
 
 class CpuBackend(NativeBackend):

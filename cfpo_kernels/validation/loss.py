@@ -121,7 +121,7 @@ def check_loss_terms(
         beyond = beyond._replace(ratio=ratio)
     if not isinstance(objective, Objective):
         bounds = None if cu_seqlens is None else saveable(cu_seqlens)  # type: ignore[arg-type]
-        function = TorchObjective(objective, rows.shape, bounds)  # type: ignore[arg-type]
+        function = TorchObjective(objective, rows.shape, bounds)
         beyond = beyond._replace(function=function)
     scale = _grad_scale(grad_scale, rows.source)
     return LossTerms(weights, inputs, settings, region, beyond, scale)

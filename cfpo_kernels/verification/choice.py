@@ -41,6 +41,7 @@ class Table:
     record: VerifyRecord | None = None
     why: str = ""
     chosen: dict[tuple[torch.dtype, int], str] = field(default_factory=dict)
+    told: set[torch.dtype] = field(default_factory=set)
 
     def choose(self, dtype: torch.dtype, n_cols: int) -> str:
         key = (dtype, n_cols)
@@ -71,6 +72,7 @@ def forget() -> None:
     """As in a new process; for tests."""
     _tables.clear()
     _warned.clear()
+    asked.clear()
 
 
 @functools.cache
@@ -89,15 +91,21 @@ def kernels_for(
     if kind == "cpu":
         table = _tables.get(_CPU) or _cpu_table()
         if cpu.native is not None and (table.record is None or not _failed(table.record, dtype)):
+            if dtype not in table.told:  # a call looks no further than that
+                table.told.add(dtype)
+                _tell(device, dtype, "cpu", f"{cpu.level()}; the CPU's kernels need no record")
             return "cpu"
     elif kind == "gpu":
         table = _gpu_table(device, compiling)
         chosen = table.choose(dtype, n_cols)
-        _tell_choice(device, dtype, n_cols, chosen)
         if chosen != REFERENCE:
+            if is_debugging():
+                _tell(device, dtype, chosen, _why(table, dtype, n_cols), n_cols)
             return chosen
     else:
         table = Table(why=f"there are no kernels for {device.type} tensors")
+    if is_debugging():
+        _tell(device, dtype, REFERENCE, table.reason(dtype))
     if kind or inplace:
         without = "; inplace=True is not used" if inplace else ""
         _warn(f"plain torch computes the loss on {device}{without}: {table.reason(dtype)}")
@@ -223,11 +231,39 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
 
 
-def _tell_choice(device: torch.device, dtype: torch.dtype, n_cols: int, chosen: str) -> None:
-    """Once for each size, for whoever wonders which kernels a rank runs."""
+def _why(table: Table, dtype: torch.dtype, n_cols: int) -> str:
+    """Why the kernels of ``fastest`` are those."""
+    assert table.record is not None  # they are right by it
+    name = str(dtype).removeprefix("torch.")
+    times = [t for t in table.record.timings if t.dtype == name]
+    if not times:
+        return "right by the record, which has no times"
+    from .timing import nearest
+
+    size = nearest([t.n_cols for t in times], max(n_cols, 1))
+    measured = ", ".join(f"{t.kernels} {t.ms:.3g} ms" for t in times if t.n_cols == size)
+    return f"the fastest that is right by the record; at V = {size}: {measured}"
+
+
+asked: set[tuple[str, str]] = set()  # names of backends and devices, which were told
+
+
+def tell_asked(name: str, device: torch.device) -> None:
+    """Of a backend that was asked for by name."""
+    asked.add((name, device.type))
+    level = f"{cpu.level()}; " if name == "cpu" else ""
+    _tell(device, None, name, f"{level}backend={name!r} asks for it")
+
+
+def _tell(
+    device: torch.device, dtype: torch.dtype | None, chosen: str, why: str, n_cols: int = 0
+) -> None:
+    """With CFPO_KERNELS_DEBUG=1, once each: which kernels run, for whoever wonders on a rank."""
     if not is_debugging():
         return
-    line = f"cfpo_kernels: {chosen} for {dtype} logits, V = {n_cols}, on {device}"
+    of = "logits" if dtype is None else f"{dtype} logits"
+    columns = f", V = {n_cols}," if n_cols else ""
+    line = f"cfpo_kernels: {chosen} for {of}{columns} on {device}: {why}"
     if line not in _warned:
         _warned.add(line)
         print(line, file=sys.stderr, flush=True)

@@ -271,7 +271,31 @@ def test_each_choice_is_told_once_under_debug(
     monkeypatch.setenv("CFPO_KERNELS_DEBUG", "1")
     for _ in range(2):
         backends.resolve("auto", gpu, BF16, 1000)
-    assert capfd.readouterr().err.count("cuda for torch.bfloat16 logits, V = 1000") == 1
+    told = capfd.readouterr().err
+    assert told.count("cuda for torch.bfloat16 logits, V = 1000") == 1
+    assert "right by the record" in told
+
+
+def test_choices_on_a_cpu_are_told_with_their_reason(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    backends.resolve("auto", CPU, BF16, 1000)
+    assert not capfd.readouterr().err
+    monkeypatch.setenv("CFPO_KERNELS_DEBUG", "1")
+    choice.forget()
+    for name, n_cols in (("auto", 1000), ("auto", 2000), ("cpu", 5), ("reference", 5)) * 2:
+        backends.resolve(name, CPU, BF16, n_cols)
+    backends.resolve("auto", torch.device("meta"), BF16, 1000)
+    told = capfd.readouterr().err.splitlines()
+    best = cpu.native.cpu_levels()[0]
+    assert told == [
+        f"cfpo_kernels: cpu for torch.bfloat16 logits on cpu: up to {best}; the CPU's kernels need "
+        "no record",
+        f"cfpo_kernels: cpu for logits on cpu: up to {best}; backend='cpu' asks for it",
+        "cfpo_kernels: reference for logits on cpu: backend='reference' asks for it",
+        "cfpo_kernels: reference for torch.bfloat16 logits on meta: there are no kernels for meta "
+        "tensors",
+    ]
 
 
 # Where kernels cannot run -----------------------------------------------------------------------

@@ -41,7 +41,8 @@ test-all: $(STAMPS)/native $(STAMPS)/test $(STAMPS)/trainers ## Run every test, 
 # Triton kernels; the compiled ones are looked at in the ordinary tests.
 test-triton: $(STAMPS)/native $(STAMPS)/test ## Run the tests of the Triton kernels, interpreted
 	TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -n auto tests/every_target \
-	  tests/backends/triton/test_triton_interpreted.py tests/backends/triton/test_triton_tools.py $(ARGS)
+	  tests/backends/triton/test_triton_interpreted.py tests/backends/triton/test_triton_tools.py \
+	  tests/linear/test_linear_triton.py $(ARGS)
 
 lint: $(STAMPS)/torch $(STAMPS)/dev ## Check style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -147,18 +146,14 @@ def implementations() -> list[LinearImplementation]:
     if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         label = "F.linear_cross_entropy + torch loss"
         found.append(LinearImplementation("torch-lce", label, "baseline", torch_lce, counted=False))
-    if find_spec("liger_kernel"):
-        label = "Liger chunked GRPO"
-        found.append(LinearImplementation("liger", label, "peer", liger))
-    if find_spec("trl"):
-        label = "TRL chunked log-probs + torch loss"
-        found.append(LinearImplementation("trl", label, "peer", trl))
-    if find_spec("verl"):
-        label = "verl FusedLinearForPPO + torch loss"
-        found.append(LinearImplementation("verl", label, "peer", verl))
-    if find_spec("rl_engine"):
-        label = "RL-Kernel linear log-probs + torch loss"
-        found.append(LinearImplementation("rl-kernel", label, "peer", rl_kernel))
+    # One that is not installed fails to build, and the report says so.
+    for name, label, build in (
+        ("liger", "Liger chunked GRPO", liger),
+        ("trl", "TRL chunked log-probs + torch loss", trl),
+        ("verl", "verl FusedLinearForPPO + torch loss", verl),
+        ("rl-kernel", "RL-Kernel linear log-probs + torch loss", rl_kernel),
+    ):
+        found.append(LinearImplementation(name, label, "peer", build))
     return found
 
 

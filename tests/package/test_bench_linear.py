@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def test_a_wrong_gradient_is_left_out_or_ends_the_run(monkeypatch: pytest.Monkey
     monkeypatch.setattr(linear, "implementations", lambda: only(replace(wrong, kind="ours")))
     with pytest.raises(ArithmeticError, match="wrong"):
         linear.run_case(TINY, 1, 1, memory=False)
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [e for e in linear.implementations() if e.name in ("eager", "rl-kernel")]
+    assert len(entries) == 2
+    monkeypatch.setattr(linear, "implementations", lambda: entries)
+    monkeypatch.setitem(sys.modules, "rl_engine", None)
+    case = linear.run_case(TINY, 1, 1, memory=False)
+    assert [result["name"] for result in case["results"]] == ["eager"]
+    assert "ModuleNotFoundError" in case["skipped"]["rl-kernel"]
+    assert "rl_engine" in case["skipped"]["rl-kernel"]
 
 
 def test_exact_is_autograd_in_float64() -> None:

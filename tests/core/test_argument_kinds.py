@@ -50,7 +50,7 @@ def test_a_default_dtype_changes_nothing(entry: Entry) -> None:
 @each
 def test_a_default_device_changes_nothing(entry: Entry) -> None:
     want = outcome(entry, tensors())
-    # It is a function mode, which torch's formula shows its operators in place of the C++'s one call.
+    # A function mode: it is shown the operators of torch's formula, not the one call of the C++'s.
     with torch.device("meta"):
         same(outcome(entry, tensors()), want, within=1e-6)
 

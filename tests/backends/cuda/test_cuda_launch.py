@@ -204,6 +204,20 @@ def test_a_first_call_may_be_captured(run: Run, command: str) -> None:
             assert got[:i].count(RELAX) == got[:i].count(RESTORE), "the kernel is part of the graph"
 
 
+@pytest.mark.parametrize("shape", ["8192,1000", "8192,32000", "8192,151936", "1,151936"])
+@pytest.mark.parametrize("kernel", ["auto", "portable", "auto-transient"])
+def test_a_later_step_does_nothing_but_launch(run: Run, kernel: str, shape: str) -> None:
+    """No memory, no synchronisation, no number read back: so a graph of it may be replayed."""
+    step = f"loss:{shape}"
+    first = run(f"row_kernel:{kernel}", step)
+    got = run(f"row_kernel:{kernel}", step, "capturing", step)
+    later = got[len(first) - 1 : -1]
+    assert launches(later) == launches(first)
+    assert [line for line in later if line not in launches(later)] == ["cudaSetDevice(0)"] * len(
+        launches(later)
+    )
+
+
 @pytest.mark.parametrize(("v", "cluster"), [(32000, 1), (128256, 4), (151936, 8)])
 def test_clusters_are_launched_as_clusters(run: Run, v: int, cluster: int) -> None:
     """Also those of one block: without the attribute messages and barriers would be others."""

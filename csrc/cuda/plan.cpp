@@ -131,19 +131,20 @@ ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits) {
   return ClusterPlan();
 }
 
-TransientPlan plan_transient(int n_segments, const DeviceLimits& limits) {
+TransientPlan plan_transient(int n_segments, bool entropy, const DeviceLimits& limits) {
+  const int most = transient_threads(entropy);
   TransientPlan plan;
   plan.n_segments = n_segments;
   for (plan.cluster = 1; plan.cluster <= kMostCluster; plan.cluster *= 2) {
     if (plan.slice_segments() > kShortSlice && plan.cluster < kMostCluster) continue;
     plan.sums = plan.slice_segments() * kWindowBytes;
-    plan.gradient = plan.sums + n_segments * int{sizeof(SentSum)};
-    plan.barriers = plan.gradient + int{sizeof(SentGradient)};
+    plan.gradient = plan.sums + n_segments * int{sizeof(PeakedPart)};
+    plan.barriers = plan.gradient + int{sizeof(SentGradient<true>)};
     plan.bytes = plan.barriers + 2 * 8;
     if (plan.bytes > limits.shared_per_block) continue;
     const int fit = limits.shared_per_sm / (plan.bytes + kReservedPerBlock);
-    plan.blocks_per_sm = std::min(fit, kTransientThreadsPerSm / 32);
-    const int threads = std::min(kTransientThreads, kTransientThreadsPerSm / plan.blocks_per_sm);
+    plan.blocks_per_sm = std::min(fit, 2 * most / 32);
+    const int threads = std::min(most, 2 * most / plan.blocks_per_sm);
     plan.warps = std::min(threads / 32, plan.slice_segments());
     return plan;
   }

@@ -29,8 +29,9 @@ constexpr int kSplitThreads = 256;
 constexpr int kClusterThreads = 512;  // 14 warps that work on the logits, two on the scalars
 constexpr int kAccountants = 2;
 constexpr int kClusterNotes = 16;  // power of two; at least 5 more than the slots
-constexpr int kTransientThreads = 512;
-constexpr int kTransientThreadsPerSm = 1024;  // 64 registers a thread
+// Of a transient block at most; twice as many share an SM. Sums for an entropy take 96 registers a
+// thread, the others 64.
+CFPO_HOST_DEVICE constexpr int transient_threads(bool entropy) { return entropy ? 320 : 512; }
 
 struct DeviceLimits {
   int sm_count = 0;
@@ -168,13 +169,14 @@ struct TransientPlan : RowSlices {
   int barriers = 0;  // 2
   int bytes = 0;
 };
+template <bool kEntropy>
 struct alignas(16) SentGradient {
-  RowGradient gradient;
+  StageGradient<kEntropy> gradient;
 };
 
 // The smallest cluster with slices of at most 32 KiB, or one of eight; cluster 0 where that does
 // not fit either.
-TransientPlan plan_transient(int n_segments, const DeviceLimits& limits);
+TransientPlan plan_transient(int n_segments, bool entropy, const DeviceLimits& limits);
 
 // Which kernel sums and writes whole rows: the one that needs no clusters ("portable"), the one of
 // clusters that stay ("cluster"), the one of clusters that come and go with their rows

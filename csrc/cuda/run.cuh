@@ -133,7 +133,7 @@ void run_stage(const Stage& stage, const Rows& dlogits, const Execution& executi
   }
   // Behind a softcap there is none of these.
   if constexpr (Stage::kSums && Stage::kGradient && !kCapped<Stage>) {
-    const TransientPlan plan = plan_transient(n_segments, limits);
+    const TransientPlan plan = plan_transient(n_segments, stage.entropy(), limits);
     if (dlogits.data != nullptr && use_transient(logits.n_rows, plan, limits, wanted)) {
       if (run_transient_kernel<T>(stage, dlogits, plan, execution)) return;
       if (wanted == RowKernel::kTransient) refuse_clusters("transient", plan);

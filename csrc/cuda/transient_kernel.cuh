@@ -37,7 +37,7 @@ class TransientWarp {
   CFPO_DEVICE void run() {
     if (stage_.skip(row_)) return skip_row();
     if (hw::thread_index() == 0) begin_barriers();
-    hw::cluster_arrive();
+    hw::cluster_arrive_relaxed();
     x_ = static_cast<const T*>(logits_.row(row_));
     fetch();
     token_ = static_cast<int>(problem().column(row_));

@@ -41,8 +41,8 @@ CFPO_HOST_DEVICE inline float row_scale(const Problem& p, std::int64_t row) {
   return static_cast<float>(kLog2E / p.temperature[row * p.temperature_stride]);
 }
 
-// 2^exponent for a whole exponent <= 0; 0 where that would be subnormal, and for NaN: only sums that
-// are NaN themselves have such references.
+// 2^exponent for a whole exponent <= 0; 0 where that would be subnormal, and for NaN: only sums
+// that are NaN themselves have such references.
 template <class Real>
 CFPO_HOST_DEVICE double power_of_two(Real exponent) {
   const int whole = static_cast<int>(exponent > Real{-1023} ? exponent : Real{-1023});

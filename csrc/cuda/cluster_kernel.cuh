@@ -143,31 +143,27 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
   }
 
   CFPO_DEVICE void run() {
-    hw::sync_warp();
-    ClusterRow row = Block::noted(which_);
-    Inputs inputs = inputs_of(row);
-    for (int number = which_; row.row >= 0; number += kAccountants) {
-      note(number + ahead());
+    for (int number = which_;; number += kAccountants) {
       hw::sync_warp();
-      // What the next of its rows brings along comes while this one is settled.
-      const ClusterRow next = Block::noted(number + kAccountants);
-      const Inputs next_inputs = inputs_of(next);
-      settle(row, inputs, number);
-      row = next;
-      inputs = next_inputs;
+      const ClusterRow row = Block::noted(number);
+      if (row.row < 0) return;
+      note(number + ahead());
+      settle(row, number);
     }
   }
 
  private:
-  using Inputs = typename Stage::Inputs;
+  // What a row brings along, noted for itself.
+  struct alignas(kVectorBytes) Inputs : Stage::Inputs {};
+  static_assert(sizeof(Inputs) == kClusterInputs);
 
+  CFPO_DEVICE Inputs* inputs(int number) const {
+    return Block::template shared<Inputs>(plan_.shared.inputs) + number % kClusterNotes;
+  }
   // Rows are noted so long before they are settled, a multiple of kAccountants: at ready[] of the
   // row `slots` before, whoever settles them has noted them.
   CFPO_DEVICE int ahead() const {
     return (plan_.slots + kAccountants - 1) / kAccountants * kAccountants;
-  }
-  CFPO_DEVICE Inputs inputs_of(const ClusterRow& row) const {
-    return row.row >= 0 ? stage_.inputs(row.row) : Inputs();
   }
 
   // The lanes look at 32 rows at once, and keep what they find.
@@ -181,6 +177,7 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
       row_ = row;
       token_ = static_cast<int>(Block::problem().column(row));
       scale_ = row_scale(Block::problem(), row);
+      inputs_ = {stage_.inputs(row)};
     } else if (exists && which_ == 0 && hw::cluster_rank() == 0) {
       stage_.skipped(row);
     }
@@ -200,6 +197,7 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
       notes->row = -1;
     } else if ((left_ & -left_) >> lane_index() == 1) {
       *notes = {x_, out_, row_, token_, scale_};
+      *inputs(number) = inputs_;
     }
     pass();
     for (int i = 1; i < kAccountants; ++i) {
@@ -209,7 +207,8 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
   }
 
   // All lanes do the same, for without branches more of it overlaps.
-  CFPO_DEVICE void settle(const ClusterRow& row, const Inputs& inputs, int number) {
+  CFPO_DEVICE void settle(const ClusterRow& row, int number) {
+    const Inputs brought = hw::read_shared(inputs(number));
     const int turn = Block::turn(number);
     const bool leads = lane_index() == 0;
     const int sent = plan_.n_segments + (row.token >= 0 ? 1 : 0);
@@ -224,7 +223,7 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
     hw::sync_warp();  // all lanes have read, and fenced
     if (lane_index() < plan_.cluster) hw::arrive_peer(Block::vacant(turn), lane_index());
     const RowStats stats = join_target(row.scale, target, sum);
-    const RowGradient gradient = stage_(row.row, inputs, stats, leads && hw::cluster_rank() == 0);
+    const RowGradient gradient = stage_(row.row, brought, stats, leads && hw::cluster_rank() == 0);
     if (leads) {
       *Block::gradient(number) = gradient;
       hw::barrier_arrive_expect(Block::ready(turn), 0);
@@ -239,6 +238,7 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
   int row_ = 0;
   int token_ = 0;
   float scale_ = 0.0f;
+  Inputs inputs_{};
 };
 
 template <class T, class Stage, bool kEntropy>

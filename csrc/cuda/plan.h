@@ -27,7 +27,9 @@ constexpr int kRowThreadsPerSm = 640;
 constexpr int kSplitThreads = 256;
 constexpr int kClusterThreads = 512;  // 14 warps that work on the logits, two on the scalars
 constexpr int kAccountants = 2;
-constexpr int kClusterNotes = 16;  // power of two; at least 5 more than the slots
+constexpr int kPortableCluster = 8;  // blocks that every device with clusters takes
+constexpr int kClusterInputs = 32;   // bytes: what a row brings to stage 2
+constexpr int kClusterNotes = 16;    // power of two; at least 5 more than the slots
 
 struct DeviceLimits {
   int sm_count = 0;
@@ -81,6 +83,7 @@ std::int64_t row_blocks(std::int64_t n_rows, const RowPlan& plan, const DeviceLi
 struct ClusterSharedMemory {
   int slot_bytes = 0;  // whole lines; a slice touches one vector more than it has bytes for
   int sums = 0;        // 2 * (n_segments + 1) SentSums
+  int inputs = 0;      // kClusterNotes of kClusterInputs bytes
   int barriers = 0;    // 6, and one for each slot
   int notes = 0;       // kClusterNotes ClusterRows
   int gradients = 0;   // 2 RowGradients
@@ -102,6 +105,7 @@ struct ClusterPlan {
     return rank * (n_segments / cluster) + (rank < extra ? rank : extra);
   }
   int slice_segments() const { return (n_segments + cluster - 1) / cluster; }
+  bool portable() const { return cluster <= kPortableCluster; }
 };
 
 // What the cluster kernel notes of a row that is read.
@@ -114,8 +118,13 @@ struct ClusterRow {
 };
 struct alignas(16) SentSum : PartialSum {};
 
-// The smallest cluster that keeps slices short and three rows in flight; cluster 0 if none does.
+// The smallest cluster that keeps slices short and four rows in flight, or three if none does;
+// cluster 0 if none does even that. One that is not portable only where no other will do.
 ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits);
+
+// Whether a device has room for a plan, which runs so many clusters at once. One that is not
+// portable needs most of a GPC's SMs and may leave the others idle: not more than a quarter.
+bool is_room(const ClusterPlan& plan, std::int64_t together, const DeviceLimits& limits);
 
 // Which kernel sums and writes whole rows: the one that suits the row and the device ("auto"), the
 // one that needs no clusters ("portable"), or the one of clusters ("cluster").

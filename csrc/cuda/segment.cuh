@@ -91,12 +91,17 @@ CFPO_DEVICE PartialSum sum_segment(const char* window, const Segment<const T>& s
     }
   }
 
-  float top = -INFINITY;
+  // One chain of comparisons a vector: each waits for the one before.
+  float tops[kLaneVectors];
   for (int k = 0; k < kLaneVectors; ++k) {
     float x[kElements];
     unpack<T>(raw[k], x);
-    for (int j = 0; j < kElements; ++j) top = std::fmax(top, x[j]);
+    tops[k] = x[0];
+    for (int j = 1; j < kElements; ++j) tops[k] = std::fmax(tops[k], x[j]);
   }
+  // Of NaNs alone it is -inf.
+  const float top =
+      std::fmax(std::fmax(std::fmax(tops[0], tops[1]), tops[2]), std::fmax(tops[3], -INFINITY));
   // Not -inf, also where there is nothing else: -inf - ref has to be -inf. NaNs, which the maximum
   // passes over, and +inf make the sum NaN.
   const float ref = std::fmax(std::ceil(hw::warp_max(top) * scale), -kLargestRef);

@@ -139,31 +139,27 @@ class ClusterAccountant : ClusterBlock<T, Stage, kEntropy> {
   }
 
   CFPO_DEVICE void run() {
-    hw::sync_warp();
-    ClusterRow row = Block::noted(which_);
-    Inputs inputs = inputs_of(row);
-    for (int number = which_; row.row >= 0; number += kAccountants) {
-      note(number + ahead());
+    for (int number = which_;; number += kAccountants) {
       hw::sync_warp();
-      // What the next of its rows brings along comes while this one is settled.
-      const ClusterRow next = Block::noted(number + kAccountants);
-      const Inputs next_inputs = inputs_of(next);
-      settle(row, inputs, number);
-      row = next;
-      inputs = next_inputs;
+      const ClusterRow row = Block::noted(number);
+      if (row.row < 0) return;
+      note(number + ahead());
+      settle(row, number);
     }
   }
 
  private:
-  using Inputs = typename Stage::Inputs;
+  // What a row brings along, noted for itself.
+  struct alignas(kVectorBytes) Inputs : Stage::Inputs {};
+  static_assert(sizeof(Inputs) == kClusterInputs);
 
+  CFPO_DEVICE Inputs* inputs(int number) const {
+    return Block::template shared<Inputs>(plan_.shared.inputs) + number % kClusterNotes;
+  }
   // Rows are noted so long before they are settled, a multiple of kAccountants: at ready[] of the
   // row `slots` before, whoever settles them has noted them.
   CFPO_DEVICE int ahead() const {
     return (plan_.slots + kAccountants - 1) / kAccountants * kAccountants;
-  }
-  CFPO_DEVICE Inputs inputs_of(const ClusterRow& row) const {
-    return row.row >= 0 ? stage_.inputs(row.row) : Inputs();
   }
 
   // The lanes look at 32 rows at once, and keep what they find.
@@ -177,6 +173,7 @@ class ClusterAccountant : ClusterBlock<T, Stage, kEntropy> {
       row_ = row;
       token_ = static_cast<int>(Block::problem().column(row));
       scale_ = row_scale(Block::problem(), row);
+      inputs_ = {stage_.inputs(row)};
     } else if (exists && which_ == 0 && hw::cluster_rank() == 0) {
       stage_.skipped(row);
     }
@@ -196,6 +193,7 @@ class ClusterAccountant : ClusterBlock<T, Stage, kEntropy> {
       notes->row = -1;
     } else if ((left_ & -left_) >> lane_index() == 1) {
       *notes = {x_, out_, row_, token_, scale_};
+      *inputs(number) = inputs_;
     }
     pass();
     for (int i = 1; i < kAccountants; ++i) {
@@ -205,7 +203,8 @@ class ClusterAccountant : ClusterBlock<T, Stage, kEntropy> {
   }
 
   // All lanes do the same, for without branches more of it overlaps.
-  CFPO_DEVICE void settle(const ClusterRow& row, const Inputs& inputs, int number) {
+  CFPO_DEVICE void settle(const ClusterRow& row, int number) {
+    const Inputs brought = hw::read_shared(inputs(number));
     const int turn = Block::turn(number);
     const bool leads = lane_index() == 0;
     const int sent = plan_.n_segments + (row.token >= 0 ? 1 : 0);
@@ -229,10 +228,10 @@ class ClusterAccountant : ClusterBlock<T, Stage, kEntropy> {
     const bool publish = leads && hw::cluster_rank() == 0;
     Gradient gradient;
     if constexpr (kEntropy) {
-      gradient = settle_peaked(stage_, row.row, row.scale, target, merged, publish, inputs);
+      gradient = settle_peaked(stage_, row.row, row.scale, target, merged, publish, brought);
     } else {
       const RowStats stats = join_target(row.scale, target, merged.sum);
-      gradient = stage_(row.row, inputs, stats, publish);
+      gradient = stage_(row.row, brought, stats, publish);
     }
     if (leads) {
       *Block::gradient(number) = gradient;
@@ -248,6 +247,7 @@ class ClusterAccountant : ClusterBlock<T, Stage, kEntropy> {
   int row_ = 0;
   int token_ = 0;
   float scale_ = 0.0f;
+  Inputs inputs_{};
 };
 
 template <class T, class Stage, bool kEntropy>

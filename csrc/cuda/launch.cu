@@ -128,7 +128,14 @@ std::int64_t clusters_at_once(const char* name, const void* kernel, const Grid& 
   const cudaLaunchConfig_t config = launch_config(one, cluster);
   const OutsideCapture outside(name, device);
   int count = 0;
-  const cudaError_t status = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  cudaError_t status = cudaSuccess;
+  if (grid.cluster > kPortableCluster) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (status == cudaErrorInvalidValue || status == cudaErrorNotSupported) {
+      status = cudaErrorInvalidClusterSize;  // on a device that has no larger ones
+    }
+  }
+  if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
   if (too_large(status)) {
     cudaGetLastError();
     count = 0;

@@ -13,12 +13,13 @@ constexpr int kPassingWindows = 3;  // of a warp, where rows only pass: two unde
 constexpr int kMinSplitSegments = 32;
 constexpr int kMostGridY = 65535;
 constexpr int kMostSplitSegments = kMostGridY * (kSplitThreads / 32);
-constexpr int kMostCluster = 8;  // more is not portable
+constexpr int kMostCluster = 16;
 // Of a slice, 64 KiB: beside it a row that is summed and one that comes in.
 constexpr int kMostSlice = 32;
-// One row to write, one to sum, one that comes in; a fourth that comes in hides the latency of the
-// third.
+// One row to write, one to sum, one that comes in, which waits for the gradient of the row before
+// the last to leave its slot. From a fourth on, a row can come in during all of that.
 constexpr int kLeastSlots = 3;
+constexpr int kEnoughSlots = 4;
 constexpr int kMostSlots = 5;
 constexpr int kMinClusterSegments = 25;  // shorter rows: the row kernel takes several at a time
 // Of a transient cluster: so short that six blocks of as many rows share an SM.
@@ -64,7 +65,8 @@ ClusterSharedMemory cluster_shared_memory(const ClusterPlan& plan) {
   ClusterSharedMemory shared;
   shared.slot_bytes = plan.slice_segments() * kSegmentBytes + kLineBytes;
   shared.sums = plan.slots * shared.slot_bytes;
-  shared.barriers = shared.sums + 2 * (plan.n_segments + 1) * int{sizeof(PeakedPart)};
+  shared.inputs = shared.sums + 2 * (plan.n_segments + 1) * int{sizeof(PeakedPart)};
+  shared.barriers = shared.inputs + kClusterNotes * kClusterInputs;
   shared.notes = shared.barriers + (6 + plan.slots) * 8;
   shared.gradients = shared.notes + kClusterNotes * int{sizeof(ClusterRow)};
   shared.bytes = shared.gradients + 2 * int{sizeof(PeakedGradient)};
@@ -116,34 +118,43 @@ std::int64_t row_blocks(std::int64_t n_rows, const RowPlan& plan, const DeviceLi
 }
 
 ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits) {
+  ClusterPlan best;
   ClusterPlan plan;
   plan.n_segments = n_segments;
   for (plan.cluster = 1; plan.cluster <= kMostCluster; plan.cluster *= 2) {
+    if (best.slots >= kEnoughSlots || (best.slots > 0 && !plan.portable())) break;
     if (plan.slice_segments() > kMostSlice || n_segments < plan.cluster) continue;
     for (plan.slots = kMostSlots; plan.slots >= kLeastSlots; --plan.slots) {
       plan.shared = cluster_shared_memory(plan);
       if (plan.shared.bytes > limits.shared_per_block) continue;
       // Each has a segment in every block: that keeps workers within a row of each other.
       plan.warps = std::min(n_segments / plan.cluster, kClusterThreads / 32 - kAccountants);
-      return plan;
+      if (plan.slots > best.slots) best = plan;
+      break;
     }
   }
-  return ClusterPlan();
+  return best;
 }
 
-TransientPlan plan_transient(int n_segments, const DeviceLimits& limits) {
+bool is_room(const ClusterPlan& plan, std::int64_t together, const DeviceLimits& limits) {
+  if (plan.portable()) return together > 0;
+  return 4 * together * plan.cluster >= 3 * limits.sm_count;
+}
+
+TransientPlan plan_transient(int n_segments, bool entropy, const DeviceLimits& limits) {
+  const int most = transient_threads(entropy);
   TransientPlan plan;
   plan.n_segments = n_segments;
-  for (plan.cluster = 1; plan.cluster <= kMostCluster; plan.cluster *= 2) {
-    if (plan.slice_segments() > kShortSlice && plan.cluster < kMostCluster) continue;
+  for (plan.cluster = 1; plan.cluster <= kPortableCluster; plan.cluster *= 2) {
+    if (plan.slice_segments() > kShortSlice && plan.cluster < kPortableCluster) continue;
     plan.sums = plan.slice_segments() * kWindowBytes;
-    plan.gradient = plan.sums + n_segments * int{sizeof(SentSum)};
-    plan.barriers = plan.gradient + int{sizeof(SentGradient)};
+    plan.gradient = plan.sums + n_segments * int{sizeof(PeakedPart)};
+    plan.barriers = plan.gradient + int{sizeof(SentGradient<true>)};
     plan.bytes = plan.barriers + 2 * 8;
     if (plan.bytes > limits.shared_per_block) continue;
     const int fit = limits.shared_per_sm / (plan.bytes + kReservedPerBlock);
-    plan.blocks_per_sm = std::min(fit, kTransientThreadsPerSm / 32);
-    const int threads = std::min(kTransientThreads, kTransientThreadsPerSm / plan.blocks_per_sm);
+    plan.blocks_per_sm = std::min(fit, 2 * most / 32);
+    const int threads = std::min(most, 2 * most / plan.blocks_per_sm);
     plan.warps = std::min(threads / 32, plan.slice_segments());
     return plan;
   }
@@ -168,7 +179,7 @@ bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimi
 
 bool use_transient(std::int64_t n_rows, const TransientPlan& plan, const DeviceLimits& limits,
                    RowKernel wanted) {
-  if (n_rows > kMostGridX / kMostCluster) return false;
+  if (n_rows > kMostGridX / kPortableCluster) return false;
   if (wanted == RowKernel::kTransient) return must_work("transient", plan, limits);
   return wanted == RowKernel::kAutoTransient && suits(n_rows, plan, limits);
 }

@@ -28,9 +28,12 @@ constexpr int kRowThreadsPerSm = 640;
 constexpr int kSplitThreads = 256;
 constexpr int kClusterThreads = 512;  // 14 warps that work on the logits, two on the scalars
 constexpr int kAccountants = 2;
-constexpr int kClusterNotes = 16;  // power of two; at least 5 more than the slots
-constexpr int kTransientThreads = 512;
-constexpr int kTransientThreadsPerSm = 1024;  // 64 registers a thread
+constexpr int kPortableCluster = 8;  // blocks that every device with clusters takes
+constexpr int kClusterInputs = 32;   // bytes: what a row brings to stage 2
+constexpr int kClusterNotes = 16;    // power of two; at least 5 more than the slots
+// Of a transient block at most; twice as many share an SM. Sums for an entropy take 96 registers a
+// thread, the others 64.
+CFPO_HOST_DEVICE constexpr int transient_threads(bool entropy) { return entropy ? 320 : 512; }
 
 struct DeviceLimits {
   int sm_count = 0;
@@ -129,6 +132,7 @@ struct RowSlices {
 struct ClusterSharedMemory {
   int slot_bytes = 0;  // whole lines; a slice touches one vector more than it has bytes for
   int sums = 0;        // 2 * (n_segments + 1) SentSums
+  int inputs = 0;      // kClusterNotes of kClusterInputs bytes
   int barriers = 0;    // 6, and one for each slot
   int notes = 0;       // kClusterNotes ClusterRows
   int gradients = 0;   // 2 StageGradients
@@ -141,6 +145,8 @@ struct ClusterPlan : RowSlices {
   int slots = 0;  // of a block
   int warps = 0;  // workers of a block; the accountants come behind them
   ClusterSharedMemory shared;
+
+  bool portable() const { return cluster <= kPortableCluster; }
 };
 
 // What the cluster kernel notes of a row that is read.
@@ -155,8 +161,14 @@ struct ClusterRow {
 struct alignas(16) AlignedSum : PartialSum {};
 template <bool kEntropy>
 using SentSum = std::conditional_t<kEntropy, PeakedPart, AlignedSum>;
-// The smallest cluster that keeps slices short and three rows in flight; cluster 0 if none does.
+
+// The smallest cluster that keeps slices short and four rows in flight, or three if none does;
+// cluster 0 if none does even that. One that is not portable only where no other will do.
 ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits);
+
+// Whether a device has room for a plan, which runs so many clusters at once. One that is not
+// portable needs most of a GPC's SMs and may leave the others idle: not more than a quarter.
+bool is_room(const ClusterPlan& plan, std::int64_t together, const DeviceLimits& limits);
 
 // The transient kernel: a cluster for each row, whose blocks have a slice each in windows of shared
 // memory, and behind these, by their offsets, what they exchange.
@@ -168,13 +180,14 @@ struct TransientPlan : RowSlices {
   int barriers = 0;  // 2
   int bytes = 0;
 };
+template <bool kEntropy>
 struct alignas(16) SentGradient {
-  RowGradient gradient;
+  StageGradient<kEntropy> gradient;
 };
 
 // The smallest cluster with slices of at most 32 KiB, or one of eight; cluster 0 where that does
 // not fit either.
-TransientPlan plan_transient(int n_segments, const DeviceLimits& limits);
+TransientPlan plan_transient(int n_segments, bool entropy, const DeviceLimits& limits);
 
 // Which kernel sums and writes whole rows: the one that needs no clusters ("portable"), the one of
 // clusters that stay ("cluster"), the one of clusters that come and go with their rows

@@ -37,6 +37,8 @@
 //   cluster_rank()           this block's number within the cluster
 //   cluster_arrive(), cluster_wait()   a barrier of all the cluster's threads in two halves; what
 //                            was written before the first is seen after the second
+//   cluster_arrive_relaxed() the first half where there is nothing to be seen but barriers, after
+//                            fence_barrier_init: it waits for nothing
 //   Barrier                  8 bytes of shared memory: a barrier whose phases end when `count`
 //                            arrivals and all the bytes that they announced have come
 //   barrier_init(barrier, count), fence_barrier_init()   by one thread; then a block barrier

@@ -22,6 +22,9 @@ CFPO_DEVICE int cluster_rank() {
 
 // Not the .aligned forms: a warp's lanes may come here one by one.
 CFPO_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+CFPO_DEVICE void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 CFPO_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 CFPO_DEVICE void barrier_init(Barrier* barrier, int count) {

@@ -55,7 +55,7 @@ void run_row_kernel(const Stage& stage, const Rows& dlogits, int n_segments,
 // Whether the device has room for it.
 template <class T, class Stage>
 bool run_cluster_kernel(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan,
-                        const Execution& execution) {
+                        const DeviceLimits& limits, const Execution& execution) {
   Grid grid;
   grid.cluster = plan.cluster;
   grid.threads = (plan.warps + kAccountants) * kWarpThreads;
@@ -64,8 +64,9 @@ bool run_cluster_kernel(const Stage& stage, const Rows& dlogits, const ClusterPl
     if constexpr (kExists<Stage, entropy.value>) {
       const auto kernel = cluster_kernel<T, Stage, entropy.value>;
       const std::int64_t together = clusters_at_once("cluster_kernel", kernel, grid, execution);
+      if (!is_room(plan, together, limits)) return;
       grid.blocks = std::min(stage.p.problem.logits.n_rows, together) * plan.cluster;
-      if (together > 0) launch("cluster_kernel", kernel, grid, execution, stage, dlogits, plan);
+      launch("cluster_kernel", kernel, grid, execution, stage, dlogits, plan);
     }
   });
   return grid.blocks > 0;
@@ -127,13 +128,13 @@ void run_stage(const Stage& stage, const Rows& dlogits, const Execution& executi
   if constexpr (Stage::kSums && Stage::kGradient) {
     const ClusterPlan plan = plan_clusters(n_segments, limits);
     if (dlogits.data != nullptr && use_clusters(logits.n_rows, plan, limits, wanted)) {
-      if (run_cluster_kernel<T>(stage, dlogits, plan, execution)) return;
+      if (run_cluster_kernel<T>(stage, dlogits, plan, limits, execution)) return;
       if (wanted == RowKernel::kCluster) refuse_clusters("cluster", plan);
     }
   }
   // Behind a softcap there is none of these.
   if constexpr (Stage::kSums && Stage::kGradient && !kCapped<Stage>) {
-    const TransientPlan plan = plan_transient(n_segments, limits);
+    const TransientPlan plan = plan_transient(n_segments, stage.entropy(), limits);
     if (dlogits.data != nullptr && use_transient(logits.n_rows, plan, limits, wanted)) {
       if (run_transient_kernel<T>(stage, dlogits, plan, execution)) return;
       if (wanted == RowKernel::kTransient) refuse_clusters("transient", plan);

@@ -95,13 +95,17 @@ CFPO_DEVICE void load_segment(Vector (&raw)[kLaneVectors], const char* window,
 // The warp's largest element; NaNs are passed over.
 template <class T>
 CFPO_DEVICE float largest_element(const Vector (&raw)[kLaneVectors]) {
-  float top = -INFINITY;
+  // One chain of comparisons a vector: each waits for the one before.
+  float tops[kLaneVectors];
   for (int k = 0; k < kLaneVectors; ++k) {
     float x[kVectorElements<T>];
     unpack<T>(raw[k], x);
-    for (int j = 0; j < kVectorElements<T>; ++j) top = std::fmax(top, x[j]);
+    tops[k] = x[0];
+    for (int j = 1; j < kVectorElements<T>; ++j) tops[k] = std::fmax(tops[k], x[j]);
   }
-  return hw::warp_max(top);
+  // Of NaNs alone it is -inf.
+  return hw::warp_max(
+      std::fmax(std::fmax(std::fmax(tops[0], tops[1]), tops[2]), std::fmax(tops[3], -INFINITY)));
 }
 
 // Not -inf, also where there is nothing else: -inf - ref has to be -inf. NaNs, which the maximum

@@ -37,7 +37,7 @@ class TransientWarp {
   CFPO_DEVICE void run() {
     if (stage_.skip(row_)) return skip_row();
     if (hw::thread_index() == 0) begin_barriers();
-    hw::cluster_arrive();
+    hw::cluster_arrive_relaxed();
     x_ = static_cast<const T*>(logits_.row(row_));
     fetch();
     token_ = static_cast<int>(problem().column(row_));
@@ -55,8 +55,10 @@ class TransientWarp {
   CFPO_DEVICE Shared* shared(int offset) const {
     return reinterpret_cast<Shared*>(hw::shared_memory() + offset);
   }
-  CFPO_DEVICE SentSum* sums() const { return shared<SentSum>(plan_.sums); }
-  CFPO_DEVICE SentGradient* gradient() const { return shared<SentGradient>(plan_.gradient); }
+  using Sum = SentSum<kEntropy>;
+  using Gradient = SentGradient<kEntropy>;
+  CFPO_DEVICE Sum* sums() const { return shared<Sum>(plan_.sums); }
+  CFPO_DEVICE Gradient* gradient() const { return shared<Gradient>(plan_.gradient); }
   CFPO_DEVICE hw::Barrier* sums_came() const { return shared<hw::Barrier>(plan_.barriers); }
   CFPO_DEVICE hw::Barrier* coefs_came() const { return sums_came() + 1; }
 
@@ -78,9 +80,9 @@ class TransientWarp {
     hw::barrier_init(sums_came(), 1);
     hw::barrier_init(coefs_came(), 1);
     hw::fence_barrier_init();
-    hw::barrier_arrive_expect(coefs_came(), static_cast<int>(sizeof(SentGradient)));
+    hw::barrier_arrive_expect(coefs_came(), static_cast<int>(sizeof(Gradient)));
     if (hw::cluster_rank() != 0) return;
-    hw::barrier_arrive_expect(sums_came(), plan_.n_segments * static_cast<int>(sizeof(SentSum)));
+    hw::barrier_arrive_expect(sums_came(), plan_.n_segments * static_cast<int>(sizeof(Sum)));
   }
 
   CFPO_DEVICE void fetch() const {
@@ -94,9 +96,8 @@ class TransientWarp {
     for (int i = warp_index(); i < count_; i += plan_.warps) {
       hw::wait_copies(--later);
       hw::sync_warp();
-      const PartialSum part =
-          sum_segment<T, kEntropy>(window(i), segment(x_, i), target_column(i), scale);
-      if (lane_index() == 0) send(sums() + first_ + i, SentSum{part}, 0, sums_came());
+      const Sum sum{sum_segment<T, kEntropy>(window(i), segment(x_, i), target_column(i), scale)};
+      if (lane_index() == 0) send(sums() + first_ + i, sum, 0, sums_came());
     }
   }
 
@@ -120,19 +121,32 @@ class TransientWarp {
     if (lane_index() == 0 && token_ >= 0) target = load_element(x_ + token_);
     target = hw::shuffle(target, 0);
     hw::barrier_wait(sums_came(), 0);
-    const RowSum sum = merge_segments<kEntropy>(SharedArray<SentSum>{sums()}, plan_.n_segments);
-    const RowStats stats = join_target(scale, target, sum, problem().sharded);
-    const SentGradient sent{stage_(row_, inputs, stats, lane_index() == 0)};
+    const SharedArray<Sum> sums{this->sums()};
+    const bool publish = lane_index() == 0;
+    Gradient sent;
+    if constexpr (kEntropy) {
+      const MergedRow merged = merge_peaked(sums, plan_.n_segments, scale, target);
+      sent = {settle_peaked(stage_, row_, scale, target, merged, publish, inputs)};
+    } else {
+      const RowSum sum = merge_plain(sums, plan_.n_segments);
+      sent = {stage_(row_, inputs, join_target(scale, target, sum, problem().sharded), publish)};
+    }
     if (lane_index() < plan_.cluster) send(gradient(), sent, lane_index(), coefs_came());
   }
 
   CFPO_DEVICE void write() const {
     hw::barrier_wait(coefs_came(), 0);
-    const RowGradient g = hw::read_shared(gradient()).gradient;
+    const StageGradient<kEntropy> g = hw::read_shared(gradient()).gradient;
     T* out = static_cast<T*>(dlogits_.row(row_));
     for (int i = warp_index(); i < count_; i += plan_.warps) {
-      write_gradient<T, kEntropy>(window(i), alignment_shift(x_), segment(out, i), target_column(i),
-                                  g, slope_of(stage_));
+      const int shift = alignment_shift(x_), target = target_column(i);
+      write_gradient<T, kEntropy>(window(i), shift, segment(out, i), target, without_peak(g),
+                                  slope_of(stage_));
+      if constexpr (kEntropy) {
+        if (first_ + i == g.segment) {
+          write_peak(window(i), shift, segment(out, i), target, stage_, row_, g);
+        }
+      }
     }
   }
 
@@ -147,7 +161,7 @@ class TransientWarp {
 };
 
 template <class T, class Stage, bool kEntropy>
-CFPO_KERNEL(kTransientThreads, kTransientThreadsPerSm / kTransientThreads)
+CFPO_KERNEL(transient_threads(kEntropy), 2)
 transient_kernel(CFPO_ARGUMENT Stage stage, CFPO_ARGUMENT Rows dlogits,
                  CFPO_ARGUMENT TransientPlan plan) {
   if constexpr (hw::kHasClusters) {

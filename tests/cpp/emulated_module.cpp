@@ -41,23 +41,24 @@ PYBIND11_MODULE(emulated_cuda, m) {
     }
     return values;
   });
-  m.def("plan_transient", [](int n_segments, std::int64_t n_rows, const std::string& row_kernel) {
-    const cfpo::cuda::TransientPlan plan =
-        cfpo::cuda::plan_transient(n_segments, emulation::limits());
-    pybind11::dict values;
-    values["cluster"] = plan.cluster;
-    values["chosen"] = cfpo::cuda::use_transient(n_rows, plan, emulation::limits(),
-                                                 cfpo::cuda::row_kernel(row_kernel));
-    if (plan.cluster == 0) return values;
-    values["slice"] = plan.slice_segments();
-    values["blocks_per_sm"] = plan.blocks_per_sm;
-    values["warps"] = plan.warps;
-    values["sums"] = plan.sums;
-    values["gradient"] = plan.gradient;
-    values["barriers"] = plan.barriers;
-    values["shared_bytes"] = plan.bytes;
-    return values;
-  });
+  m.def("plan_transient",
+        [](int n_segments, bool entropy, std::int64_t n_rows, const std::string& row_kernel) {
+          const cfpo::cuda::TransientPlan plan =
+              cfpo::cuda::plan_transient(n_segments, entropy, emulation::limits());
+          pybind11::dict values;
+          values["cluster"] = plan.cluster;
+          values["chosen"] = cfpo::cuda::use_transient(n_rows, plan, emulation::limits(),
+                                                       cfpo::cuda::row_kernel(row_kernel));
+          if (plan.cluster == 0) return values;
+          values["slice"] = plan.slice_segments();
+          values["blocks_per_sm"] = plan.blocks_per_sm;
+          values["warps"] = plan.warps;
+          values["sums"] = plan.sums;
+          values["gradient"] = plan.gradient;
+          values["barriers"] = plan.barriers;
+          values["shared_bytes"] = plan.bytes;
+          return values;
+        });
   m.def("last_kernel", [] { return emulation::last_kernel(); });
   m.def("plan_rows", [](int n_segments, bool both_sweeps) {
     const cfpo::cuda::RowPlan plan =

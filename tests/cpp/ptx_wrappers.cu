@@ -128,7 +128,7 @@ TEST_KERNEL(send)(unsigned* out, int rounds) {
     hw::barrier_init(full, 1), hw::barrier_init(vacant, n);
     hw::fence_barrier_init();
   }
-  hw::cluster_arrive(), hw::cluster_wait();
+  hw::cluster_arrive_relaxed(), hw::cluster_wait();
   for (int round = 0; round < rounds; ++round) {
     if (lane == 0) hw::barrier_arrive_expect(full, n * 16);
     hw::barrier_wait(vacant, (round & 1) ^ 1);

@@ -82,8 +82,8 @@ MUTANTS = {
         CLUSTER, "    hw::barrier_wait(Block::exchange(turn), Block::parity(number));\n", ""
     ),
     "cluster: one block launched without a cluster": Mutant(
-        "run.cuh", "    if (together > 0) launch(",
-        "    if (plan.cluster == 1) grid.cluster = 0;\n    if (together > 0) launch(",
+        "run.cuh", "      launch(\"cluster_kernel\",",
+        "      if (plan.cluster == 1) grid.cluster = 0;\n      launch(\"cluster_kernel\",",
     ),
     "cluster: a block written to before it runs": Mutant(
         CLUSTER, "  hw::cluster_wait();\n  if (works)", "  if (works)"

@@ -43,16 +43,20 @@ def module(target: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("v", "element", "cluster", "slots"),
     [
-        (32000, 2, 1, 3),
-        (32768, 2, 1, 3),
+        (25600, 2, 1, 4),
+        (32000, 2, 2, 5),
+        (32768, 2, 2, 5),
         (50257, 2, 2, 4),
-        (128256, 2, 4, 3),
-        (131072, 2, 4, 3),
+        (65536, 2, 4, 5),
+        (128256, 2, 8, 5),
+        (131072, 2, 8, 5),
         (151936, 2, 8, 5),
         (262144, 2, 8, 3),
-        (32000, 4, 2, 3),
+        (32000, 4, 4, 5),
         (128256, 4, 8, 3),
-        (151936, 4, 0, 0),
+        (151936, 4, 16, 5),
+        (262144, 4, 16, 3),
+        (262145, 4, 0, 0),
     ],
 )
 def test_the_table_for_227_kb(v: int, element: int, cluster: int, slots: int, module: Any) -> None:
@@ -64,12 +68,12 @@ def test_the_table_for_227_kb(v: int, element: int, cluster: int, slots: int, mo
 @pytest.mark.parametrize("shared", [16 * 1024, RTX4090[1], A100[1], H100[1]])
 def test_plans_fit(shared: int, module: Any) -> None:
     module.set_device(132, shared, shared + 1024, True)
-    for n_segments in range(1, 330):
+    for n_segments in (*range(1, 330), *range(330, 520, 7)):
         plan = module.plan_clusters(n_segments, 8192, "auto")
         if plan["cluster"] == 0:
-            assert n_segments > 8 * min(32, (shared - 32 * n_segments - 1024) // 3 // SEGMENT - 1)
+            assert n_segments > 16 * min(32, (shared - 32 * n_segments - 1024) // 3 // SEGMENT - 1)
             continue
-        assert plan["cluster"] in (1, 2, 4, 8)
+        assert plan["cluster"] in (1, 2, 4, 8, 16)
         assert plan["shared_bytes"] <= shared
         assert 3 <= plan["slots"] <= 5, "one row to write, one to sum, one that comes in"
         firsts = plan["first_segments"]
@@ -88,13 +92,13 @@ def test_when_it_is_chosen(module: Any) -> None:
     def chosen(n_segments: int, n_rows: int, row_kernel: str = "auto") -> bool:
         return bool(module.plan_clusters(n_segments, n_rows, row_kernel)["chosen"])
 
-    assert chosen(126, 33) and not chosen(126, 32), "a slice for every SM"
-    assert chosen(32, 132) and not chosen(32, 131)
+    assert chosen(126, 17) and not chosen(126, 16), "a slice for every SM"
+    assert chosen(28, 132) and not chosen(28, 131)
     assert not chosen(24, 10**6), "short rows go several to a block"
-    assert not chosen(257, 10**6), "too long"
+    assert chosen(512, 10**6) and not chosen(513, 10**6), "too long"
     assert chosen(1, 1, "cluster") and chosen(126, 1, "cluster")
     with pytest.raises(ValueError, match="too long"):
-        chosen(257, 10**6, "cluster")
+        chosen(513, 10**6, "cluster")
     assert not chosen(126, 10**6, "portable")
     with pytest.raises(ValueError, match="is 'fastest'; it takes auto, portable, cluster"):
         chosen(126, 10**6, "fastest")
@@ -133,7 +137,7 @@ def test_the_bits_of_the_row_kernel(
 
 
 def test_a_large_vocabulary(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four full blocks, chosen without being asked for."""
+    """Eight blocks, chosen without being asked for."""
     module.set_device(8, *HOPPER[1:])
     case = with_everything(make_case(5, 128256, torch.bfloat16, mask_every=3))
     assert module.plan_clusters(126, 5, "auto")["chosen"]
@@ -143,12 +147,12 @@ def test_a_large_vocabulary(module: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_device_without_room(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared or cut up, it may have no 4 SMs side by side; then the row kernel does it."""
+    """Shared or cut up, it may have no 8 SMs side by side; then the row kernel does it."""
     module.set_device(*SMALL)
     module.set_largest_cluster(2)
     case = make_case(7, 9001, torch.bfloat16)
     monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
-    with pytest.raises(ValueError, match="no room for clusters of 4"):
+    with pytest.raises(ValueError, match="no room for clusters of 8"):
         run(case)
     module.set_device(8, *HOPPER[1:])
     case = make_case(5, 100000, torch.bfloat16)
@@ -156,6 +160,21 @@ def test_a_device_without_room(module: Any, monkeypatch: pytest.MonkeyPatch) -> 
     plan = module.plan_clusters(98, 5, "auto")
     assert plan["chosen"] and plan["cluster"] == 4
     check(case)
+
+
+def test_more_blocks_than_are_portable(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a row has no other plan, and the device takes such clusters."""
+    module.set_device(*SMALL)
+    case = make_case(3, 27000, torch.bfloat16, mask_every=3)
+    assert module.plan_clusters(27, 3, "auto")["cluster"] == 16
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "cluster")
+    with pytest.raises(ValueError, match="no room for clusters of 16"):
+        run(case)
+    module.set_largest_cluster(16)
+    got = check(case, inplace=True)
+    monkeypatch.setenv("CFPO_KERNELS_CUDA_KERNEL", "portable")
+    module.set_device(*ONE_SM)
+    assert_same(got, run(case))
 
 
 @pytest.mark.parametrize(

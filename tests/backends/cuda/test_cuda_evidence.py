@@ -30,7 +30,7 @@ pytestmark = [
 # What the launch bounds of csrc/cuda leave a thread of 65536 registers.
 MOST_REGISTERS = {
     "cluster_kernel": 128,
-    "transient_kernel": 64,
+    "transient_kernel": 96,
     "row_kernel": 96,
     "split_sums_kernel": 64,
     "split_finish_kernel": 80,

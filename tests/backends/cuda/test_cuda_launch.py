@@ -213,12 +213,11 @@ def test_a_later_step_does_nothing_but_launch(run: Run, kernel: str, shape: str)
     got = run(f"row_kernel:{kernel}", step, "capturing", step)
     later = got[len(first) - 1 : -1]
     assert launches(later) == launches(first)
-    assert [line for line in later if line not in launches(later)] == ["cudaSetDevice(0)"] * len(
-        launches(later)
-    )
+    others = [line for line in later if line not in launches(later)]
+    assert others == ["cudaSetDevice(0)"] * len(launches(later))
 
 
-@pytest.mark.parametrize(("v", "cluster"), [(32000, 1), (128256, 4), (151936, 8)])
+@pytest.mark.parametrize(("v", "cluster"), [(25600, 1), (50257, 2), (151936, 8)])
 def test_clusters_are_launched_as_clusters(run: Run, v: int, cluster: int) -> None:
     """Also those of one block: without the attribute messages and barriers would be others."""
     got = run(f"loss:8192,{v}", "launches_clusters=0", "device=1", f"loss:8192,{v}")
@@ -253,11 +252,44 @@ def test_a_device_without_room_for_clusters(run: Run, answer: str) -> None:
         assert len(launches(got)) == 2 and not any("cluster" in line for line in launches(got))
         assert len([line for line in got if line.startswith("cudaOccupancy")]) == 1
         assert got[-1] == CLEAN
-    for kernel, blocks in (("cluster", 4), ("transient", 8)):
+    for kernel in ("cluster", "transient"):
         got = run(answer, f"row_kernel:{kernel}", "loss:8192,128256")
         assert got[-2].startswith(f"! ValueError: CFPO_KERNELS_CUDA_KERNEL is '{kernel}'")
-        assert f"no room for clusters of {blocks} blocks" in got[-2]
+        assert "no room for clusters of 8 blocks" in got[-2]
         assert not launches(got)
+
+
+ALLOWED = "cudaFuncSetAttribute(kernel 0, 14, 1)"  # clusters that are not portable
+LONG = "loss:8192,300000"
+
+
+def test_clusters_that_are_not_portable(run: Run) -> None:
+    """Of 16 blocks, for rows that need them; allowed before they are counted, and once."""
+    got = run("clusters=7", LONG, LONG)
+    assert [line.endswith("cluster 16x1x1)") for line in launches(got)] == [True, True]
+    assert all("grid 112x1x1" in line for line in launches(got))
+    asked = next(i for i, line in enumerate(got) if line.startswith("cudaOccupancy"))
+    assert got.count(ALLOWED) == 1 and got.index(ALLOWED) == asked - 1
+    assert ALLOWED not in run("loss:8192,128256")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *NO_ROOM,
+        "clusters=6",  # a quarter of the SMs, and more, would be idle
+        *(
+            f"fail:cudaFuncSetAttribute={error}"
+            for error in ("cudaErrorInvalidValue", "cudaErrorNotSupported")
+        ),
+    ],
+)
+def test_a_device_without_room_for_16_blocks(run: Run, answer: str) -> None:
+    before = ["fail:cudaFuncSetAttribute=cudaSuccess"] * 2 if "SetAttribute" in answer else []
+    got = run(*before, answer, LONG, LONG)
+    assert len(launches(got)) == 2 and not any("cluster" in line for line in launches(got))
+    assert len([line for line in got if line.startswith(ALLOWED)]) == 1
+    assert got[-1] == CLEAN
 
 
 def test_the_longest_row_that_is_split(run: Run) -> None:
@@ -320,6 +352,10 @@ MUTANTS = {
         "if (too_large(status))", "if (false && too_large(status))",
         lambda run: test_a_device_without_room_for_clusters(run, NO_ROOM[0]),
     ),
+    "clusters that are not portable are not allowed": Mutant(
+        "if (grid.cluster > kPortableCluster)", "if (grid.cluster > 16)",
+        lambda run: test_clusters_that_are_not_portable(run),
+    ),
     "a kernel is taken for ready that is not": Mutant(
         "  choose_device(name, device);\n  // The", "  choose_device(name, device);\n"
         "  ready.insert({kernel, device});\n  // The",
@@ -334,7 +370,7 @@ MUTANTS = {
     ),
     "one block is launched without a cluster": Mutant(
         "grid.cluster > 0 ? 1 : 0", "grid.cluster > 1 ? 1 : 0",
-        lambda run: test_clusters_are_launched_as_clusters(run, 32000, 1), "launch_cuda.h",
+        lambda run: test_clusters_are_launched_as_clusters(run, 25600, 1), "launch_cuda.h",
     ),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.only_on(
 )
 
 HOPPER = (*H100, True)
-SEGMENT, WINDOW, THREADS_PER_SM = 2048, 2064, 1024
+SEGMENT, WINDOW = 2048, 2064
 
 
 @pytest.fixture(autouse=True)
@@ -54,17 +54,19 @@ def segments(v: int, element: int) -> int:
 def test_the_table_for_227_kb(
     v: int, element: int, cluster: int, blocks_per_sm: int, warps: int, module: Any
 ) -> None:
-    plan = module.plan_transient(segments(v, element), 8192, "auto-transient")
+    plan = module.plan_transient(segments(v, element), False, 8192, "auto-transient")
     assert plan["cluster"] == cluster
     assert (plan.get("blocks_per_sm", 0), plan.get("warps", 0)) == (blocks_per_sm, warps)
     assert plan["chosen"] == (v > 25 * SEGMENT // element and cluster > 0)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("shared", [16 * 1024, RTX4090[1], A100[1], H100[1]])
-def test_plans_fit(shared: int, module: Any) -> None:
+def test_plans_fit(shared: int, entropy: bool, module: Any) -> None:
+    most = 320 if entropy else 512  # as the kernel is compiled
     module.set_device(132, shared, shared + 1024, True)
     for n_segments in range(1, 900):
-        plan = module.plan_transient(n_segments, 8192, "auto-transient")
+        plan = module.plan_transient(n_segments, entropy, 8192, "auto-transient")
         if plan["cluster"] == 0:
             assert -(-n_segments // 8) * WINDOW + n_segments * 16 + 48 > shared
             continue
@@ -74,8 +76,8 @@ def test_plans_fit(shared: int, module: Any) -> None:
         assert plan["shared_bytes"] <= shared
         # Every block of the SM has its threads' registers.
         blocks, threads = plan["blocks_per_sm"], plan["warps"] * 32
-        assert 1 <= plan["warps"] <= min(16, plan["slice"])
-        assert blocks * threads <= THREADS_PER_SM
+        assert 1 <= plan["warps"] <= plan["slice"] and threads <= most
+        assert blocks * threads <= 2 * most
         assert blocks * (plan["shared_bytes"] + 1024) <= shared + 1024
         # What is exchanged begins behind the windows, messages where vectors do.
         places = [plan[name] for name in ("sums", "gradient", "barriers", "shared_bytes")]
@@ -87,7 +89,7 @@ def test_plans_fit(shared: int, module: Any) -> None:
 
 def test_when_it_is_chosen(module: Any) -> None:
     def chosen(n_segments: int, n_rows: int, row_kernel: str) -> bool:
-        return bool(module.plan_transient(n_segments, n_rows, row_kernel)["chosen"])
+        return bool(module.plan_transient(n_segments, False, n_rows, row_kernel)["chosen"])
 
     assert chosen(126, 17, "auto-transient"), "a slice for every SM"
     assert not chosen(126, 16, "auto-transient")

@@ -81,6 +81,7 @@ inline int cluster_rank() {
   return static_cast<int>(emulation::current().block->index % emulation::cluster_size());
 }
 inline void cluster_arrive() { ++emulation::current().cluster_arrivals; }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() { emulation::cluster_wait(); }
 
 using Barrier = std::uint64_t;

@@ -23,6 +23,7 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorIllegalAddress = 700,
   cudaErrorLaunchOutOfResources = 701,
+  cudaErrorNotSupported = 801,
   cudaErrorStreamCaptureUnsupported = 900,
   cudaErrorInvalidClusterSize = 912
 };
@@ -34,7 +35,8 @@ enum cudaDeviceAttr {
 };
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
-  cudaFuncAttributePreferredSharedMemoryCarveout = 9
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 14
 };
 enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
@@ -100,6 +102,7 @@ inline const std::map<cudaError_t, const char*>& errors() {
       {cudaErrorNoKernelImageForDevice, "cudaErrorNoKernelImageForDevice"},
       {cudaErrorIllegalAddress, "cudaErrorIllegalAddress"},
       {cudaErrorLaunchOutOfResources, "cudaErrorLaunchOutOfResources"},
+      {cudaErrorNotSupported, "cudaErrorNotSupported"},
       {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported"},
       {cudaErrorInvalidClusterSize, "cudaErrorInvalidClusterSize"}};
   return names;

@@ -152,11 +152,12 @@ inline void block_barrier(Thread& t, const Instruction& i) {
   if (count <= 0 || count % 32 != 0) t.machine->fail("a barrier of incomplete warps");
   t.machine->arrive_at_barrier(t, get<u32>(t, i, 0), count);
 }
-inline void cluster_arrive(Thread& t, const Instruction&) {
+template <bool kRelease>
+void cluster_arrive(Thread& t, const Instruction&) {
   Machine& m = *t.machine;
   if (m.launch().cluster == 0) m.fail("a cluster's barrier in a kernel launched without clusters");
   if (t.cluster_arrivals != t.cluster_waits) m.fail("a second arrival at the cluster's barrier");
-  m.arrive_at_cluster(t);
+  m.arrive_at_cluster(t, kRelease);
 }
 inline void cluster_wait(Thread& t, const Instruction&) {
   if (t.cluster_arrivals != t.cluster_waits + 1) {

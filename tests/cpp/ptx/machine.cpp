@@ -253,12 +253,14 @@ void Machine::release_barrier(Block& block, std::size_t id) {
   barrier.arrived = 0;
 }
 
-void Machine::arrive_at_cluster(Thread& t) {
-  // It is a release: this thread's arrivals elsewhere come before it.
-  for (std::size_t i = work_.size(); i-- > 0;) {
-    if (work_[i].kind == Work::kArrive && work_[i].thread == &t) finish(i, true);
+void Machine::arrive_at_cluster(Thread& t, bool releases) {
+  if (releases) {
+    // This thread's arrivals elsewhere come before it.
+    for (std::size_t i = work_.size(); i-- > 0;) {
+      if (work_[i].kind == Work::kArrive && work_[i].thread == &t) finish(i, true);
+    }
+    t.block->cluster_arriving.join(release(t));
   }
-  t.block->cluster_arriving.join(release(t));
   ++t.cluster_arrivals, ++cluster_arrived_;
   end_cluster_phase();
 }

@@ -162,7 +162,7 @@ class Machine {
   // A thread's clock for others to join; what it does afterwards is later.
   Clock release(Thread& t) const;
   void arrive_at_barrier(Thread& t, std::size_t id, int count);
-  void arrive_at_cluster(Thread& t);
+  void arrive_at_cluster(Thread& t, bool releases);
   void end_thread(Thread& t);
   // What one of the threads has seen, all know from here on; or only what they have read.
   void synchronise(const std::vector<Thread*>& threads, bool only_reads = false);

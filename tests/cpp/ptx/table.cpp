@@ -237,7 +237,8 @@ void add_synchronisation(Table& t) {
   t["redux.sync.max.s32 rrr"] = {reduce_max};
   t["bar.sync r"] = t["barrier.sync r"] = {block_barrier_of_all};
   t["barrier.sync rr"] = {block_barrier};
-  t["barrier.cluster.arrive.release"] = {cluster_arrive};
+  t["barrier.cluster.arrive.release"] = {cluster_arrive<true>};
+  t["barrier.cluster.arrive.relaxed"] = {cluster_arrive<false>};
   t["barrier.cluster.wait.acquire"] = {cluster_wait};
   // Here all see what one has written at once; what is not ordered is a race.
   t["fence.mbarrier_init.release.cluster"] = {nothing};

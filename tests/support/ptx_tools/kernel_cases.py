@@ -301,7 +301,10 @@ KERNELS: dict[str, Kernel] = memory_kernels() | {
         2,
     ),
     "mbarrier.arrive at a peer's": Kernel(
-        mbarrier(1) + CLUSTER + SKIP + "mov.u32 %a12, %cluster_ctarank;\nxor.b32 %a13, %a12, 1;\n"
+        mbarrier(1)
+        + CLUSTER.replace("arrive.release", "arrive.relaxed")
+        + SKIP
+        + "mov.u32 %a12, %cluster_ctarank;\nxor.b32 %a13, %a12, 1;\n"
         "mapa.shared::cluster.u32 %a14, %a3, %a13;\n"
         "mbarrier.arrive.shared::cluster.b64 _, [%a14];\n"
         + wait()

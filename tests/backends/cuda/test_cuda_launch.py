@@ -214,7 +214,7 @@ def test_a_later_step_does_nothing_but_launch(run: Run, kernel: str, shape: str)
     later = got[len(first) - 1 : -1]
     assert launches(later) == launches(first)
     others = [line for line in later if line not in launches(later)]
-    assert others == ["cudaSetDevice(0)"] * len(launches(later))
+    assert set(others) == {"cudaSetDevice(0)"}
 
 
 @pytest.mark.parametrize(("v", "cluster"), [(25600, 1), (50257, 2), (151936, 8)])

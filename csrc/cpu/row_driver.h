@@ -33,6 +33,7 @@ struct SegmentPart {
   PartialSum rest;
   std::int64_t peak = -1;  // column of the row
   float peak_logit = 0.0f;
+  float least = -INFINITY;  // as of SegmentSum
 };
 
 // What the sweeps take from a row's scalars; the peak's gradient is stored like the target's.
@@ -40,6 +41,7 @@ struct GradientParts {
   RowGradient gradient;
   std::int64_t peak = -1;
   float peak_value = 0.0f;
+  float least = -INFINITY;  // no other logit is below, as far as is known
 };
 
 inline float target_logit(const SegmentOps& ops, const Problem& problem, std::int64_t row) {
@@ -67,18 +69,22 @@ class RowSummer {
     const char* x = data_ + begin * size_;
     const char* ahead = prefetch ? data_ + (n_cols_ / 2 + begin / 2) * size_ : nullptr;
     const SegmentOps::Sum sum = entropy_ ? ops_.sum_weighted : ops_.sum;
-    const SegmentSum got = sum(x, n, target_ - begin, scale_, hint_, ahead);
+    const SegmentSum got = sum(x, n, target_ - begin, scale_, hint_, narrow_, ahead);
     SegmentPart part{got.sums, got.sums};
+    part.least = got.least;
+    // Where one segment has bans, so have others: do not try in vain. Changes no bit.
+    narrow_ = got.least != -INFINITY;
     if (got.peaked) leave_out_peak(x, begin, n, part);
     return part;
   }
   template <class PartOf>
-  RowStats merge(PartOf part_of, Peak& peak) const {
+  RowStats merge(PartOf part_of, Peak& peak, float& least) const {
     RowSum rest;
     PeakedSum peaked;
     for (std::int64_t s = 0; s * kSegment < n_cols_; ++s) {
       const SegmentPart part = part_of(s);
       rest.add(row_sum(part.all));
+      least = std::min(least, part.least);
       if (entropy_) {
         peaked.add(row_sum(part.rest), static_cast<double>(part.peak_logit) * scale_, part.peak);
       }
@@ -103,7 +109,7 @@ class RowSummer {
     alignas(64) char copy[kSegment * sizeof(float)];
     std::memcpy(copy, x, n * size_);
     ops_.store(copy, at, -INFINITY);
-    part.rest = ops_.sum_weighted(copy, n, skip, scale_, NAN, nullptr).sums;
+    part.rest = ops_.sum_weighted(copy, n, skip, scale_, NAN, false, nullptr).sums;
     part.peak = begin + at;
     part.peak_logit = logit;
   }
@@ -118,6 +124,7 @@ class RowSummer {
   bool sharded_;
   float scale_;
   float hint_;
+  mutable bool narrow_ = true;
 };
 
 // The likeliest token of a row but its target, if it has most of the mass; where stage 2 has an
@@ -162,7 +169,7 @@ inline void write_columns(const SegmentOps& ops, const Problem& problem, const R
                       {problem.column(row) - begin, parts.gradient.target}};
   const auto is_here = [&](const Single& s) { return s.column >= 0 && s.column < n; };
   if (problem.inverse_softcap == 0.0f) {
-    ops.gradient(x, out, n, parts.gradient.coefs, prefetch, stream);
+    ops.gradient(x, out, n, parts.gradient.coefs, parts.least, prefetch, stream);
   } else {
     for (Single& s : singles) {  // before the logits are overwritten
       if (is_here(s)) s.value *= softcap_slope(ops.load(x, s.column), problem.inverse_softcap);
@@ -260,15 +267,18 @@ class RowDriver {
   GradientParts gradient_parts(std::int64_t row, PartOf part_of) {
     Peak peak;
     RowStats stats;
+    float least = -INFINITY;
     if constexpr (kSums) {
       const RowSummer sums = summer(row);
-      stats = sums.merge([&](std::int64_t s) { return part_of(sums, s); }, peak);
+      least = INFINITY;
+      stats = sums.merge([&](std::int64_t s) { return part_of(sums, s); }, peak, least);
     } else {
       stats = stage2_.stats(row, target_logit(ops_, problem_, row));
       if (stage2_.may_peak(row)) peak = find_peak(ops_, stage2_, row);
     }
     const RowDerivatives derivatives = stage2_.derivatives(row, stats);
     GradientParts parts{row_gradient(stats, derivatives)};
+    parts.least = least;
     if (peak.at >= 0) {
       parts.peak = peak.at;
       parts.peak_value = peak_gradient(stats.scale, peak, derivatives);

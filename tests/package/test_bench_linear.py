@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import linear, plot, report
+from bench import linear, linear_costs, plot, report
 from bench.linear import LinearCase, LinearImplementation, LinearProblem
 
 TINY = LinearCase("cpu", 128, 16, 512, "f32", 64)
@@ -67,6 +67,16 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert [result["name"] for result in case["results"]] == ["eager"]
     assert "ModuleNotFoundError" in case["skipped"]["rl-kernel"]
     assert "rl_engine" in case["skipped"]["rl-kernel"]
+
+
+def test_the_costs_of_products() -> None:
+    """Few rows at a time cost more, rows that are left out nothing."""
+    found = linear_costs.by_rows("f32", 1, (64, 4096), 64)
+    assert list(found) == ["8", "16", "32", "64"]
+    assert found["8"] > found["64"]
+    assert len(linear_costs.upcast(1, (16, 512), 128)) == 2
+    found = linear_costs.without_advantages(2, (64, 4096), 512)
+    assert found["60% without an advantage"] < found["all rows"]
 
 
 def test_exact_is_autograd_in_float64() -> None:

@@ -147,14 +147,14 @@ CPP = {
     "half missing": ("0.5 * slope * excess", "slope * excess"),
     "clamp keeps its gradient": ("inside ? dlogp : 0.0", "dlogp"),
     "tau of the other sign": (
-        "token.advantage > 0 ? power_positive : power_negative;\n    const double x",
-        "token.advantage > 0 ? power_negative : power_positive;\n    const double x",
+        "token.advantage > 0 ? power_positive : power_negative;\n    const double ratio",
+        "token.advantage > 0 ? power_negative : power_positive;\n    const double ratio",
     ),
-    "4 / tau forgotten": ("-4 / tau * gate", "-4 * gate"),
+    "4 / tau forgotten": (": 1.0) * divisor", ": 1.0) * share"),
     "the gate's wrong half": ("z < 0 ? q : 1.0", "z > 0 ? q : 1.0"),
     "sigmoid without its cap": (
-        "token.log_ratio > cap ? cap : token.log_ratio;\n    const double z",
-        "token.log_ratio;\n    const double z",
+        "exp(token.log_ratio > cap ? cap : token.log_ratio)",
+        "exp(token.log_ratio)",
     ),
     "drift doubled": ("0.5 * policy.drift", "policy.drift"),
     "drift without a gradient": ("total.dlogp += policy.drift * token.log_ratio;", ""),
@@ -162,7 +162,10 @@ CPP = {
     "A = 0 is not exactly 0": ("if (token.advantage != 0) total", "total"),
     "k3's root": ("{excess - d, estimator", "{excess, estimator"),
     "k3+ with k3's gradient": ("estimator == KlEstimator::kK3Plus ? -d : -excess", "-excess"),
-    "k1+ with k1's gradient": ("return {-d, -d};", "return {-d, 1.0};"),
+    "k1+ with k1's gradient": (
+        "estimator == KlEstimator::kK1 ? 1.0 : -d",
+        "estimator != KlEstimator::kK2 ? 1.0 : -d",
+    ),
     "ratio not differentiated": (
         "reg.kl_estimator == KlEstimator::kK3 ? -d : kl.loss + kl.dlogp",
         "kl.dlogp",

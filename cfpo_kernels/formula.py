@@ -149,13 +149,17 @@ def kl_loss(settings: LossSettings, logps: Tensor, log_ratio: Tensor, ref_logps:
 
 
 def log_ratio_of(logps: Tensor, old_logps: Tensor | None) -> Tensor:
-    """log r of each token, differentiable; exactly 0 where `old_logps` is None, or what is left of
-    logps in a lower precision."""
-    old = logps.detach()
-    if old_logps is not None:
-        same = old_logps.dtype != logps.dtype and old_logps == old.to(old_logps.dtype)
-        old = old_logps if same is False else torch.where(same, old, old_logps.to(old.dtype))
-    return logps - old
+    """log r of each token, differentiable.
+
+    Exactly 0 where `old_logps` is None, or is what rounding to a lower precision leaves of logps.
+    """
+    exact = logps.detach()
+    if old_logps is None:
+        return logps - exact
+    if old_logps.dtype == logps.dtype:
+        return logps - old_logps
+    scored = old_logps == exact.to(old_logps.dtype)
+    return logps - torch.where(scored, exact, old_logps.to(exact.dtype))
 
 
 def loss_of_logps(

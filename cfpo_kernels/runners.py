@@ -51,9 +51,9 @@ class Runner(Protocol):
         rounded: logps to the rows' dtype; otherwise kernels give them in float64.
         """
 
-    # Stage 2; see stage_two.token_losses.
     @property
-    def token_losses(self) -> Callable[..., Tensor]: ...
+    def token_losses(self) -> Callable[..., Tensor]:
+        """Stage 2; see ``stage_two.token_losses``."""
 
     def loss(
         self, rows: Rows, terms: LossTerms, inplace: bool, with_scores: bool, summed: bool

@@ -66,7 +66,7 @@ struct CpuKernels {
   static constexpr auto multiply_rows = cpu::multiply_rows;
 };
 
-// Stage 2 alone, for every backend: log-probs that exist are on a CPU, or torch's.
+// Stage 2 alone; on other devices it is torch's (docs/decisions.md).
 void token_losses(std::int64_t n_tokens, Address logps, Address entropy, Address weights,
                   Address log_ratios, const std::vector<Address>& columns, const std::string& shape,
                   const std::vector<double>& numbers, const std::string& estimator,

@@ -31,7 +31,7 @@ class IcePop(Objective):
         >>> how = {"objective": IcePop(0.7, 1.4), "reduction": "sum"}
         >>> policy_loss_from_logps(logps, *batch, **how).backward()
         >>> logps.grad  # dropped for either sign
-        tensor([-0., 0.])
+        tensor([0., 0.])
     """
 
     low: float = 0.5

@@ -30,7 +30,7 @@ class IPO(Objective):
         >>> how = {"objective": IPO(), "log_ratio_bounds": (-0.3, 0.3), "reduction": "sum"}
         >>> policy_loss_from_logps(logps, *batch, **how).backward()
         >>> logps.grad  # dropped for either sign
-        tensor([-0., 0.])
+        tensor([0., 0.])
     """
 
     name: ClassVar[str] = "ipo"

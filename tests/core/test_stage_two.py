@@ -12,7 +12,15 @@ from golden_shapes import SHAPES, number, problem_of, row_shape, shape_of
 from oracle import make_case, with_everything
 from torch import Tensor
 
-from cfpo_kernels import CFPO, PPOClip, backends, policy_loss, policy_loss_from_logps, stage_two
+from cfpo_kernels import (
+    CFPO,
+    PPOClip,
+    backends,
+    policy_loss,
+    policy_loss_from_logps,
+    stage_two,
+    token_logps,
+)
 from cfpo_kernels.backends import cpu
 from cfpo_kernels.backends.base import KernelRows, KernelTerms
 from cfpo_kernels.inputs import LossSettings, TokenInputs
@@ -206,6 +214,28 @@ def test_between_two_passes_nothing_is_rounded() -> None:
     )
     assert isinstance(one_pass, Tensor) and isinstance(two, Tensor)
     assert torch.equal(one_pass, two)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_sequences_that_were_just_scored_have_a_ratio_of_exactly_1(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:  # as on a GPU
+        monkeypatch.setattr(stage_two, "_is_native", in_torch)
+    case = make_case(26, 1000)
+    old = token_logps(case.logits, case.token_ids)
+    how: dict[str, Any] = {"ratio_level": "sequence", "cu_seqlens": torch.tensor([0, 5, 26])}
+    loss, stats = policy_loss(
+        case.logits,
+        case.token_ids,
+        case.advantages,
+        old,
+        objective=CFPO(1e-6),
+        reduction="none",
+        return_stats=True,
+        **how,
+    )
+    assert torch.equal(loss, -case.advantages) and stats.ratio_max == 1
 
 
 def test_differentiated_twice_it_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:

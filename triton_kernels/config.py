@@ -1,8 +1,7 @@
 """Which tile and how many programs a launch gets: a table, no autotuning.
 
-A tile decides the last bits of a row, so it depends on V and the dtype alone; the number of
-programs may depend on anything. docs/triton.md has the expectations behind the numbers:
-bytes in flight, registers, occupancy. None has been measured on a GPU yet.
+A tile decides the last bits of a row, so it depends on V and the dtype alone; threads, registers
+and the number of programs may depend on anything. docs/triton.md has what they were measured at.
 """
 
 from __future__ import annotations
@@ -23,24 +22,25 @@ class Tile:
         threads: of a program.
         registers: most of a thread, where the compiler can be told. More programs at once have more
             loads in flight; fewer registers than these would spill.
+        more_registers: likewise with an entropy, or where accesses are narrow.
     """
 
     block: int
     segment: int
     threads: int
     registers: int
+    more_registers: int
 
 
 # (largest V, tile), by the size of an element in bytes.
 TABLE: dict[int, tuple[tuple[int, Tile], ...]] = {
     2: (
-        (2048, Tile(block=1024, segment=8192, threads=128, registers=72)),
-        (65536, Tile(block=4096, segment=32768, threads=512, registers=64)),
-        (LARGEST_V, Tile(block=8192, segment=32768, threads=512, registers=128)),
+        (2048, Tile(1024, 8192, threads=64, registers=96, more_registers=168)),
+        (LARGEST_V, Tile(2048, 16384, threads=256, registers=64, more_registers=128)),
     ),
     4: (
-        (16384, Tile(block=512, segment=4096, threads=128, registers=88)),
-        (LARGEST_V, Tile(block=4096, segment=32768, threads=512, registers=128)),
+        (2048, Tile(512, 4096, threads=64, registers=96, more_registers=128)),
+        (LARGEST_V, Tile(2048, 16384, threads=256, registers=80, more_registers=128)),
     ),
 }
 
@@ -50,19 +50,16 @@ class Device:
     """What of a GPU matters to a launch. The defaults are NVIDIA's from sm_80 on."""
 
     multiprocessors: int
-    l2_bytes: int
     warp_size: int = 32
     registers: int = 65536  # of a multiprocessor
     limits_registers: bool = True  # the compiler takes a limit
 
     def programs(self, tile: Tile, register_limit: int) -> int:
-        """How many the registers of all multiprocessors hold at once."""
+        """How many the registers of all multiprocessors hold at once.
+
+        Also where their rows do not fit the L2 cache together: fewer were slower in proportion.
+        """
         return self.multiprocessors * (self.registers // (tile.threads * register_limit))
-
-
-# What of the L2 cache the rows between stage 1 and stage 3 may fill: what they write passes
-# through it as well.
-L2_SHARE = 0.6
 
 
 def tile(n_cols: int, itemsize: int) -> Tile:
@@ -76,25 +73,9 @@ def tile(n_cols: int, itemsize: int) -> Tile:
     return next(tile for largest, tile in TABLE[itemsize] if n_cols <= largest)
 
 
-def register_limit(tile: Tile, with_entropy: bool, shifted: bool, narrow: bool) -> int:
-    """Registers of a thread.
-
-    Narrow accesses need more, as do sums for the entropy on rows whose ends are narrow. (Narrow
-    blocks of 32 bytes a thread still spill a little.)
-    """
-    return 128 if narrow or (with_entropy and shifted) else tile.registers
-
-
-def row_programs(
-    device: Device, tile: Tile, register_limit: int, n_cols: int, itemsize: int
-) -> int:
-    """Programs that work on whole rows at once, so that their rows fit the L2 cache.
-
-    At least one a multiprocessor, also where those rows do not fit: idle ones would cost more.
-    """
-    fit = int(L2_SHARE * device.l2_bytes) // (n_cols * itemsize)
-    whole = fit // device.multiprocessors * device.multiprocessors
-    return min(max(whole, device.multiprocessors), device.programs(tile, register_limit))
+def register_limit(tile: Tile, with_entropy: bool, narrow: bool) -> int:
+    """Registers of a thread."""
+    return tile.more_registers if with_entropy or narrow else tile.registers
 
 
 def split_rows(device: Device, tile: Tile, n_rows: int, n_cols: int) -> bool:

@@ -29,12 +29,15 @@ from .objective import token_loss
 from .rows import row_place, target_column, target_logit
 from .scalar_math import LN2, expm1, log2e_over
 from .softmax import (
+    PEAKED_ENTROPY,
+    find_peak,
     gradient_coefficients,
     guess_reference,
     join_target,
     merge_sums,
     multiply,
     no_sums,
+    peak_gradient,
     sum_columns,
     write_gradient,
     write_zeros,
@@ -78,6 +81,10 @@ _PER_ROW = [
 ]
 
 
+# Of a segment, that several programs share a row for.
+NUMBERS = tl.constexpr(2)
+NUMBERS_WITH_ENTROPY = tl.constexpr(7)
+
 _kernel = triton.jit(do_not_specialize=_PLAIN_NUMBERS, do_not_specialize_on_alignment=_PER_ROW)
 
 
@@ -95,17 +102,49 @@ def _piece(piece, n_pieces, n_places, SEGMENT: tl.constexpr):
 
 
 @triton.jit
-def _merge_partials(partials_ptr, row, n_cols, SEGMENT: tl.constexpr):
+def _merge_partials(
+    partials_ptr, row, n_cols, scale, SEGMENT: tl.constexpr, WITH_ENTROPY: tl.constexpr
+):
     """What sum_columns would have returned, from what sum_segments_kernel left; and the logit."""
     n_segments = tl.cdiv(n_cols, SEGMENT)
-    at = partials_ptr + row * (3 * n_segments + 1)
-    ref, total, weighted = no_sums()
+    EACH: tl.constexpr = NUMBERS_WITH_ENTROPY if WITH_ENTROPY else NUMBERS
+    at = partials_ptr + row * (EACH * n_segments + 1)
+    ref, total, rest_ref, rest, weighted, peak, peak_at = no_sums()
+    part_rest_ref, part_rest, part_weighted, part_peak, part_peak_at = (
+        rest_ref,
+        rest,
+        weighted,
+        peak,
+        peak_at,
+    )
     for _ in range(n_segments):
-        ref, total, weighted = merge_sums(
-            ref, total, weighted, tl.load(at).to(tl.float32), tl.load(at + 1), tl.load(at + 2)
+        if WITH_ENTROPY:
+            part_rest_ref = tl.load(at + 2).to(tl.float32)
+            part_rest = tl.load(at + 3)
+            part_weighted = tl.load(at + 4)
+            part_peak = tl.load(at + 5).to(tl.float32)
+            part_peak_at = tl.load(at + 6).to(tl.int32)
+        ref, total, rest_ref, rest, weighted, peak, peak_at = merge_sums(
+            ref,
+            total,
+            rest_ref,
+            rest,
+            weighted,
+            peak,
+            peak_at,
+            tl.load(at).to(tl.float32),
+            tl.load(at + 1),
+            part_rest_ref,
+            part_rest,
+            part_weighted,
+            part_peak,
+            part_peak_at,
+            scale,
+            WITH_ENTROPY,
         )
-        at += 3
-    return ref, total, weighted, tl.load(at).to(tl.float32)
+        at += EACH
+    z_target = tl.load(at).to(tl.float32)
+    return ref, total, rest_ref, rest, weighted, peak, peak_at, z_target
 
 
 @triton.jit
@@ -128,12 +167,13 @@ def _row_statistics(
     if partials_ptr is None:
         z_target = target_logit(x_ptr + shift, column, absent)
         guess, lift, usable = guess_reference(x_ptr, shift, n_cols, column, scale, BLOCK, SHIFTED)
-        ref, rest, weighted = sum_columns(
+        ref, rest, others_ref, others, weighted, peak, peak_at = sum_columns(
             x_ptr,
             shift,
             0,
             n_cols,
             column,
+            z_target,
             scale,
             guess,
             lift,
@@ -145,8 +185,22 @@ def _row_statistics(
             EVICTION,
         )
     else:
-        ref, rest, weighted, z_target = _merge_partials(partials_ptr, row, n_cols, SEGMENT)
-    return join_target(z_target, scale, ref, rest, weighted, absent == float("-inf"), WITH_ENTROPY)
+        ref, rest, others_ref, others, weighted, peak, peak_at, z_target = _merge_partials(
+            partials_ptr, row, n_cols, scale, SEGMENT, WITH_ENTROPY
+        )
+    return join_target(
+        z_target,
+        scale,
+        ref,
+        rest,
+        others_ref,
+        others,
+        weighted,
+        peak,
+        peak_at,
+        absent == float("-inf"),
+        WITH_ENTROPY,
+    )
 
 
 @_kernel
@@ -230,20 +284,22 @@ def policy_loss_kernel(
         else:
             column = target_column(token_ids_ptr, row, n_cols)
             scale = _row_scale(temperature_ptr, row, temperature_stride)
-            ref, log2_total, total, exact_logp, complement, entropy = _row_statistics(
-                x_ptr,
-                shift,
-                partials_ptr,
-                row,
-                column,
-                float("nan"),
-                scale,
-                n_cols,
-                BLOCK,
-                SEGMENT,
-                SHIFTED,
-                WITH_ENTROPY,
-                "evict_last" if dlogits_ptr is not None else "evict_first",
+            ref, log2_total, total, exact_logp, complement, entropy, peak, peak_logp = (
+                _row_statistics(
+                    x_ptr,
+                    shift,
+                    partials_ptr,
+                    row,
+                    column,
+                    float("nan"),
+                    scale,
+                    n_cols,
+                    BLOCK,
+                    SEGMENT,
+                    SHIFTED,
+                    WITH_ENTROPY,
+                    "evict_last" if dlogits_ptr is not None else "evict_first",
+                )
             )
             logp = exact_logp.to(tl.float32)
             advantage, log_ratio, token_weight, kl_distance, low, high = load_token(
@@ -309,6 +365,8 @@ def policy_loss_kernel(
                     end,
                     column,
                     target_value,
+                    peak,
+                    peak_gradient(scale, peak_logp, entropy, c, h),
                     scale,
                     ref,
                     constant,
@@ -358,7 +416,7 @@ def token_logps_kernel(
             )
             column = target_column(token_ids_ptr, row, n_cols)
             scale = _row_scale(temperature_ptr, row, temperature_stride)
-            ref, log2_total, _, logp, _, entropy = _row_statistics(
+            ref, log2_total, _, logp, _, entropy, _, _ = _row_statistics(
                 logits_ptr + x_place,
                 shift,
                 partials_ptr,
@@ -451,8 +509,16 @@ def token_logps_backward_kernel(
                 logp = (z * scale.to(tl.float64) - log2_total) * LN2
             logp32 = logp.to(tl.float32)
             entropy = 0.0
+            peak = -1
+            peak_value = 0.0
             if dentropy_ptr is not None:
                 entropy = tl.load(entropy_ptr + row)
+                if (h != 0) & (entropy < PEAKED_ENTROPY):
+                    # A row's peak has more than half of its mass: only one piece can have it.
+                    z, place = find_peak(x_ptr, begin, shift, end, column + shift, BLOCK, SHIFTED)
+                    peak_logp = (z.to(tl.float64) * scale.to(tl.float64) - log2_total) * LN2
+                    peak = tl.where(peak_logp > -LN2, place - shift, -1)
+                    peak_value = peak_gradient(scale, peak_logp.to(tl.float32), entropy, c, h)
             constant, linear, target_value = gradient_coefficients(
                 scale,
                 log2_sum,
@@ -472,6 +538,8 @@ def token_logps_backward_kernel(
                 end,
                 column,
                 target_value,
+                peak,
+                peak_value,
                 scale,
                 ref,
                 constant,
@@ -486,7 +554,7 @@ def token_logps_backward_kernel(
 @_kernel
 def sum_segments_kernel(
     logits_ptr,
-    partials_ptr,  # (N, 3 * segments + 1) float64: (ref, sum, weighted) of each, and the logit
+    partials_ptr,  # (N, NUMBERS * segments + 1) float64: what sum_columns returns; the logit
     token_ids_ptr,
     weights_ptr,
     temperature_ptr,
@@ -519,12 +587,14 @@ def sum_segments_kernel(
         scale = _row_scale(temperature_ptr, row, temperature_stride)
         guess, lift, usable = guess_reference(x_ptr, shift, n_cols, column, scale, BLOCK, SHIFTED)
         begin = segment * SEGMENT
-        ref, total, weighted = sum_columns(
+        z_target = target_logit(x_ptr + shift, column, absent)
+        ref, total, rest_ref, rest, weighted, peak, peak_at = sum_columns(
             x_ptr,
             shift,
             begin,
             tl.minimum(begin + SEGMENT, n_cols),
             column,
+            z_target,
             scale,
             guess,
             lift,
@@ -535,13 +605,19 @@ def sum_segments_kernel(
             WITH_ENTROPY,
             "evict_last",
         )
-        of_row = partials_ptr + row * (3 * n_segments + 1)
-        tl.store(of_row + 3 * segment, ref.to(tl.float64))
-        tl.store(of_row + 3 * segment + 1, total)
-        tl.store(of_row + 3 * segment + 2, weighted)
+        EACH: tl.constexpr = NUMBERS_WITH_ENTROPY if WITH_ENTROPY else NUMBERS
+        of_row = partials_ptr + row * (EACH * n_segments + 1)
+        own = of_row + EACH * segment
+        tl.store(own, ref.to(tl.float64))
+        tl.store(own + 1, total)
+        if WITH_ENTROPY:
+            tl.store(own + 2, rest_ref.to(tl.float64))
+            tl.store(own + 3, rest)
+            tl.store(own + 4, weighted)
+            tl.store(own + 5, peak.to(tl.float64))
+            tl.store(own + 6, peak_at.to(tl.float64))
         if segment == 0:
-            z_target = target_logit(x_ptr + shift, column, absent)
-            tl.store(of_row + 3 * n_segments, z_target.to(tl.float64))
+            tl.store(of_row + EACH * n_segments, z_target.to(tl.float64))
 
 
 @_kernel

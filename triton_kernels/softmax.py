@@ -5,7 +5,8 @@ In units of log2, with scale = log2(e) / T and an integer `ref` near the row's m
     u_v = z_v scale - ref        sum = sum_v 2^u_v        p_v = 2^u_v / sum
 
 The target is left out of the sums and joined at the end, so that 1 - p and log p of a likely token
-keep their relative accuracy.
+keep their relative accuracy. Where an entropy is wanted, so is the likeliest other element, the
+*peak*, of rows where it has nearly all the mass: H and log p of it are then small differences too.
 
 A row is summed in segments of SEGMENT columns, BLOCK lanes wide: lane l adds the columns v = l mod
 BLOCK of its segment in float32, in order, and the lanes are then added as 64-bit fixed-point
@@ -25,12 +26,16 @@ from .scalar_math import LN2, LOG2E, log1p_near, log2, power_of_two
 
 # References beyond are floats too far apart to be near anything: such a row is NaN.
 LARGEST_REF = tl.constexpr(2147483648.0)
-# A lane below 2^8 counts in multiples of 2^-41: 2^13 lanes fit 62 bits. Lanes of a long row that
-# are rounded to nothing are then, at 2^-42 each, at most 3e-8 of its sum.
+# Lanes are brought below 2^8, the largest to 2^7 or more, and count in multiples of 2^-41: 2^13 of
+# them fit 62 bits. Those rounded to nothing are, at 2^-42 each, at most 2^-36 of a segment's sum.
 _FIXED = tl.constexpr(2.0**41)
-_FIXED_WEIGHTED = tl.constexpr(2.0**34)  # its lanes are below 2^15
+_FIXED_WEIGHTED = tl.constexpr(2.0**34)  # its lanes are below 2^15.3: |u| < 150 where 2^u is not 0
 _LANE_LIMIT = tl.constexpr(2.0**8)
-_UNFIT = tl.constexpr(2**62)  # in place of a sum with a lane that is NaN or beyond the limit
+# A lane with more of a segment than this has an element that may be the row's peak.
+_PEAKED = tl.constexpr(0.875)
+# Below, 1 - p of the likeliest token is at most 5e-3, and float32 begins to lose log p + H.
+PEAKED_ENTROPY = tl.constexpr(0.02)
+_NO_PLACE = tl.constexpr(2**31 - 1)
 _LOWEST = tl.constexpr(-1024.0)  # 0 * -inf would be NaN; 2^-1024 is far below the smallest float
 
 
@@ -62,12 +67,20 @@ def _load_ahead(x_ptr, start, wanted, BLOCK: tl.constexpr, EVICTION: tl.constexp
 
 
 @triton.jit
-def _add_block(
-    sums, weighted, x, start, target, scale, ref, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr
-):
+def _without(x, start, place, BLOCK: tl.constexpr):
+    """A block whose element at `place` is -inf, if it is there.
+
+    A branch, because a comparison would cost every element a quarter of its instructions.
+    """
+    if (place >= start) & (place < start + BLOCK):
+        x = tl.where(start + tl.arange(0, BLOCK) != place, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def _add_block(sums, weighted, x, scale, ref, WEIGHTED: tl.constexpr):
     u = tl.fma(x.to(tl.float32), scale, -ref)
-    others = start + tl.arange(0, BLOCK) != target
-    e = tl.where(others, tl.exp2(u), 0.0)
+    e = tl.exp2(u)
     sums += e
     if WEIGHTED:
         weighted = tl.fma(tl.maximum(u, _LOWEST), e, weighted)
@@ -89,27 +102,24 @@ def _reference(top, scale):
 
 @triton.jit
 def _total(sums, weighted, lift, WEIGHTED: tl.constexpr):
-    """The lanes' sums, times 2^-lift, in fixed point; the first is _UNFIT where a lane is."""
-    down = power_of_two(-lift)
-    fits = sums * down < _LANE_LIMIT
-    fixed = tl.where(fits, tl.floor(sums * (down * _FIXED) + 0.5), 0.0)
-    total = tl.sum(fixed.to(tl.int64))
-    total = tl.where(tl.max(tl.where(fits, 0, 1)) > 0, _UNFIT, total)
-    total_weighted = tl.zeros([], tl.int64)
+    """The largest lane, the lanes' sum and their weighted sum; the latter two in float64.
+
+    Where a lane is NaN or, times 2^-lift, beyond the limit, the first is inf and the second NaN.
+    """
+    fits = sums * power_of_two(-lift) < _LANE_LIMIT
+    top = tl.max(tl.where(fits, sums, float("inf")))
+    # 2^e <= top < 2^(e + 1): times 2^(7 - e), and back; e is at least -110.
+    exponent = tl.maximum(top.to(tl.int32, bitcast=True) >> 23, 127 - 110)
+    factor = ((2 * 127 + 7 - exponent) << 23).to(tl.float32, bitcast=True)
+    up = ((exponent - 7) << 23).to(tl.float32, bitcast=True).to(tl.float64)
+    fixed = tl.where(fits, tl.floor(sums * factor * _FIXED + 0.5), 0.0)
+    total = tl.sum(fixed.to(tl.int64)).to(tl.float64) * (up * (1 / _FIXED))
+    total = tl.where(top < float("inf"), total, float("nan"))
+    total_weighted = tl.zeros([], tl.float64)
     if WEIGHTED:
-        fixed = tl.where(fits, tl.floor(weighted * (down * _FIXED_WEIGHTED) + 0.5), 0.0)
-        total_weighted = tl.sum(fixed.to(tl.int64))
-    return total, total_weighted
-
-
-@triton.jit
-def _partial(total, total_weighted, lift):
-    """(sum, weighted sum) in float64; NaN where a lane did not fit."""
-    up = power_of_two(lift).to(tl.float64)
-    return (
-        tl.where(total < _UNFIT, total.to(tl.float64) * (up * (1 / _FIXED)), float("nan")),
-        total_weighted.to(tl.float64) * (up * (1 / _FIXED_WEIGHTED)),
-    )
+        fixed = tl.where(fits, tl.floor(weighted * factor * _FIXED_WEIGHTED + 0.5), 0.0)
+        total_weighted = tl.sum(fixed.to(tl.int64)).to(tl.float64) * (up * (1 / _FIXED_WEIGHTED))
+    return top, total, total_weighted
 
 
 @triton.jit
@@ -119,25 +129,46 @@ def _sum_again(
     first,
     end,
     target,
+    peak,
     scale,
     BLOCK: tl.constexpr,
     SHIFTED: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """Sums a segment with a reference of its own: two passes instead of one."""
+    """Sums a segment, but places `target` and `peak`, with a reference of its own."""
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(segment, end, BLOCK):
-        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED).to(tl.float32)
-        others = start + tl.arange(0, BLOCK) != target
-        top = tl.maximum(top, tl.where(others, x, float("-inf")))
+        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED)
+        x = _without(_without(x, start, target, BLOCK), start, peak, BLOCK)
+        top = tl.maximum(top, x.to(tl.float32))
     ref, lift = _reference(tl.max(top), scale)
     sums = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     for start in range(segment, end, BLOCK):
         x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED)
-        sums, weighted = _add_block(sums, weighted, x, start, target, scale, ref, BLOCK, WEIGHTED)
-    total, total_weighted = _total(sums, weighted, lift, WEIGHTED)
-    return ref, lift, total, total_weighted
+        x = _without(_without(x, start, target, BLOCK), start, peak, BLOCK)
+        sums, weighted = _add_block(sums, weighted, x, scale, ref, WEIGHTED)
+    largest, total, total_weighted = _total(sums, weighted, lift, WEIGHTED)
+    return ref, largest, total, total_weighted
+
+
+@triton.jit
+def find_peak(x_ptr, begin, first, end, target, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
+    """The largest element of [max(begin, first), end) but the target, and its place.
+
+    begin is a multiple of BLOCK. Of equal ones the first; a NaN may be passed over.
+    """
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    places = tl.full([BLOCK], _NO_PLACE, tl.int32)
+    for start in range(begin, end, BLOCK):
+        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED)
+        x = _without(x, start, target, BLOCK).to(tl.float32)
+        here = start + tl.arange(0, BLOCK)
+        better = x > top
+        top = tl.where(better, x, top)
+        places = tl.where(better, here, places)
+    largest = tl.max(top)
+    return largest, -tl.max(tl.where(top == largest, -places, -_NO_PLACE))
 
 
 @triton.jit
@@ -159,7 +190,7 @@ def guess_reference(
 
 
 @triton.jit
-def merge_sums(ref, total, weighted, part_ref, part_total, part_weighted):
+def _merge(ref, total, weighted, part_ref, part_total, part_weighted):
     """Two partial sums of a row, float64, at the larger of their references.
 
     Exact powers of two, since a row that several programs share is merged once more than one that
@@ -177,7 +208,54 @@ def merge_sums(ref, total, weighted, part_ref, part_total, part_weighted):
 def no_sums():
     """What merge_sums starts from."""
     zero = tl.zeros([], tl.float64)
-    return tl.full([], -LARGEST_REF, tl.float32), zero, zero
+    ref = tl.full([], -LARGEST_REF, tl.float32)
+    peak = tl.full([], float("-inf"), tl.float32)
+    return ref, zero, ref, zero, zero, peak, tl.full([], -1, tl.int32)
+
+
+@triton.jit
+def _with_element(ref, total, weighted, x, scale):
+    """Sums to which an element is added in float64; nothing for -inf."""
+    u = tl.where(x > float("-inf"), x, 0.0).to(tl.float64) * scale.to(tl.float64)
+    own = tl.ceil(u.to(tl.float32))
+    u -= own.to(tl.float64)
+    mass = tl.where(x > float("-inf"), tl.exp2(u.to(tl.float32)), 0.0).to(tl.float64)
+    own = tl.where(x > float("-inf"), own, -LARGEST_REF)
+    return _merge(ref, total, weighted, own, mass, u * mass)
+
+
+@triton.jit
+def merge_sums(
+    ref,
+    total,
+    rest_ref,
+    rest,
+    weighted,
+    peak,
+    peak_at,
+    part_ref,
+    part_total,
+    part_rest_ref,
+    part_rest,
+    part_weighted,
+    part_peak,
+    part_peak_at,
+    scale,
+    WEIGHTED: tl.constexpr,
+):
+    """The sums of two parts of a row, the later one second: see sum_columns."""
+    ref, total, _ = _merge(ref, total, 0.0, part_ref, part_total, 0.0)
+    if WEIGHTED:
+        if part_peak_at >= 0:
+            rest_ref, rest, weighted = _with_element(
+                rest_ref, rest, weighted, tl.minimum(peak, part_peak), scale
+            )
+            peak_at = tl.where(part_peak > peak, part_peak_at, peak_at)
+            peak = tl.maximum(part_peak, peak)
+        rest_ref, rest, weighted = _merge(
+            rest_ref, rest, weighted, part_rest_ref, part_rest, part_weighted
+        )
+    return ref, total, rest_ref, rest, weighted, peak, peak_at
 
 
 @triton.jit
@@ -187,6 +265,7 @@ def sum_columns(
     begin,
     end,
     target,
+    z_target,
     scale,
     guess,
     guess_lift,
@@ -199,14 +278,18 @@ def sum_columns(
 ):
     """Stage 1 over columns [begin, end), but the target; begin is a multiple of SEGMENT.
 
-    Returns (ref, sum, weighted sum of u 2^u), the sums in float64. EVICTION: "evict_last" where
-    stage 3 will read the row again.
+    Returns, the sums in float64:
+        ref, sum;
+        ref of the others, their sum, their sum of u 2^u: of all but the peak, where WEIGHTED;
+        the peak's logit and column, -inf and -1 where no element has nearly all of its segment and
+        more than the target.
+    EVICTION: "evict_last" where stage 3 will read the row again.
     """
     # With a shift, a segment's first block is cut off in front and its last one behind.
     FIRST: tl.constexpr = BLOCK if SHIFTED else 0
     end += shift
     target += shift
-    ref, total, weighted_total = no_sums()
+    ref, total, rest_ref, rest, weighted, peak, peak_at = no_sums()
     # The next block is on its way while one is worked on, also across the end of a segment.
     x = _load_ahead(x_ptr, begin + FIRST, begin + FIRST + BLOCK <= end, BLOCK, EVICTION)
     for segment in range(begin, end - shift, SEGMENT):
@@ -214,50 +297,114 @@ def sum_columns(
         segment_end = tl.minimum(segment_first + SEGMENT, end)
         whole_end = segment + (segment_end - segment) // BLOCK * BLOCK
         sums = tl.zeros([BLOCK], tl.float32)
-        weighted = tl.zeros([BLOCK], tl.float32)
+        weighted_sums = tl.zeros([BLOCK], tl.float32)
         if SHIFTED:
             edge = _load_edge(x_ptr, segment, segment_first, segment_end, BLOCK, SHIFTED)
-            sums, weighted = _add_block(
-                sums, weighted, edge, segment, target, scale, guess, BLOCK, WEIGHTED
-            )
+            edge = _without(edge, segment, target, BLOCK)
+            sums, weighted_sums = _add_block(sums, weighted_sums, edge, scale, guess, WEIGHTED)
         for start in range(segment + FIRST, whole_end, BLOCK):
             following = start + BLOCK
             if SHIFTED:
                 following = tl.where(following < whole_end, following, segment + SEGMENT + FIRST)
             ahead = _load_ahead(x_ptr, following, following + BLOCK <= end, BLOCK, EVICTION)
-            sums, weighted = _add_block(
-                sums, weighted, x, start, target, scale, guess, BLOCK, WEIGHTED
-            )
+            x = _without(x, start, target, BLOCK)
+            sums, weighted_sums = _add_block(sums, weighted_sums, x, scale, guess, WEIGHTED)
             x = ahead
         tail = tl.maximum(whole_end, segment + FIRST)
         if tail < segment_end:
             edge = _load_edge(x_ptr, tail, segment_first, segment_end, BLOCK, SHIFTED)
-            sums, weighted = _add_block(
-                sums, weighted, edge, tail, target, scale, guess, BLOCK, WEIGHTED
-            )
+            edge = _without(edge, tail, target, BLOCK)
+            sums, weighted_sums = _add_block(sums, weighted_sums, edge, scale, guess, WEIGHTED)
         part_ref = guess
-        lift = guess_lift
-        part, part_weighted = _total(sums, weighted, lift, WEIGHTED)
-        if (part == _UNFIT) | (usable == 0):
-            part_ref, lift, part, part_weighted = _sum_again(
-                x_ptr, segment, segment_first, segment_end, target, scale, BLOCK, SHIFTED, WEIGHTED
+        largest, part, part_weighted = _total(sums, weighted_sums, guess_lift, WEIGHTED)
+        if (largest == float("inf")) | (usable == 0):
+            part_ref, largest, part, part_weighted = _sum_again(
+                x_ptr,
+                segment,
+                segment_first,
+                segment_end,
+                target,
+                target,
+                scale,
+                BLOCK,
+                SHIFTED,
+                WEIGHTED,
             )
-        part_sum, part_weighted_sum = _partial(part, part_weighted, lift)
-        ref, total, weighted_total = merge_sums(
-            ref, total, weighted_total, part_ref, part_sum, part_weighted_sum
+        rest_part_ref = part_ref
+        rest_part = part
+        part_peak = tl.full([], float("-inf"), tl.float32)
+        part_peak_at = tl.full([], -1, tl.int32)
+        if WEIGHTED:
+            asked = tl.exp2(tl.fma(z_target, scale, -part_ref))
+            if (largest > part * _PEAKED) & (largest > asked):
+                part_peak, place = find_peak(
+                    x_ptr, segment, segment_first, segment_end, target, BLOCK, SHIFTED
+                )
+                part_peak_at = place - shift
+                rest_part_ref, _, rest_part, part_weighted = _sum_again(
+                    x_ptr,
+                    segment,
+                    segment_first,
+                    segment_end,
+                    target,
+                    place,
+                    scale,
+                    BLOCK,
+                    SHIFTED,
+                    WEIGHTED,
+                )
+        ref, total, rest_ref, rest, weighted, peak, peak_at = merge_sums(
+            ref,
+            total,
+            rest_ref,
+            rest,
+            weighted,
+            peak,
+            peak_at,
+            part_ref,
+            part,
+            rest_part_ref,
+            rest_part,
+            part_weighted,
+            part_peak,
+            part_peak_at,
+            scale,
+            WEIGHTED,
         )
-    return ref, total, weighted_total
+    return ref, total, rest_ref, rest, weighted, peak, peak_at
 
 
 @triton.jit
-def join_target(z_target, scale, ref, rest, weighted, sharded, WITH_ENTROPY: tl.constexpr):
+def _near_logp(mass, others):
+    """log p in float64 of an element with a mass beside that of all others, and whether it is so
+    likely that this is what to take: the difference of logarithms would keep few digits."""
+    near = mass > 4 * others
+    log, correction = log1p_near(tl.where(near, others / mass, 0.0))
+    return 0.0 - (log.to(tl.float64) + correction.to(tl.float64)), near
+
+
+@triton.jit
+def join_target(
+    z_target,
+    scale,
+    ref,
+    rest,
+    others_ref,
+    others,
+    weighted,
+    peak,
+    peak_at,
+    sharded,
+    WITH_ENTROPY: tl.constexpr,
+):
     """Joins the target with the sums over the rest of its row.
 
     A shard that has bans alone has no mass; a whole row of them is NaN.
 
-    Returns (ref, log2 of the sum in float64, the sum, logp in float64, 1 - p, entropy), float32
-    unless said otherwise. A few operations are in float64, which is slow on some GPUs, but cheap
-    beside a row: float32 would round log p to 1e-6, and near r* the gradient is a difference.
+    Returns (ref, log2 of the sum in float64, the sum, logp in float64, 1 - p, entropy, the peak's
+    column or -1, log p of the peak), float32 unless said otherwise. Without an entropy no row has a
+    peak. A few operations are in float64, which is slow on some GPUs, but cheap beside a row:
+    float32 would round log p to 1e-6, and near r* the gradient is a difference.
     """
     u = z_target.to(tl.float64) * scale.to(tl.float64)
     top = tl.maximum(ref, tl.ceil(u.to(tl.float32)))
@@ -265,28 +412,57 @@ def join_target(z_target, scale, ref, rest, weighted, sharded, WITH_ENTROPY: tl.
     top = tl.where(tl.abs(top) < LARGEST_REF, top, float("nan"))
     gap = u - top.to(tl.float64)
     mass = tl.exp2(gap.to(tl.float32))
-    _, rest, weighted = merge_sums(ref, rest, weighted, top, 0.0, 0.0)
+    _, rest, _ = _merge(ref, rest, 0.0, top, 0.0, 0.0)
     exact_total = rest + mass.to(tl.float64)
     total = exact_total.to(tl.float32)
     rest32 = rest.to(tl.float32)
     lost = (exact_total - total.to(tl.float64)).to(tl.float32) / total * LOG2E
     log2_total = log2(total) + lost.to(tl.float64)
     logp = (gap - log2_total) * LN2
-    # Of a likely token the difference would keep few digits.
-    near = mass > 4 * rest32
-    near_logp, correction = log1p_near(tl.where(near, rest32 / mass, 0.0))
-    near_logp = 0.0 - (near_logp.to(tl.float64) + correction.to(tl.float64))
+    near_logp, near = _near_logp(mass, rest32)
     logp = tl.where(near, near_logp, logp)
     log2_total = tl.where(near, gap - near_logp * LOG2E, log2_total)
     entropy = tl.zeros([], tl.float32)
+    peak_logp = tl.zeros([], tl.float32)
     if WITH_ENTROPY:
-        # The target's share apart: where it has nearly all the mass, the others' terms are small.
-        own = tl.where(mass == 0, 0.0, -logp.to(tl.float32) * mass)
-        others = (log2_total * rest - weighted) * LN2
-        entropy = tl.where(empty, 0.0, (own + others.to(tl.float32)) / total)
+        up = power_of_two(others_ref - top).to(tl.float64)
+        weighted = ((others_ref - top) * others + weighted) * up
+        others *= up
+        own_mass = mass
+        own_logp = logp
+        if peak_at >= 0:
+            peak_gap = peak.to(tl.float64) * scale.to(tl.float64) - top.to(tl.float64)
+            peak_mass = tl.exp2(peak_gap.to(tl.float32))
+            likelier = peak_mass > mass
+            lesser = tl.minimum(peak_mass, mass).to(tl.float64)
+            others += lesser
+            weighted += tl.where(lesser == 0, 0.0, tl.where(likelier, gap, peak_gap) * lesser)
+            near_logp, near = _near_logp(peak_mass, others.to(tl.float32))
+            near = near & likelier
+            peak_at = tl.where(near, peak_at, -1)
+            # For lse as well: a backward finds log p of the peak from it.
+            log2_total = tl.where(near, peak_gap - near_logp * LOG2E, log2_total)
+            near_logp = tl.where(near, near_logp, (peak_gap - log2_total) * LN2)
+            own_logp = tl.where(likelier, near_logp, own_logp)
+            own_mass = tl.where(likelier, peak_mass, own_mass)
+            peak_logp = near_logp.to(tl.float32)
+        # The share of the likeliest apart: where it has nearly all the mass, the others' terms are
+        # small.
+        own = tl.where(own_mass == 0, 0.0, -own_logp.to(tl.float32) * own_mass)
+        of_others = (log2_total * others - weighted) * LN2
+        entropy = tl.where(empty, 0.0, (own + of_others.to(tl.float32)) / total)
     logp = tl.where(empty, float("-inf"), logp)
     log2_total = tl.where(empty, float("-inf"), log2_total)
-    return tl.where(empty, 0.0, top), log2_total, total, logp, rest32 / total, entropy
+    return (
+        tl.where(empty, 0.0, top),
+        log2_total,
+        total,
+        logp,
+        rest32 / total,
+        entropy,
+        peak_at,
+        peak_logp,
+    )
 
 
 @triton.jit
@@ -306,16 +482,25 @@ def gradient_coefficients(
 
 
 @triton.jit
+def peak_gradient(scale, logp, entropy, c, h):
+    """The value of the peak's element: a difference that float32 coefficients would lose."""
+    return scale * LN2 * tl.exp2(logp * LOG2E) * (h * (logp + entropy) - c)
+
+
+@triton.jit
 def _gradient_block(
     x,
-    columns,
+    start,
     target,
     target_value,
+    peak,
+    peak_value,
     scale,
     ref,
     constant,
     linear,
     inverse_softcap,
+    BLOCK: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
     x = x.to(tl.float32)
@@ -323,7 +508,12 @@ def _gradient_block(
     factor = constant
     if WITH_ENTROPY:
         factor = tl.fma(linear, tl.maximum(u, _LOWEST), constant)
-    d = tl.where(columns == target, target_value, tl.exp2(u) * factor)
+    d = tl.exp2(u) * factor
+    if WITH_ENTROPY:  # noqa: SIM102
+        if (peak >= start) & (peak < start + BLOCK):
+            d = tl.where(start + tl.arange(0, BLOCK) == peak, peak_value, d)
+    if (target >= start) & (target < start + BLOCK):
+        d = tl.where(start + tl.arange(0, BLOCK) == target, target_value, d)
     if inverse_softcap != 0:
         # dy/dz of y = softcap tanh(z / softcap); 0 for a ban by -inf, whose 2^u is 0 too.
         t = x * inverse_softcap
@@ -340,6 +530,8 @@ def write_gradient(
     end,
     target,
     target_value,
+    peak,
+    peak_value,
     scale,
     ref,
     constant,
@@ -357,6 +549,7 @@ def write_gradient(
     lanes = tl.arange(0, BLOCK)
     dtype = d_ptr.dtype.element_ty
     target += shift
+    peak += shift
     n_whole = (end - begin) // BLOCK
     tail = begin + n_whole * BLOCK
     if tail < end:
@@ -364,14 +557,17 @@ def write_gradient(
         places = tail + lanes
         d = _gradient_block(
             x,
-            places,
+            tail,
             target,
             target_value,
+            peak,
+            peak_value,
             scale,
             ref,
             constant,
             linear,
             inverse_softcap,
+            BLOCK,
             WITH_ENTROPY,
         )
         tl.store(d_ptr + places, d.to(dtype), mask=_inside(tail, shift, end, BLOCK, SHIFTED))
@@ -386,14 +582,17 @@ def write_gradient(
         places = start + lanes
         d = _gradient_block(
             x,
-            places,
+            start,
             target,
             target_value,
+            peak,
+            peak_value,
             scale,
             ref,
             constant,
             linear,
             inverse_softcap,
+            BLOCK,
             WITH_ENTROPY,
         )
         tl.store(d_ptr + places, d.to(dtype), eviction_policy="evict_first")
@@ -404,14 +603,17 @@ def write_gradient(
             places = begin + lanes
             d = _gradient_block(
                 x,
-                places,
+                begin,
                 target,
                 target_value,
+                peak,
+                peak_value,
                 scale,
                 ref,
                 constant,
                 linear,
                 inverse_softcap,
+                BLOCK,
                 WITH_ENTROPY,
             )
             tl.store(d_ptr + places, d.to(dtype), mask=places >= shift)

@@ -90,17 +90,12 @@ def _device(device: torch.device) -> Any:
     """What of a device config.py wants to know."""
     config = _module("config")
     if device.type == "cpu":  # interpreted: few processors, so that a program gets several rows
-        return config.Device(multiprocessors=2, l2_bytes=2**22)
+        return config.Device(multiprocessors=2)
     properties = torch.get_device_module(device).get_device_properties(device)
     if device.type == "xpu":
-        return config.Device(
-            properties.gpu_subslice_count,
-            getattr(properties, "last_level_cache_size", 2**24),
-            limits_registers=False,
-        )
+        return config.Device(properties.gpu_subslice_count, limits_registers=False)
     return config.Device(
         properties.multi_processor_count,
-        properties.L2_cache_size,
         properties.warp_size,
         limits_registers=torch.version.hip is None,
     )
@@ -194,7 +189,7 @@ class _Launch(NamedTuple):
             shifted,
             with_entropy,
             tile,
-            config.register_limit(tile, with_entropy, shifted > 0, not aligned and not shifted),
+            config.register_limit(tile, with_entropy, not aligned and not shifted),
             _device(x.device),
         )
 
@@ -211,11 +206,7 @@ class _Launch(NamedTuple):
 
     def row_programs(self) -> int:
         """Programs for whole rows."""
-        itemsize = self.logits.tensor.element_size()
-        most = _module("config").row_programs(
-            self.device, self.tile, self.register_limit, self.n_cols, itemsize
-        )
-        return min(self.n_rows, most)
+        return min(self.n_rows, int(self.device.programs(self.tile, self.register_limit)))
 
     def rows(self) -> dict[str, Any]:
         return {
@@ -302,8 +293,10 @@ def _partials(launch: _Launch, inputs: dict[str, Any], absent: float) -> Tensor 
     if not launch.is_split():
         return None
     n_rows, segments = launch.n_rows, launch.segments()
-    partials = launch.logits.tensor.new_empty((n_rows, 3 * segments + 1), dtype=torch.float64)
-    _module("kernels").sum_segments_kernel[(n_rows * segments,)](
+    kernels = _module("kernels")
+    each = (kernels.NUMBERS_WITH_ENTROPY if launch.with_entropy else kernels.NUMBERS).value
+    partials = launch.logits.tensor.new_empty((n_rows, each * segments + 1), dtype=torch.float64)
+    kernels.sum_segments_kernel[(n_rows * segments,)](
         launch.logits.tensor,
         partials,
         **inputs,
@@ -423,9 +416,8 @@ class TritonBackend:
     def multiply_rows(self, x: Tensor, factors: Tensor) -> None:
         factors = factors.expand(x.shape[:-1].numel()).contiguous()
         for first, launch in _launches(x):
-            most = launch.device.programs(launch.tile, launch.register_limit)
             with _on(x.device):
-                _module("kernels").multiply_rows_kernel[(min(launch.n_rows, most),)](
+                _module("kernels").multiply_rows_kernel[(launch.row_programs(),)](
                     launch.logits.tensor,
                     rows_from(factors, first),
                     **launch.rows(),

@@ -160,7 +160,8 @@ TRUE = {
 OF_TYPE = {
     "b16": "ne", "b32": "eq ne", "b64": "eq ne", "s16": "eq ne",
     "s32": "eq ne lt le gt ge", "s64": "eq ne lt le gt ge", "u32": "lt gt ge", "u64": "lt",
-    "f32": "eq lt le gt neu leu geu num nan", "f64": "eq ne lt gt ge neu ltu leu gtu geu num nan",
+    "f32": "eq ne lt le gt neu leu geu num nan",
+    "f64": "eq ne lt gt ge neu ltu leu gtu geu num nan",
 }  # fmt: skip
 for kind, names in OF_TYPE.items():
     top = 1 << (int(kind[1:]) - 1)

@@ -88,6 +88,7 @@ using StageGradient = std::conditional_t<kPeaks, PeakedGradient, RowGradient>;
 // What a block exchanges about each of its rows.
 struct alignas(16) SharedRow {
   MergedRow merged;
+  RowStats stats;
   PeakedGradient gradient;
   float target;  // logit
 };
@@ -149,6 +150,7 @@ struct ClusterRow {
 struct alignas(16) AlignedSum : PartialSum {};
 template <bool kEntropy>
 using SentSum = std::conditional_t<kEntropy, PeakedPart, AlignedSum>;
+
 // The smallest cluster that keeps slices short and three rows in flight; cluster 0 if none does.
 ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits);
 

@@ -11,7 +11,7 @@
 // Nothing hides the exchange within a cluster. What hides it are the blocks of other rows on the
 // same SM, at other points of their lives: registers and slices are few enough for several.
 //
-// Two mbarriers: sums() of the first block counts all sums of the row, coefs() of each block its
+// Two mbarriers: sums_came() of the first block counts all sums of the row, coefs_came() of each its
 // coefficients. The one cluster barrier makes them known before the first message. None is needed
 // at the end: a block leaves when it has its coefficients, for which the first has all its sums,
 // and nobody writes to it any more.

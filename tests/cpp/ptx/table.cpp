@@ -109,6 +109,7 @@ void add_comparisons(Table& t) {
                 {"eq", "ne", "lt", "le", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
   add_setp<f64>(t, "f64",
                 {"eq", "ne", "lt", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
+  add_setp<f64>(t, "f64", {"le"});
   for (const char* type : {"b16", "u16"}) t["selp." + std::string(type) + " rrrr"] = {select<u16>};
   for (const char* type : {"b32", "u32", "f32"}) {
     t["selp." + std::string(type) + " rrrr"] = {select<u32>};

@@ -175,6 +175,16 @@ for kind, names in OF_TYPE.items():
         rows = [(*pair, int(true)) for pair, true in zip(pairs, truth, strict=False)]
         add(f"setp.{name}.{kind} rrr", "pred", f"{kind} {kind}", *rows)
 add("setp.eq.f32 rrr", "pred", "f32 f32", (-0.0, 0.0, 1))
+add(
+    "setp.le.f64 rrr",
+    "pred",
+    "f64 f64",
+    (1.0, 2.0, 1),
+    (2.0, 2.0, 1),
+    (3.0, 2.0, 0),
+    (NAN, 2.0, 0),
+    (2.0, NAN, 0),
+)
 for kind in ("b16", "u16", "b32", "u32", "f32", "b64", "f64"):
     add(f"selp.{kind} rrrr", kind, f"{kind} {kind} pred", (0x1234, 0x4321, 1, 0x1234))
     add(f"selp.{kind} rrrr", kind, f"{kind} {kind} pred", (0x1234, 0x4321, 0, 0x4321))

@@ -18,8 +18,7 @@ Common arguments:
         of longer ones, which have the token
     inverse_softcap: 0, or 1 / softcap of logits that are softcap * tanh(z / softcap)
     BLOCK, SEGMENT: see softmax.py; they decide the last bits of a row
-Programs take every n-th row or piece of one, so that a launch may have fewer programs than rows:
-the rows that are on their way between stage 1 and stage 3 have to fit the L2 cache together.
+Programs take every n-th row or piece of one: a launch has no more of them than run at once.
 """
 
 import triton

@@ -283,12 +283,9 @@ def test_table() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("version, most_spills", [("3.6.0", 0), ("3.9.0", 16)])
-def test_other_tritons(version: str, most_spills: int, tmp_path: Path) -> None:
-    """The oldest and the newest that were tried, each in a process of its own.
-
-    3.9 spills a few numbers of a row where the cap is low, outside the loops over columns.
-    """
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_other_tritons(version: str, tmp_path: Path) -> None:
+    """The oldest and the newest that were tried, each in a process of its own: no spills."""
     target = tmp_path / "triton"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
     if subprocess.run([*install, f"triton=={version}"], capture_output=True).returncode:
@@ -303,7 +300,7 @@ def test_other_tritons(version: str, most_spills: int, tmp_path: Path) -> None:
     assert {launch["triton"] for launch in found} == {version}
     assert {launch["kernel"] for launch in found} >= {"policy_loss_kernel", "token_logps_kernel"}
     for launch in found:
-        assert launch["spills"] <= most_spills and launch["spill_depth"] <= 1, launch
+        assert launch["spills"] == 0, launch
 
 
 def sample() -> None:

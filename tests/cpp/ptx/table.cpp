@@ -105,8 +105,9 @@ void add_comparisons(Table& t) {
   add_setp<i64>(t, "s64", {"eq", "ne", "lt", "le", "gt", "ge"});
   add_setp<u32>(t, "u32", {"lt", "gt", "ge"});
   add_setp<u64>(t, "u64", {"lt"});
-  add_setp<f32>(t, "f32",
-                {"eq", "ne", "lt", "le", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
+  add_setp<f32>(
+      t, "f32",
+      {"eq", "ne", "lt", "le", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
   add_setp<f64>(t, "f64",
                 {"eq", "ne", "lt", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
   add_setp<f64>(t, "f64", {"le"});

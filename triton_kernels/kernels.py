@@ -16,7 +16,7 @@ Common arguments:
     temperature_ptr, temperature_stride: one a row (1) or one for all (0)
     absent: stands for the logit of a token outside [0, V): NaN; or -inf where the rows are columns
         of longer ones, which have the token
-    inverse_softcap: 0, or 1 / softcap of logits that are softcap * tanh(z / softcap)
+    softcap: c where the logits are c tanh(z / c) of the z that are there; None: they are the z
     BLOCK, SEGMENT: see softmax.py; they decide the last bits of a row
 Programs take every n-th row or piece of one, so that a launch may have fewer programs than rows:
 the rows that are on their way between stage 1 and stage 3 have to fit the L2 cache together.
@@ -27,7 +27,7 @@ import triton.language as tl
 
 from .objective import token_loss
 from .rows import row_place, target_column, target_logit
-from .scalar_math import LN2, expm1, log2e_over
+from .scalar_math import LN2, capped_target, expm1, log2e_over
 from .softmax import (
     gradient_coefficients,
     guess_reference,
@@ -95,7 +95,7 @@ def _piece(piece, n_pieces, n_places, SEGMENT: tl.constexpr):
 
 
 @triton.jit
-def _merge_partials(partials_ptr, row, n_cols, SEGMENT: tl.constexpr):
+def _merge_partials(partials_ptr, row, n_cols, softcap, SEGMENT: tl.constexpr):
     """What sum_columns would have returned, from what sum_segments_kernel left; and the logit."""
     n_segments = tl.cdiv(n_cols, SEGMENT)
     at = partials_ptr + row * (3 * n_segments + 1)
@@ -105,7 +105,8 @@ def _merge_partials(partials_ptr, row, n_cols, SEGMENT: tl.constexpr):
             ref, total, weighted, tl.load(at).to(tl.float32), tl.load(at + 1), tl.load(at + 2)
         )
         at += 3
-    return ref, total, weighted, tl.load(at).to(tl.float32)
+    z_target = tl.load(at)
+    return ref, total, weighted, z_target if softcap is not None else z_target.to(tl.float32)
 
 
 @triton.jit
@@ -118,6 +119,7 @@ def _row_statistics(
     absent,
     scale,
     n_cols,
+    softcap,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -126,8 +128,10 @@ def _row_statistics(
 ):
     """Stage 1 of a whole row."""
     if partials_ptr is None:
-        z_target = target_logit(x_ptr + shift, column, absent)
-        guess, lift, usable = guess_reference(x_ptr, shift, n_cols, column, scale, BLOCK, SHIFTED)
+        z_target = target_logit(x_ptr + shift, column, absent, softcap)
+        guess, lift, usable = guess_reference(
+            x_ptr, shift, n_cols, column, scale, softcap, BLOCK, SHIFTED
+        )
         ref, rest, weighted = sum_columns(
             x_ptr,
             shift,
@@ -138,6 +142,7 @@ def _row_statistics(
             guess,
             lift,
             usable,
+            softcap,
             BLOCK,
             SEGMENT,
             SHIFTED,
@@ -145,7 +150,7 @@ def _row_statistics(
             EVICTION,
         )
     else:
-        ref, rest, weighted, z_target = _merge_partials(partials_ptr, row, n_cols, SEGMENT)
+        ref, rest, weighted, z_target = _merge_partials(partials_ptr, row, n_cols, softcap, SEGMENT)
     return join_target(z_target, scale, ref, rest, weighted, absent == float("-inf"), WITH_ENTROPY)
 
 
@@ -194,7 +199,7 @@ def policy_loss_kernel(
     p7: tl.float32,
     kl_coef: tl.float32,
     entropy_coef: tl.float32,
-    inverse_softcap: tl.float32,
+    softcap,
     OBJECTIVE: tl.constexpr,
     KL: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
@@ -239,6 +244,7 @@ def policy_loss_kernel(
                 float("nan"),
                 scale,
                 n_cols,
+                softcap,
                 BLOCK,
                 SEGMENT,
                 SHIFTED,
@@ -313,7 +319,7 @@ def policy_loss_kernel(
                     ref,
                     constant,
                     linear,
-                    inverse_softcap,
+                    softcap,
                     BLOCK,
                     SHIFTED,
                     WITH_ENTROPY,
@@ -338,6 +344,7 @@ def token_logps_kernel(
     logits_outer: tl.int64,
     logits_step: tl.int64,
     absent: tl.float32,
+    softcap,
     WITH_ENTROPY: tl.constexpr,
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
@@ -367,6 +374,7 @@ def token_logps_kernel(
                 absent,
                 scale,
                 n_cols,
+                softcap,
                 BLOCK,
                 SEGMENT,
                 SHIFTED,
@@ -404,7 +412,7 @@ def token_logps_backward_kernel(
     dlogits_outer: tl.int64,
     dlogits_step: tl.int64,
     n_pieces: tl.int32,  # programs that share a row
-    inverse_softcap: tl.float32,
+    softcap,
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -449,6 +457,8 @@ def token_logps_backward_kernel(
             place = column + shift
             if (column >= 0) & (place >= begin) & (place < end):
                 z = tl.load(x_ptr + place).to(tl.float64)
+                if softcap is not None:
+                    z = capped_target(z, softcap)
                 logp = (z * scale.to(tl.float64) - log2_total) * LN2
             logp32 = logp.to(tl.float32)
             entropy = 0.0
@@ -477,7 +487,7 @@ def token_logps_backward_kernel(
                 ref,
                 constant,
                 linear,
-                inverse_softcap,
+                softcap,
                 BLOCK,
                 SHIFTED,
                 dentropy_ptr is not None,
@@ -499,6 +509,7 @@ def sum_segments_kernel(
     logits_outer: tl.int64,
     logits_step: tl.int64,
     absent: tl.float32,
+    softcap,
     WITH_ENTROPY: tl.constexpr,
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
@@ -518,7 +529,9 @@ def sum_segments_kernel(
         x_ptr = logits_ptr + x_place
         column = target_column(token_ids_ptr, row, n_cols)
         scale = _row_scale(temperature_ptr, row, temperature_stride)
-        guess, lift, usable = guess_reference(x_ptr, shift, n_cols, column, scale, BLOCK, SHIFTED)
+        guess, lift, usable = guess_reference(
+            x_ptr, shift, n_cols, column, scale, softcap, BLOCK, SHIFTED
+        )
         begin = segment * SEGMENT
         ref, total, weighted = sum_columns(
             x_ptr,
@@ -530,6 +543,7 @@ def sum_segments_kernel(
             guess,
             lift,
             usable,
+            softcap,
             BLOCK,
             SEGMENT,
             SHIFTED,
@@ -541,7 +555,7 @@ def sum_segments_kernel(
         tl.store(of_row + 3 * segment + 1, total)
         tl.store(of_row + 3 * segment + 2, weighted)
         if segment == 0:
-            z_target = target_logit(x_ptr + shift, column, absent)
+            z_target = target_logit(x_ptr + shift, column, absent, softcap)
             tl.store(of_row + 3 * n_segments, z_target.to(tl.float64))
 
 

@@ -21,7 +21,7 @@ it are not touched. Columns and places are int32.
 import triton
 import triton.language as tl
 
-from .scalar_math import LN2, LOG2E, log1p_near, log2, power_of_two
+from .scalar_math import LN2, LOG2E, capped, log1p_near, log2, power_of_two
 
 # References beyond are floats too far apart to be near anything: such a row is NaN.
 LARGEST_REF = tl.constexpr(2147483648.0)
@@ -45,11 +45,14 @@ def _inside(start, first, end, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
 
 
 @triton.jit
-def _load_edge(x_ptr, start, first, end, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
+def _load_edge(x_ptr, start, first, end, BLOCK: tl.constexpr, SHIFTED: tl.constexpr, softcap=None):
     """A block that may reach beyond places [first, end); -inf there."""
     places = start + tl.arange(0, BLOCK)
     inside = _inside(start, first, end, BLOCK, SHIFTED)
-    return tl.load(x_ptr + places, mask=inside, other=float("-inf"))
+    x = tl.load(x_ptr + places, mask=inside, other=float("-inf"))
+    if softcap is not None:
+        x = tl.where(inside, capped(x.to(tl.float32), softcap), float("-inf"))
+    return x
 
 
 @triton.jit
@@ -123,18 +126,19 @@ def _sum_again(
     BLOCK: tl.constexpr,
     SHIFTED: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    softcap,
 ):
     """Sums a segment with a reference of its own: two passes instead of one."""
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(segment, end, BLOCK):
-        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED).to(tl.float32)
+        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED, softcap).to(tl.float32)
         others = start + tl.arange(0, BLOCK) != target
         top = tl.maximum(top, tl.where(others, x, float("-inf")))
     ref, lift = _reference(tl.max(top), scale)
     sums = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     for start in range(segment, end, BLOCK):
-        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED)
+        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED, softcap)
         sums, weighted = _add_block(sums, weighted, x, start, target, scale, ref, BLOCK, WEIGHTED)
     total, total_weighted = _total(sums, weighted, lift, WEIGHTED)
     return ref, lift, total, total_weighted
@@ -142,7 +146,7 @@ def _sum_again(
 
 @triton.jit
 def guess_reference(
-    x_ptr, shift, n_cols, target, scale, BLOCK: tl.constexpr, SHIFTED: tl.constexpr
+    x_ptr, shift, n_cols, target, scale, softcap, BLOCK: tl.constexpr, SHIFTED: tl.constexpr
 ):
     """A reference from the row's first columns, its lift, and whether it is usable.
 
@@ -151,7 +155,7 @@ def guess_reference(
     """
     # The same columns whatever the shift.
     end = shift + tl.minimum(n_cols, BLOCK - 16)
-    x = _load_edge(x_ptr, 0, shift, end, BLOCK, SHIFTED).to(tl.float32)
+    x = _load_edge(x_ptr, 0, shift, end, BLOCK, SHIFTED, softcap).to(tl.float32)
     others = tl.arange(0, BLOCK) != target + shift
     ref, lift = _reference(tl.max(tl.where(others, x, float("-inf"))), scale)
     usable = tl.abs(ref) < LARGEST_REF
@@ -191,6 +195,7 @@ def sum_columns(
     guess,
     guess_lift,
     usable,
+    softcap,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -216,7 +221,7 @@ def sum_columns(
         sums = tl.zeros([BLOCK], tl.float32)
         weighted = tl.zeros([BLOCK], tl.float32)
         if SHIFTED:
-            edge = _load_edge(x_ptr, segment, segment_first, segment_end, BLOCK, SHIFTED)
+            edge = _load_edge(x_ptr, segment, segment_first, segment_end, BLOCK, SHIFTED, softcap)
             sums, weighted = _add_block(
                 sums, weighted, edge, segment, target, scale, guess, BLOCK, WEIGHTED
             )
@@ -225,13 +230,15 @@ def sum_columns(
             if SHIFTED:
                 following = tl.where(following < whole_end, following, segment + SEGMENT + FIRST)
             ahead = _load_ahead(x_ptr, following, following + BLOCK <= end, BLOCK, EVICTION)
+            if softcap is not None:
+                x = capped(x.to(tl.float32), softcap)
             sums, weighted = _add_block(
                 sums, weighted, x, start, target, scale, guess, BLOCK, WEIGHTED
             )
             x = ahead
         tail = tl.maximum(whole_end, segment + FIRST)
         if tail < segment_end:
-            edge = _load_edge(x_ptr, tail, segment_first, segment_end, BLOCK, SHIFTED)
+            edge = _load_edge(x_ptr, tail, segment_first, segment_end, BLOCK, SHIFTED, softcap)
             sums, weighted = _add_block(
                 sums, weighted, edge, tail, target, scale, guess, BLOCK, WEIGHTED
             )
@@ -240,7 +247,16 @@ def sum_columns(
         part, part_weighted = _total(sums, weighted, lift, WEIGHTED)
         if (part == _UNFIT) | (usable == 0):
             part_ref, lift, part, part_weighted = _sum_again(
-                x_ptr, segment, segment_first, segment_end, target, scale, BLOCK, SHIFTED, WEIGHTED
+                x_ptr,
+                segment,
+                segment_first,
+                segment_end,
+                target,
+                scale,
+                BLOCK,
+                SHIFTED,
+                WEIGHTED,
+                softcap,
             )
         part_sum, part_weighted_sum = _partial(part, part_weighted, lift)
         ref, total, weighted_total = merge_sums(
@@ -315,19 +331,20 @@ def _gradient_block(
     ref,
     constant,
     linear,
-    inverse_softcap,
+    softcap,
     WITH_ENTROPY: tl.constexpr,
 ):
     x = x.to(tl.float32)
+    if softcap is not None:
+        x = capped(x, softcap)
     u = tl.fma(x, scale, -ref)
     factor = constant
     if WITH_ENTROPY:
         factor = tl.fma(linear, tl.maximum(u, _LOWEST), constant)
     d = tl.where(columns == target, target_value, tl.exp2(u) * factor)
-    if inverse_softcap != 0:
-        # dy/dz of y = softcap tanh(z / softcap); 0 for a ban by -inf, whose 2^u is 0 too.
-        t = x * inverse_softcap
-        d *= tl.maximum(tl.fma(-t, t, 1.0), 0.0)
+    if softcap is not None:
+        t = x * (1.0 / softcap)
+        d *= tl.maximum(tl.fma(-t, t, 1.0), 0.0)  # |x| may be rounded to more than the softcap
     return d
 
 
@@ -344,15 +361,14 @@ def write_gradient(
     ref,
     constant,
     linear,
-    inverse_softcap,
+    softcap,
     BLOCK: tl.constexpr,
     SHIFTED: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
     """Stage 3 at places [begin, end), backwards: what stage 1 read last is in the cache still.
 
-    begin is a multiple of BLOCK. x and d may be the same memory. inverse_softcap: not 0 where the
-    logits have been through a softcap, and the gradient is that of what came in.
+    begin is a multiple of BLOCK. x and d may be the same memory. softcap: see kernels.py.
     """
     lanes = tl.arange(0, BLOCK)
     dtype = d_ptr.dtype.element_ty
@@ -371,7 +387,7 @@ def write_gradient(
             ref,
             constant,
             linear,
-            inverse_softcap,
+            softcap,
             WITH_ENTROPY,
         )
         tl.store(d_ptr + places, d.to(dtype), mask=_inside(tail, shift, end, BLOCK, SHIFTED))
@@ -393,7 +409,7 @@ def write_gradient(
             ref,
             constant,
             linear,
-            inverse_softcap,
+            softcap,
             WITH_ENTROPY,
         )
         tl.store(d_ptr + places, d.to(dtype), eviction_policy="evict_first")
@@ -411,7 +427,7 @@ def write_gradient(
                 ref,
                 constant,
                 linear,
-                inverse_softcap,
+                softcap,
                 WITH_ENTROPY,
             )
             tl.store(d_ptr + places, d.to(dtype), mask=places >= shift)

@@ -70,22 +70,20 @@ struct RowSum {
   }
 };
 
-// dy/dz of y = softcap tanh(z / softcap), from y; 0 for a ban by -inf, whose p is 0 too.
-CFPO_HOST_DEVICE inline float softcap_slope(float y, float inverse_softcap) {
-  const float t = y * inverse_softcap;
-  return std::fmax(std::fma(-t, t, 1.0f), 0.0f);
-}
+// A target's `Logit` is a float as it lies in the row, or a double that has been capped.
 
 // A shard without any mass: bans alone, as low as those that are zeros beside any other row.
-CFPO_HOST_DEVICE inline bool is_empty(float scale, float target, const RowSum& rest) {
+template <class Logit>
+CFPO_HOST_DEVICE bool is_empty(float scale, Logit target, const RowSum& rest) {
   const double top = std::fmax(rest.ref, static_cast<double>(target) * scale);
   return top <= -kLargestRef && target == target && rest.sum == rest.sum;
 }
 
 // Joins the target, which the sums leave out, with the rest of its row. That way 1 - p and log p
 // of a likely token keep their relative accuracy.
-CFPO_HOST_DEVICE inline RowStats join_target(float scale, float target, RowSum rest,
-                                             bool sharded = false) {
+template <class Logit>
+CFPO_HOST_DEVICE RowStats join_target(float scale, Logit target, RowSum rest,
+                                      bool sharded = false) {
   if (sharded && is_empty(scale, target, rest)) return {scale, 0.0f, 0.0, -INFINITY, 1.0, 0.0};
   const double u = static_cast<double>(target) * scale;
   // A float, because that is what stage 3 takes; any reference near the largest u is exact. A
@@ -108,8 +106,8 @@ CFPO_HOST_DEVICE inline RowStats join_target(float scale, float target, RowSum r
 }
 
 // The stats of a row whose sums an earlier call has left as its lse.
-CFPO_HOST_DEVICE inline RowStats stats_from_lse(float scale, float target, double lse,
-                                                double entropy) {
+template <class Logit>
+CFPO_HOST_DEVICE RowStats stats_from_lse(float scale, Logit target, double lse, double entropy) {
   const double log2_total = lse * scale;
   const float ref = static_cast<float>(std::floor(log2_total));
   const double logp = (static_cast<double>(target) * scale - log2_total) * kLn2;
@@ -178,8 +176,8 @@ struct Peak {
 // is the peak if it does. With w_v = e^(log p_v - log p_max) of all but the likeliest,
 //   H = log(1 + sum w) + sum |log w| w / (1 + sum w)
 // a sum of positive numbers.
-inline Peak entropy_of_peaked(RowStats& stats, float target, PeakedSum sums) {
-  const double u = static_cast<double>(target) * stats.scale;
+inline Peak entropy_of_peaked(RowStats& stats, double target, PeakedSum sums) {
+  const double u = target * stats.scale;
   const double top = std::fmax(u, sums.peak), other = std::fmin(u, sums.peak);
   if (!(std::exp2(top - sums.rest.ref) >= sums.rest.sum)) return {};
   const double factor = std::exp2(sums.rest.ref - top), gap = other - top;

@@ -1,5 +1,6 @@
 // Whole rows by clusters of blocks, from compute capability 9.0 on: sums, stage 2 and gradient with
-// one read and one write of the logits, whatever the length of the row.
+// one read and one write of the logits, whatever the length of the row. Not for logits behind a
+// softcap, which would take all the registers there are.
 //
 // A cluster works on one row after another. Each block has a slice of it, whole segments, in a slot
 // of shared memory, and the slots of a block are a ring: later rows come in by bulk copies while
@@ -349,7 +350,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     for (int i = begin_; i < end_; ++i) {
       write_gradient<T, kEntropy>(bytes + i * kSegmentBytes, x.shift,
                                   Segment<T>(out.begin, out.count, i),
-                                  column_in_segment<T>(column, i), g, slope_of(stage_));
+                                  column_in_segment<T>(column, i), g);
     }
     hw::fence_async();
     hw::sync_threads(plan_.warps * kWarpThreads);  // the next chunk's first vector was read too
@@ -367,7 +368,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     for (int at = from + lane_index() * kVectorBytes; at < to; at += kWarpThreads * kVectorBytes) {
       float values[kVectorElements<T>];
       unpack<T>(hw::load_shared(bytes + at), values);
-      gradient_vector<T, kEntropy>(values, (at - x.shift) / kSize, column, g, slope_of(stage_));
+      gradient_vector<T, kEntropy>(values, (at - x.shift) / kSize, column, g);
       hw::store_shared(bytes + at, pack<T>(values));
     }
     const T* columns = reinterpret_cast<const T*>(bytes + x.shift);
@@ -388,7 +389,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     const int i = first + lane_index();
     if (i >= last) return;
     const float x = load_shared_element(columns + i);
-    store_element(out.begin + i, gradient_at<kEntropy>(x, i, column, g, slope_of(stage_)));
+    store_element(out.begin + i, gradient_at<kEntropy>(x, i, column, g));
   }
 
   int first_segment_;  // of the slice

@@ -122,13 +122,14 @@ RowKernel row_kernel(const std::string& name) {
 }
 
 bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimits& limits,
-                  RowKernel wanted) {
-  const bool possible = limits.clusters && plan.cluster > 0;
+                  RowKernel wanted, bool capped) {
+  const bool possible = limits.clusters && plan.cluster > 0 && !capped;
   if (wanted == RowKernel::kCluster && !possible) {
     throw std::invalid_argument("CFPO_KERNELS_CUDA_KERNEL is 'cluster', but " +
-                                std::string(limits.clusters
-                                                ? "a row is too long for that kernel"
-                                                : "this device or this build has no clusters"));
+                                std::string(!limits.clusters
+                                                ? "this device or this build has no clusters"
+                                            : capped ? "that kernel takes no logits with a softcap"
+                                                     : "a row is too long for that kernel"));
   }
   if (wanted != RowKernel::kAuto) return wanted == RowKernel::kCluster;
   return possible && plan.n_segments >= kMinClusterSegments &&

@@ -122,8 +122,9 @@ enum class RowKernel { kAuto, kPortable, kCluster };
 RowKernel row_kernel(const std::string& name);  // std::invalid_argument for anything else
 
 // Whether the cluster kernel takes these rows; std::invalid_argument if it is wanted and cannot.
+// `capped`: they are behind a softcap, which it knows nothing of.
 bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimits& limits,
-                  RowKernel wanted);
+                  RowKernel wanted, bool capped);
 
 // Whether to split rows over many blocks, by two kernels instead of one.
 bool split_rows(std::int64_t n_rows, int n_segments, const DeviceLimits& limits);

@@ -139,7 +139,7 @@ class RowWorker {
       windows_.wait();
       const PartialSum part = sum_segment<T, kEntropy>(
           windows_.at(window(i)), Segment<const T>(x_, logits_.n_cols, segment_number(i)),
-          column_in_segment<T>(token_, segment_number(i)), scale);
+          column_in_segment<T>(token_, segment_number(i)), scale, map_of(stage_));
       if (lane_index() == 0) parts()[segment_number(i)] = part;
       if (!keeps_rows()) {
         pass(i);
@@ -185,11 +185,11 @@ class RowWorker {
     hw::sync_block();
   }
   CFPO_DEVICE RowStats stats(const SharedRow& shared) const {
+    const auto target = map_of(stage_).target(problem().column(led_row()), shared.target);
     if constexpr (Stage::kSums) {
-      return join_target(row_scale(problem(), led_row()), shared.target, shared.sum,
-                         problem().sharded);
+      return join_target(row_scale(problem(), led_row()), target, shared.sum, problem().sharded);
     } else {
-      return stage_.stats(led_row(), shared.target);
+      return stage_.stats(led_row(), target);
     }
   }
 
@@ -214,7 +214,7 @@ class RowWorker {
       write_gradient<T, kLinear>(windows_.at(window(i)), alignment_shift(x_),
                                  Segment<T>(out, logits_.n_cols, segment_number(i)),
                                  column_in_segment<T>(token_, segment_number(i)), gradient,
-                                 slope_of(stage_));
+                                 map_of(stage_));
       if (!keeps_rows()) {
         pass(i);
       } else if (i >= kept()) {

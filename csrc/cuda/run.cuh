@@ -25,7 +25,7 @@ void with_flag(bool flag, Run run) {
 }
 
 // Of a stage that sums, each kernel exists with and without the sums for the entropy; but behind a
-// softcap only with them, which change no bit of anything else.
+// softcap only with them, which change no bit of anything else, and not for clusters.
 template <class Stage, bool kEntropy>
 constexpr bool kExists = Stage::kSums ? kEntropy || !kCapped<Stage> : !kEntropy;
 
@@ -83,9 +83,11 @@ void run_split_kernels(const Stage& stage, const Rows& dlogits, int n_segments,
   grid.threads = kSplitThreads;
   grid.shared_bytes = split_shared_bytes();
   if constexpr (Stage::kSums) {
-    with_flag(stage.entropy(), [&](auto entropy) {
-      launch("split_sums_kernel", split_sums_kernel<T, entropy.value>, grid, execution, problem,
-             workspace);
+    with_flag(with_entropy(stage), [&](auto entropy) {
+      if constexpr (kExists<Stage, entropy.value>) {
+        launch("split_sums_kernel", split_sums_kernel<T, entropy.value, kCapped<Stage>>, grid,
+               execution, problem, workspace);
+      }
     });
   }
   if (dlogits.data == nullptr) grid.blocks_y = 1;
@@ -101,9 +103,12 @@ void run_stage(const Stage& stage, const Rows& dlogits, const Execution& executi
   if constexpr (Stage::kSums && Stage::kGradient) {
     const ClusterPlan plan = plan_clusters(n_segments, limits);
     const RowKernel wanted = execution.row_kernel;
-    if (dlogits.data != nullptr && use_clusters(logits.n_rows, plan, limits, wanted)) {
-      if (run_cluster_kernel<T>(stage, dlogits, plan, execution)) return;
-      if (wanted == RowKernel::kCluster) {
+    [[maybe_unused]] const bool chosen =
+        dlogits.data != nullptr &&
+        use_clusters(logits.n_rows, plan, limits, wanted, kCapped<Stage>);
+    if constexpr (!kCapped<Stage>) {
+      if (chosen && run_cluster_kernel<T>(stage, dlogits, plan, execution)) return;
+      if (chosen && wanted == RowKernel::kCluster) {
         throw std::invalid_argument(
             "CFPO_KERNELS_CUDA_KERNEL is 'cluster', but this device has no room for clusters of " +
             std::to_string(plan.cluster) + " blocks");

@@ -71,22 +71,27 @@ CFPO_DEVICE Real warp_sum(Real x) {
 // 0 * -inf would be NaN; 2^-1024 is far below the smallest float.
 CFPO_DEVICE float finite_exponent(float u) { return std::fmax(u, -1024.0f); }
 
-// The segment's sums in every lane. `skip`: the column of the target, which stays out.
-template <class T, bool kEntropy>
+// The segment's sums in every lane. `skip`: the column of the target, which stays out; `map`: see
+// capped.h.
+template <class T, bool kEntropy, class Map = LogitMap<false>>
 CFPO_DEVICE PartialSum sum_segment(const char* window, const Segment<const T>& segment, int skip,
-                                   float scale) {
+                                   float scale, Map map = {}) {
   constexpr int kElements = kVectorElements<T>;
   Vector raw[kLaneVectors];
   for (int k = 0; k < kLaneVectors; ++k) {
     const int vector = k * kWarpThreads + lane_index();
     raw[k] = load_shifted(window + vector * kVectorBytes, segment.shift);
   }
+  std::uint32_t removed = 0;  // a bit for each element; -inf may be one that counts behind a map
   if (skip >= 0 || segment.count < kSegmentColumns<T>) {
     for (int k = 0; k < kLaneVectors; ++k) {
       const int first = (k * kWarpThreads + lane_index()) * kElements;
       const int left = segment.count - first, target = skip - first;
       for (int j = 0; j < kElements; ++j) {
-        if (j >= left || j == target) remove_element<T>(raw[k], j);
+        if (j >= left || j == target) {
+          remove_element<T>(raw[k], j);
+          removed |= 1u << (k * kElements + j);
+        }
       }
     }
   }
@@ -99,15 +104,16 @@ CFPO_DEVICE PartialSum sum_segment(const char* window, const Segment<const T>& s
   }
   // Not -inf, also where there is nothing else: -inf - ref has to be -inf. NaNs, which the maximum
   // passes over, and +inf make the sum NaN.
-  const float ref = std::fmax(std::ceil(hw::warp_max(top) * scale), -kLargestRef);
+  const float ref = std::fmax(std::ceil(map(hw::warp_max(top)) * scale), -kLargestRef);
 
   float sum[kLaneVectors] = {}, weighted[kLaneVectors] = {};
   for (int k = 0; k < kLaneVectors; ++k) {
     float x[kElements];
     unpack<T>(raw[k], x);
     for (int j = 0; j < kElements; ++j) {
-      const float u = std::fma(x[j], scale, -ref);
-      const float e = hw::exp2_approx(u);
+      const float u = std::fma(map(x[j]), scale, -ref);
+      float e = hw::exp2_approx(u);
+      if (Map::kCaps && (removed >> (k * kElements + j) & 1) != 0) e = 0.0f;
       sum[k] += e;
       if (kEntropy) weighted[k] = std::fma(finite_exponent(u), e, weighted[k]);
     }
@@ -170,19 +176,22 @@ CFPO_DEVICE float gradient_element(float x, const GradientCoefs& coefs) {
   return e * std::fma(coefs.linear, finite_exponent(u), coefs.constant);
 }
 
-// Of a column with logit x; `slope`: see capped.h.
-template <bool kLinear, class SlopeOf>
-CFPO_DEVICE float gradient_at(float x, int column, int target, const RowGradient& g,
-                              SlopeOf slope) {
-  return (column == target ? g.target : gradient_element<kLinear>(x, g.coefs)) * slope(x);
+// Of a column with element x; `map`: see capped.h.
+template <bool kLinear, class Map = LogitMap<false>>
+CFPO_DEVICE float gradient_at(float x, int column, int target, const RowGradient& g, Map map = {}) {
+  const float y = map(x);
+  return (column == target ? g.target : gradient_element<kLinear>(y, g.coefs)) * map.slope(y);
 }
 
-// x: logits of the columns from `column`, which become their gradients.
-template <class T, bool kLinear, class SlopeOf>
+// x: elements of the columns from `column`, which become their gradients.
+template <class T, bool kLinear, class Map = LogitMap<false>>
 CFPO_DEVICE void gradient_vector(float* x, int column, int target, const RowGradient& g,
-                                 SlopeOf slope) {
+                                 Map map = {}) {
   float slopes[kVectorElements<T>];
-  for (int j = 0; j < kVectorElements<T>; ++j) slopes[j] = slope(x[j]);
+  for (int j = 0; j < kVectorElements<T>; ++j) {
+    x[j] = map(x[j]);
+    slopes[j] = map.slope(x[j]);
+  }
   for (int j = 0; j < kVectorElements<T>; ++j) x[j] = gradient_element<kLinear>(x[j], g.coefs);
   if (target >= column && target < column + kVectorElements<T>) {
     for (int j = 0; j < kVectorElements<T>; ++j) {
@@ -195,20 +204,20 @@ CFPO_DEVICE void gradient_vector(float* x, int column, int target, const RowGrad
 // The gradient of the segment in `window`. `shift` is that of the logits, which may differ from
 // that of `out`; `target`: the column that gets g.target; kLinear may be false where
 // g.coefs.linear is 0.
-template <class T, bool kLinear, class SlopeOf>
+template <class T, bool kLinear, class Map = LogitMap<false>>
 CFPO_DEVICE void write_gradient(const char* window, int shift, const Segment<T>& out, int target,
-                                const RowGradient& g, SlopeOf slope) {
+                                const RowGradient& g, Map map = {}) {
   write_segment(
       out,
       [&](int column, float* x) {
         const int byte = shift + column * static_cast<int>(sizeof(T));
         const int within = byte % kVectorBytes;
         unpack<T>(load_shifted(window + (byte - within), within), x);
-        gradient_vector<T, kLinear>(x, column, target, g, slope);
+        gradient_vector<T, kLinear>(x, column, target, g, map);
       },
       [&](int column) {
         const T* x = reinterpret_cast<const T*>(window + shift) + column;
-        return gradient_at<kLinear>(load_shared_element(x), column, target, g, slope);
+        return gradient_at<kLinear>(load_shared_element(x), column, target, g, map);
       });
 }
 

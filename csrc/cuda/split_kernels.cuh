@@ -24,8 +24,8 @@ CFPO_DEVICE void wait_split() {
   hw::sync_warp();
 }
 
-// targets[row]: the target's logit; the second kernel may find it overwritten.
-template <class T, bool kEntropy>
+// targets[row]: the target's element; the second kernel may find it overwritten.
+template <class T, bool kEntropy, bool kCaps>
 CFPO_KERNEL(kSplitThreads, 4)
 split_sums_kernel(CFPO_ARGUMENT Problem problem, CFPO_ARGUMENT SplitWorkspace workspace) {
   const Rows& logits = problem.logits;
@@ -42,8 +42,9 @@ split_sums_kernel(CFPO_ARGUMENT Problem problem, CFPO_ARGUMENT SplitWorkspace wo
     workspace.targets[row] = column >= 0 ? load_element(x + column) : problem.absent_logit();
   }
   wait_split();
-  const PartialSum part = sum_segment<T, kEntropy>(
-      window, segment, column_in_segment<T>(column, index), row_scale(problem, row));
+  const PartialSum part =
+      sum_segment<T, kEntropy>(window, segment, column_in_segment<T>(column, index),
+                               row_scale(problem, row), map_of<kCaps>(problem));
   if (lane_index() == 0)
     workspace.parts[static_cast<std::int64_t>(row) * n_segments + index] = part;
 }
@@ -54,23 +55,25 @@ CFPO_DEVICE RowGradient split_second_stage(const Stage& stage, int row,
                                            const SplitWorkspace& workspace, int n_segments) {
   const Problem& problem = stage.p.problem;
   const bool publish = hw::block_index_y() == 0;
+  const std::int64_t column = problem.column(row);
+  const auto map = map_of(stage);
   if constexpr (Stage::kSums) {
     const RowSum sum =
         merge_segments(workspace.parts + static_cast<std::int64_t>(row) * n_segments, n_segments);
     if (lane_index() != 0) return {};
-    const RowStats stats =
-        join_target(row_scale(problem, row), workspace.targets[row], sum, problem.sharded);
+    const RowStats stats = join_target(
+        row_scale(problem, row), map.target(column, workspace.targets[row]), sum, problem.sharded);
     return stage(row, stats, publish);
   } else {
     if (lane_index() != 0) return {};
     // Only the block that has the target uses it, and has not overwritten it yet.
-    const std::int64_t column = problem.column(row);
     const int warps = hw::block_threads() / kWarpThreads;
     const std::int64_t first =
         static_cast<std::int64_t>(hw::block_index_y()) * warps * kSegmentColumns<T>;
     const bool here = column >= first && column < first + warps * kSegmentColumns<T>;
     const T* x = static_cast<const T*>(problem.logits.row(row));
-    return stage(row, stage.stats(row, here ? load_element(x + column) : 0.0f), publish);
+    const float element = here ? load_element(x + column) : 0.0f;
+    return stage(row, stage.stats(row, map.target(column, element)), publish);
   }
 }
 
@@ -107,7 +110,7 @@ split_finish_kernel(CFPO_ARGUMENT Stage stage, CFPO_ARGUMENT Rows dlogits,
   if (!mine) return;
   write_gradient<T, true>(window, alignment_shift(x), Segment<T>(out, dlogits.n_cols, index),
                           column_in_segment<T>(stage.p.problem.token_ids[row], index), *gradient,
-                          slope_of(stage));
+                          map_of(stage));
 }
 
 constexpr int split_shared_bytes() {

@@ -115,10 +115,9 @@ struct Policy {
     using std::abs, std::exp, std::expm1;
     const double tau = token.advantage > 0 ? power_positive : power_negative;
     const double x = token.log_ratio > cap ? cap : token.log_ratio;
-    const double z = tau * expm1(x), q = exp(-abs(z));
-    const double gate = (z < 0 ? q : 1.0) / (1 + q);
-    return {-4 / tau * gate * token.advantage,
-            -4 * exp(x) * q / ((1 + q) * (1 + q)) * token.advantage};
+    const double z = tau * expm1(x), q = exp(-abs(z)), step = -4 * token.advantage;
+    const double divisor = 1 / (tau * (1 + q)), share = tau * divisor;
+    return {step * (z < 0 ? q : 1.0) * divisor, step * exp(x) * q * share * share};
   }
 };
 
@@ -151,18 +150,13 @@ struct Regularizers {
 };
 
 CFPO_HOST_DEVICE inline Term kl_estimate(KlEstimator estimator, double d) {
-  switch (estimator) {
-    case KlEstimator::kK1:
-      return {-d, 1.0};
-    case KlEstimator::kK1Plus:
-      return {-d, -d};
-    case KlEstimator::kK2:
-      return {0.5 * d * d, -d};
-    default: {
-      const double excess = std::expm1(d);
-      return {excess - d, estimator == KlEstimator::kK3Plus ? -d : -excess};
-    }
+  // Not a switch, of which a GPU makes a table of jumps.
+  if (estimator == KlEstimator::kK3 || estimator == KlEstimator::kK3Plus) {
+    const double excess = std::expm1(d);
+    return {excess - d, estimator == KlEstimator::kK3Plus ? -d : -excess};
   }
+  return {estimator == KlEstimator::kK2 ? 0.5 * d * d : -d,
+          estimator == KlEstimator::kK1 ? 1.0 : -d};
 }
 
 CFPO_HOST_DEVICE inline Term kl_term(const Regularizers& reg, double d, double log_ratio) {

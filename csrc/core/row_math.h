@@ -20,12 +20,15 @@ struct RowStats {
   float scale;  // log2(e) / T
   float ref;
   double sum;
+  double inverse_sum;
+  double log_sum;     // nats
   double logp;        // of the target, nats
-  double complement;  // 1 - p of the target, to full relative accuracy
-  double entropy;     // nats; 0 unless asked for
+  double p;           // e^logp
+  double complement;  // 1 - p, to full relative accuracy
+  double entropy;     // nats; meaningless unless asked for
 
   // T * logsumexp(z / T)
-  CFPO_HOST_DEVICE double lse() const { return (ref + std::log2(sum)) / scale; }
+  CFPO_HOST_DEVICE double lse() const { return (ref + log_sum * kLog2E) / scale; }
 };
 
 // What stage 3 needs: d_v = coefs(v) off the target, and the target's own value.
@@ -38,10 +41,12 @@ CFPO_HOST_DEVICE inline float row_scale(const Problem& p, std::int64_t row) {
   return static_cast<float>(kLog2E / p.temperature[row * p.temperature_stride]);
 }
 
-// 2^exponent for a whole exponent <= 0, or NaN; what would be subnormal is 0.
-CFPO_HOST_DEVICE inline double power_of_two(double exponent) {
-  if (!(exponent >= -1022.0)) return exponent != exponent ? exponent : 0.0;
-  const std::int64_t bits = (static_cast<std::int64_t>(exponent) + 1023) << 52;
+// 2^exponent for a whole exponent <= 0; 0 where that would be subnormal, and for NaN: only sums
+// that are NaN themselves have such references.
+template <class Real>
+CFPO_HOST_DEVICE double power_of_two(Real exponent) {
+  const int whole = static_cast<int>(exponent > Real{-1023} ? exponent : Real{-1023});
+  const std::int64_t bits = static_cast<std::int64_t>(whole + 1023) << 52;
   double power;
   std::memcpy(&power, &bits, sizeof power);
   return power;
@@ -53,12 +58,12 @@ struct RowSum {
   double sum = 0.0;
   double weighted = 0.0;
 
+  // Without branches, each of which would wait for what is before it.
   CFPO_HOST_DEVICE void rebase(double top) {
-    if (sum != 0.0) {
-      const double factor = power_of_two(ref - top);
-      weighted = (weighted + (ref - top) * sum) * factor;
-      sum *= factor;
-    }
+    const double down = ref - top;
+    const double factor = power_of_two(down);
+    weighted = sum == 0.0 ? 0.0 : (weighted + down * sum) * factor;  // 0 * -inf is NaN
+    sum *= factor;
     ref = top;
   }
   CFPO_HOST_DEVICE void add(RowSum part) {
@@ -84,24 +89,42 @@ CFPO_HOST_DEVICE bool is_empty(float scale, Logit target, const RowSum& rest) {
 template <class Logit>
 CFPO_HOST_DEVICE RowStats join_target(float scale, Logit target, RowSum rest,
                                       bool sharded = false) {
-  if (sharded && is_empty(scale, target, rest)) return {scale, 0.0f, 0.0, -INFINITY, 1.0, 0.0};
+  RowStats stats;
+  stats.scale = scale;
+  if (sharded && is_empty(scale, target, rest)) {
+    stats.ref = 0.0f;
+    stats.sum = stats.p = stats.entropy = 0.0;
+    stats.inverse_sum = INFINITY;
+    stats.log_sum = stats.logp = -INFINITY;
+    stats.complement = 1.0;
+    return stats;
+  }
   const double u = static_cast<double>(target) * scale;
   // A float, because that is what stage 3 takes; any reference near the largest u is exact. A
   // float beyond 2^31 need not be near: such a row is given up rather than got wrong.
-  double top = std::fmax(rest.ref, static_cast<double>(static_cast<float>(std::ceil(u))));
+  const double ceiling = static_cast<float>(std::ceil(u));
+  double top = ceiling > rest.ref ? ceiling : rest.ref;
   if (std::fabs(top) >= kLargestRef) top = NAN;
   rest.rebase(top);
   const double mass = std::exp2(u - top);  // NaN for a target of NaN or +inf, or a row of -inf
-  const double sum = rest.sum + mass;
+  const double log_mass = (u - top) * kLn2;
   const double weighted = rest.weighted + (mass == 0.0 ? 0.0 : (u - top) * mass);
-  const double log2_sum = std::log2(sum);
-  RowStats stats;
-  stats.scale = scale;
   stats.ref = static_cast<float>(top);
-  stats.sum = sum;
-  stats.logp = mass > rest.sum ? 0.0 - std::log1p(rest.sum / mass) : (u - top - log2_sum) * kLn2;
-  stats.complement = rest.sum / sum;
-  stats.entropy = (log2_sum - weighted / sum) * kLn2;
+  stats.sum = rest.sum + mass;
+  stats.inverse_sum = 1.0 / stats.sum;
+  stats.p = mass * stats.inverse_sum;
+  stats.complement = rest.sum * stats.inverse_sum;
+  // One logarithm for both: of a likely token log p = log(1 - complement), and as in log1p, what
+  // rounding takes from 1 - complement comes back behind the logarithm.
+  const bool likely = mass > rest.sum;
+  const double kept = 1.0 - stats.complement;
+  const double lost = stats.complement - (1.0 - kept);
+  const double log = std::log(likely ? kept : stats.sum);
+  stats.logp = likely ? log - lost : log_mass - log;
+  stats.log_sum = likely ? log_mass - stats.logp : log;
+  // Of a likely token two positive terms; see peak_of.
+  const double beside = likely ? rest.weighted - (u - top) * rest.sum : weighted;
+  stats.entropy = (likely ? -stats.logp : stats.log_sum) - beside * stats.inverse_sum * kLn2;
   return stats;
 }
 
@@ -109,9 +132,17 @@ CFPO_HOST_DEVICE RowStats join_target(float scale, Logit target, RowSum rest,
 template <class Logit>
 CFPO_HOST_DEVICE RowStats stats_from_lse(float scale, Logit target, double lse, double entropy) {
   const double log2_total = lse * scale;
-  const float ref = static_cast<float>(std::floor(log2_total));
-  const double logp = (static_cast<double>(target) * scale - log2_total) * kLn2;
-  return {scale, ref, std::exp2(log2_total - ref), logp, -std::expm1(logp), entropy};
+  RowStats stats;
+  stats.scale = scale;
+  stats.ref = static_cast<float>(std::floor(log2_total));
+  stats.log_sum = (log2_total - stats.ref) * kLn2;
+  stats.sum = std::exp2(log2_total - stats.ref);
+  stats.inverse_sum = 1.0 / stats.sum;
+  stats.logp = (static_cast<double>(target) * scale - log2_total) * kLn2;
+  stats.p = std::exp(stats.logp);
+  stats.complement = -std::expm1(stats.logp);
+  stats.entropy = entropy;
+  return stats;
 }
 
 // A NaN that came from outside may carry bits that rounding to bfloat16 would turn into a number.
@@ -129,12 +160,11 @@ struct RowDerivatives {
 CFPO_HOST_DEVICE inline RowGradient row_gradient(const RowStats& s, const RowDerivatives& d) {
   const double c = d.c, h = d.h;
   const double inv_t = s.scale * kLn2;
-  const double p = std::exp(s.logp);
-  const double log_sum = std::log(s.sum);
-  const double entropy_term = h == 0.0 || p == 0.0 ? 0.0 : h * p * (s.logp + s.entropy);
+  const double inv_t_sum = inv_t * s.inverse_sum;
+  const double entropy_term = h == 0.0 || s.p == 0.0 ? 0.0 : h * s.p * (s.logp + s.entropy);
   RowGradient g;
-  g.coefs = {s.scale, s.ref, plain_nan(inv_t * (h * (s.entropy - log_sum) - c) / s.sum),
-             plain_nan(inv_t * h * kLn2 / s.sum)};
+  g.coefs = {s.scale, s.ref, plain_nan(inv_t_sum * (h * (s.entropy - s.log_sum) - c)),
+             plain_nan(inv_t_sum * (h * kLn2))};
   g.target = plain_nan(inv_t * (c * s.complement + entropy_term));
   return g;
 }
@@ -149,17 +179,17 @@ constexpr float kPeakedEntropy = 0.02f;
 struct PeakedSum {
   RowSum rest;
   double peak = -INFINITY;  // u of it, without a reference
-  std::int64_t column = -1;
+  std::int64_t at = -1;     // where it is: its column, or its segment
 
   // A segment's sums, and the element that they leave out.
-  void add(const RowSum& part, double u, std::int64_t at) {
+  void add(const RowSum& part, double u, std::int64_t where) {
     rest.add(part);
-    if (at < 0) return;
+    if (where < 0) return;
     if (u > peak) {
       const double before = peak;
       peak = u;
       u = before;
-      column = at;
+      at = where;
     }
     if (u == -INFINITY) return;
     const double ref = std::ceil(u), mass = std::exp2(u - ref);
@@ -168,37 +198,56 @@ struct PeakedSum {
 };
 
 struct Peak {
-  std::int64_t column = -1;  // none: nothing of the row needs to be computed apart
+  std::int64_t at = -1;  // none: nothing of the row needs to be computed apart
   double logp = 0.0;
+  double entropy = 0.0;  // of the row
+  double sum = 0.0;      // of the row, near `ref`
+  double log_sum = 0.0;
+
+  // log p of the target stays what it is without an entropy. The sum is for lse, from which a
+  // backward finds log p of the peak again.
+  CFPO_HOST_DEVICE void apply(RowStats& stats) const {
+    stats.entropy = entropy;
+    stats.sum = sum;
+    stats.inverse_sum = 1.0 / sum;
+    stats.log_sum = log_sum;
+  }
 };
 
-// Sets the entropy where the peak or the target has most of the row's mass, and says which column
-// is the peak if it does. With w_v = e^(log p_v - log p_max) of all but the likeliest,
+// The peak where it has most of the row's mass. With w_v = e^(log p_v - log p_peak) of all others,
 //   H = log(1 + sum w) + sum |log w| w / (1 + sum w)
 // a sum of positive numbers.
-inline Peak entropy_of_peaked(RowStats& stats, double target, PeakedSum sums) {
-  const double u = target * stats.scale;
-  const double top = std::fmax(u, sums.peak), other = std::fmin(u, sums.peak);
-  if (!(std::exp2(top - sums.rest.ref) >= sums.rest.sum)) return {};
-  const double factor = std::exp2(sums.rest.ref - top), gap = other - top;
-  const double others = gap < -1000.0 ? 0.0 : std::exp2(gap);
-  double mass = others, weighted = others == 0.0 ? 0.0 : gap * others;
+template <class Logit>
+CFPO_HOST_DEVICE Peak peak_of(float scale, Logit target, const PeakedSum& sums, double ref) {
+  const double u = static_cast<double>(target) * scale, top = sums.peak;
+  if (!(top > u && std::exp2(top - sums.rest.ref) >= sums.rest.sum)) return {};
+  const double gap = u - top;
+  double mass = gap < -1000.0 ? 0.0 : std::exp2(gap);
+  double weighted = mass == 0.0 ? 0.0 : gap * mass;
   if (sums.rest.sum != 0.0) {
+    const double factor = std::exp2(sums.rest.ref - top);
     mass += sums.rest.sum * factor;
     weighted += (sums.rest.weighted + (sums.rest.ref - top) * sums.rest.sum) * factor;
   }
   const double logp = -std::log1p(mass);
-  stats.entropy = -logp - weighted * kLn2 / (1.0 + mass);
-  if (top == u) return {};
-  // For lse, from which a backward finds log p of the peak again; log p of the target stays what it
-  // is without an entropy.
-  stats.sum = std::exp2(top - stats.ref) * (1.0 + mass);
-  return {sums.column, logp};
+  return {sums.at, logp, -logp - weighted * kLn2 / (1.0 + mass),
+          std::exp2(top - ref) * (1.0 + mass), (top - ref) * kLn2 - logp};
 }
 
-// The gradient of an element with log p = logp that is not the target.
-inline float gradient_apart(const RowStats& s, const RowDerivatives& d, double logp) {
-  return plain_nan(s.scale * kLn2 * std::exp(logp) * (d.h * (logp + s.entropy) - d.c));
+// Whether a logit that is not the target's is the peak of a row with this lse. The difference is
+// exact, but a float64 lse is known to about its spacing, 7e-15 near 40, and log p no better: to
+// 1e-5 of itself where 1 - p is 1e-9. It stays within [-H, 0].
+CFPO_HOST_DEVICE inline Peak peak_from_lse(float scale, float logit, double lse, double entropy,
+                                           std::int64_t at) {
+  const double logp = (logit - lse) * scale * kLn2;
+  if (!(logp > -kLn2)) return {};
+  return {at, std::fmin(std::fmax(logp, -entropy), 0.0), entropy};
+}
+
+CFPO_HOST_DEVICE inline float peak_gradient(float scale, const Peak& peak,
+                                            const RowDerivatives& d) {
+  const double p = std::exp(peak.logp);
+  return plain_nan(scale * kLn2 * p * (d.h * (peak.logp + peak.entropy) - d.c));
 }
 
 }  // namespace cfpo

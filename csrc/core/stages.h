@@ -6,7 +6,9 @@
 //   RowDerivatives derivatives(row, stats, publish)
 //                                   `publish`: store the row's scalar outputs
 //   RowGradient operator()(row, stats, publish)   the same as coefficients
-//   kSums                           stage 1 has to sum the row; if not, RowStats stats(row, target)
+//   kSums                           stage 1 has to sum the row; if not, RowStats stats(row,
+//   target),
+//                                   and may_peak, peak and peak_gradient
 //   kGradient                       whether a gradient can be wanted
 //   bool entropy()                  the sums must include the one for the entropy
 // It is trivially copyable, because a GPU kernel takes it as an argument. The scalars are float64
@@ -156,8 +158,19 @@ struct LogpsBackwardStage {
   }
   // Whether an element beside the target may have so much of the row's mass that its part of the
   // entropy's gradient, p (log p + H), has to be computed by itself.
-  bool may_peak(std::int64_t row) const {
+  CFPO_HOST_DEVICE bool may_peak(std::int64_t row) const {
     return dentropy(row) != 0.0f && p.entropy[row] < kPeakedEntropy;
+  }
+  // Whether that is one with this logit.
+  CFPO_HOST_DEVICE Peak peak(std::int64_t row, float logit, std::int64_t at) const {
+    return peak_from_lse(row_scale(p.problem, row), logit, p.lse[row], p.entropy[row], at);
+  }
+  // No less than this, roughly.
+  CFPO_HOST_DEVICE float least_peak(std::int64_t row) const {
+    return static_cast<float>(p.lse[row] - 1.0 / row_scale(p.problem, row));
+  }
+  CFPO_HOST_DEVICE float peak_gradient(std::int64_t row, const Peak& peak) const {
+    return cfpo::peak_gradient(row_scale(p.problem, row), peak, derivatives(row, {}));
   }
 };
 

@@ -98,7 +98,10 @@ class RowSummer {
       }
     }
     RowStats stats = join_target(scale_, target_logit_, rest, sharded_);
-    if (entropy_ && stats.sum > 0.0) peak = entropy_of_peaked(stats, target_logit_, peaked);
+    if (entropy_ && stats.sum > 0.0) {
+      peak = peak_of(scale_, target_logit_, peaked, stats.ref);
+      if (peak.at >= 0) peak.apply(stats);
+    }
     return stats;
   }
 
@@ -149,10 +152,12 @@ class RowSummer {
   float hint_;
 };
 
-// The likeliest token of a row but its target, if it has most of the mass; from stats of an lse.
-inline Peak find_peak(const Sweeps& sweeps, const Problem& problem, std::int64_t row,
-                      const RowStats& stats) {
+// The likeliest token of a row but its target, if it has most of the mass; where stage 2 has an
+// lse.
+template <class Stage2>
+Peak find_peak(const Sweeps& sweeps, const Stage2& stage2, std::int64_t row) {
   const SegmentOps& ops = sweeps.ops;
+  const Problem& problem = stage2.p.problem;
   const char* data = static_cast<const char*>(problem.logits.row(row));
   const std::int64_t n_cols = problem.logits.n_cols, size = dtype_size(problem.logits.dtype);
   const std::int64_t target = problem.column(row);
@@ -166,13 +171,12 @@ inline Peak find_peak(const Sweeps& sweeps, const Problem& problem, std::int64_t
       segment = begin;
     }
   }
-  const double logp = (static_cast<double>(sweeps.capped(problem, top)) * stats.scale - stats.ref -
-                       std::log2(stats.sum)) *
-                      kLn2;
-  if (!(logp > -kLn2)) return {};
-  const std::int64_t at =
-      ops.find(data + segment * size, std::min(kSegment, n_cols - segment), target - segment, top);
-  return {segment + at, logp};
+  Peak peak = stage2.peak(row, sweeps.capped(problem, top), segment);
+  if (peak.at >= 0) {
+    peak.at += ops.find(data + segment * size, std::min(kSegment, n_cols - segment),
+                        target - segment, top);
+  }
+  return peak;
 }
 
 // Columns [begin, begin + n) of a row's gradient.
@@ -295,13 +299,13 @@ class RowDriver {
       stats = sums.merge([&](std::int64_t s) { return part_of(sums, s); }, peak);
     } else {
       stats = stage2_.stats(row, target_logit(sweeps_.ops, problem_, row));
-      if (stage2_.may_peak(row)) peak = find_peak(sweeps_, problem_, row, stats);
+      if (stage2_.may_peak(row)) peak = find_peak(sweeps_, stage2_, row);
     }
     const RowDerivatives derivatives = stage2_.derivatives(row, stats);
     GradientParts parts{row_gradient(stats, derivatives)};
-    if (peak.column >= 0) {
-      parts.peak = peak.column;
-      parts.peak_value = gradient_apart(stats, derivatives, peak.logp);
+    if (peak.at >= 0) {
+      parts.peak = peak.at;
+      parts.peak_value = peak_gradient(stats.scale, peak, derivatives);
     }
     return parts;
   }

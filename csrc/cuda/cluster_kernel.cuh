@@ -9,18 +9,18 @@
 //
 // Two kinds of warps keep each other busy. Workers have a chunk of the slot each, some segments of
 // every slice: they sum these, send the sums to every block of the cluster, and write the gradient
-// of the row before. Meanwhile one more warp, the accountant, merges that row's sums, in the order
-// of every other kernel, and runs stage 2: nobody waits for the exchange or for float64 unless it
-// takes longer than a row. The accountant also looks ahead for rows that are not masked, and tells
-// the workers about them.
+// of the row before. Meanwhile two more warps, the accountants, take rows by turns: one merges a
+// row's sums, in the order of every other kernel, and runs stage 2, so that nobody waits for the
+// exchange or for float64 unless it takes longer than two rows. Accountants also look ahead for
+// rows that are not masked, and tell the workers about them.
 //
 // Rows that are not masked are numbered 0, 1, 2, ...; what has two copies uses copy number % 2, the
 // turn. Which barrier allows what:
 //
 //   full[slot]       the row has come: workers sum it
-//   exchange[turn]   all sums of the row have come: the accountant merges them
-//   vacant[turn]     every accountant has merged the row: workers may send those of the row after
-//                    next
+//   exchange[turn]   all sums of the row have come: the accountant of this turn merges them
+//   vacant[turn]     the accountants of this turn, one in each block, have merged the row: workers
+//                    may send the sums of the row after next
 //   ready[turn]      the row's coefficients are there, and the notes of the row `slots` later:
 //                    workers write the gradient, and may fetch that row
 //
@@ -66,7 +66,7 @@ struct SharedArray {
 };
 
 // What the threads of a block have in common.
-template <class T, class Stage>
+template <class T, class Stage, bool kEntropy>
 class ClusterBlock {
  public:
   CFPO_DEVICE ClusterBlock(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan)
@@ -96,16 +96,18 @@ class ClusterBlock {
   // Of the phase of a barrier by turns.
   static CFPO_DEVICE int parity(int number) { return number >> 1 & 1; }
 
-  CFPO_DEVICE RowGradient* gradient(int number) const {
-    return shared<RowGradient>(plan_.shared.gradients) + turn(number);
+  using Sent = SentSum<kEntropy>;
+  using Gradient = StageGradient<kEntropy>;
+  CFPO_DEVICE Gradient* gradient(int number) const {
+    return shared<Gradient>(plan_.shared.gradients) + turn(number);
   }
   CFPO_DEVICE ClusterRow* notes(int number) const {
     return shared<ClusterRow>(plan_.shared.notes) + number % kClusterNotes;
   }
   CFPO_DEVICE ClusterRow noted(int number) const { return hw::read_shared(notes(number)); }
-  // The sums of a row's segments; behind them the target's logit, as `ref`.
-  CFPO_DEVICE SentSum* sums(int number) const {
-    return shared<SentSum>(plan_.shared.sums) + turn(number) * (plan_.n_segments + 1);
+  // The sums of a row's segments; behind them the target's logit, as their first number.
+  CFPO_DEVICE Sent* sums(int number) const {
+    return shared<Sent>(plan_.shared.sums) + turn(number) * (plan_.n_segments + 1);
   }
 
   const Stage& stage_;
@@ -114,19 +116,21 @@ class ClusterBlock {
   int row_step_;
 };
 
-// One warp of each block: from a row's sums to its scalars and the gradient's coefficients.
-template <class T, class Stage>
-class ClusterAccountant : ClusterBlock<T, Stage> {
-  using Block = ClusterBlock<T, Stage>;
+// Two warps of each block, which take rows by turns: from a row's sums to its scalars and the
+// gradient's coefficients.
+template <class T, class Stage, bool kEntropy>
+class ClusterAccountant : ClusterBlock<T, Stage, kEntropy> {
+  using Block = ClusterBlock<T, Stage, kEntropy>;
   using Block::dlogits_, Block::n_rows, Block::plan_, Block::row_step_, Block::stage_;
+  using typename Block::Gradient, typename Block::Sent;
 
  public:
   CFPO_DEVICE ClusterAccountant(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan)
-      : Block(stage, dlogits, plan), next_(Block::first_row()) {}
+      : Block(stage, dlogits, plan), which_(warp_index() - plan.warps), next_(Block::first_row()) {}
 
   // Before the cluster's first barrier.
   CFPO_DEVICE void begin() {
-    if (lane_index() == 0) {
+    if (which_ == 0 && lane_index() == 0) {
       for (int turn = 0; turn < 2; ++turn) {
         hw::barrier_init(Block::exchange(turn), 1);
         hw::barrier_init(Block::vacant(turn), plan_.cluster);
@@ -135,81 +139,131 @@ class ClusterAccountant : ClusterBlock<T, Stage> {
       for (int i = 0; i < plan_.slots; ++i) hw::barrier_init(Block::full(i), plan_.warps);
       hw::fence_barrier_init();
     }
-    for (int i = 0; i < plan_.slots; ++i) note_next(i);
+    for (int i = 0; i < which_; ++i) {
+      find_next();
+      pass();
+    }
+    for (int number = which_; number < ahead(); number += kAccountants) note(number);
   }
 
   CFPO_DEVICE void run() {
-    for (int number = 0;; ++number) {
+    hw::sync_warp();
+    ClusterRow row = Block::noted(which_);
+    Inputs inputs = inputs_of(row);
+    for (int number = which_; row.row >= 0; number += kAccountants) {
+      note(number + ahead());
       hw::sync_warp();
-      const ClusterRow row = Block::noted(number);
-      if (row.row < 0) return;
-      note_next(number + plan_.slots);
-      settle(row, number);
+      // What the next of its rows brings along comes while this one is settled.
+      const ClusterRow next = Block::noted(number + kAccountants);
+      const Inputs next_inputs = inputs_of(next);
+      settle(row, inputs, number);
+      row = next;
+      inputs = next_inputs;
     }
   }
 
  private:
+  using Inputs = typename Stage::Inputs;
+
+  // Rows are noted so long before they are settled, a multiple of kAccountants: at ready[] of the
+  // row `slots` before, whoever settles them has noted them.
+  CFPO_DEVICE int ahead() const {
+    return (plan_.slots + kAccountants - 1) / kAccountants * kAccountants;
+  }
+  CFPO_DEVICE Inputs inputs_of(const ClusterRow& row) const {
+    return row.row >= 0 ? stage_.inputs(row.row) : Inputs();
+  }
+
   // The lanes look at 32 rows at once, and keep what they find.
   CFPO_DEVICE void look_ahead() {
     const int row = next_ + lane_index() * row_step_;
     const bool exists = row < n_rows() && row >= 0;
     const bool active = exists && !stage_.skip(row);
     if (active) {
+      x_ = Block::logits().row(row);
+      out_ = dlogits_.row(row);
       row_ = row;
       token_ = static_cast<int>(Block::problem().column(row));
       scale_ = row_scale(Block::problem(), row);
-    } else if (exists && hw::cluster_rank() == 0) {
+    } else if (exists && which_ == 0 && hw::cluster_rank() == 0) {
       stage_.skipped(row);
     }
     left_ = hw::ballot(active);
     next_ =
         n_rows() - next_ > kWarpThreads * row_step_ ? next_ + kWarpThreads * row_step_ : n_rows();
   }
-  // Notes the next row that is read, or that there is none.
-  CFPO_DEVICE void note_next(int number) {
+  CFPO_DEVICE void find_next() {
     while (left_ == 0 && next_ < n_rows()) look_ahead();
+  }
+  CFPO_DEVICE void pass() { left_ &= left_ - 1; }  // the lowest
+  // Notes the next row that is read, or that there is none, and passes those of the others.
+  CFPO_DEVICE void note(int number) {
+    find_next();
     ClusterRow* const notes = Block::notes(number);
     if (left_ == 0) {
       notes->row = -1;
-    } else if (lane_index() == hw::lowest_bit(left_)) {
-      *notes = {Block::logits().row(row_), dlogits_.row(row_), row_, token_, scale_};
+    } else if ((left_ & -left_) >> lane_index() == 1) {
+      *notes = {x_, out_, row_, token_, scale_};
     }
-    left_ &= left_ - 1;
+    pass();
+    for (int i = 1; i < kAccountants; ++i) {
+      find_next();
+      pass();
+    }
   }
 
-  CFPO_DEVICE void settle(const ClusterRow& row, int number) {
+  // All lanes do the same, for without branches more of it overlaps.
+  CFPO_DEVICE void settle(const ClusterRow& row, const Inputs& inputs, int number) {
     const int turn = Block::turn(number);
+    const bool leads = lane_index() == 0;
     const int sent = plan_.n_segments + (row.token >= 0 ? 1 : 0);
-    if (lane_index() == 0) {
-      hw::barrier_arrive_expect(Block::exchange(turn), sent * static_cast<int>(sizeof(SentSum)));
+    if (leads) {
+      hw::barrier_arrive_expect(Block::exchange(turn), sent * static_cast<int>(sizeof(Sent)));
     }
-    const auto inputs = stage_.inputs(row.row);
     hw::barrier_wait(Block::exchange(turn), Block::parity(number));
-    const SharedArray<SentSum> sums{Block::sums(number)};
-    const RowSum sum = merge_segments(sums, plan_.n_segments);
-    const float target = row.token >= 0 ? sums[plan_.n_segments].ref : NAN;
+    const SharedArray<Sent> sums{Block::sums(number)};
+    MergedRow merged;
+    float target = NAN;
+    if constexpr (kEntropy) {
+      if (row.token >= 0) target = sums[plan_.n_segments].top;
+      merged = merge_peaked(sums, plan_.n_segments, row.scale, target);
+    } else {
+      if (row.token >= 0) target = sums[plan_.n_segments].ref;
+      merged.sum = merge_plain(sums, plan_.n_segments);
+    }
     hw::fence_async();
     hw::sync_warp();  // all lanes have read, and fenced
     if (lane_index() < plan_.cluster) hw::arrive_peer(Block::vacant(turn), lane_index());
-    if (lane_index() == 0) {
-      const RowStats stats = join_target(row.scale, target, sum);
-      *Block::gradient(number) = stage_(row.row, inputs, stats, hw::cluster_rank() == 0);
+    const bool publish = leads && hw::cluster_rank() == 0;
+    Gradient gradient;
+    if constexpr (kEntropy) {
+      gradient = settle_peaked(stage_, row.row, row.scale, target, merged, publish, inputs);
+    } else {
+      const RowStats stats = join_target(row.scale, target, merged.sum);
+      gradient = stage_(row.row, inputs, stats, publish);
+    }
+    if (leads) {
+      *Block::gradient(number) = gradient;
       hw::barrier_arrive_expect(Block::ready(turn), 0);
     }
   }
 
+  int which_;               // of the accountants
   int next_;                // row to look at
   std::uint32_t left_ = 0;  // lanes whose row is to be noted; of each lane:
+  const void* x_ = nullptr;
+  void* out_ = nullptr;
   int row_ = 0;
   int token_ = 0;
   float scale_ = 0.0f;
 };
 
 template <class T, class Stage, bool kEntropy>
-class ClusterWorker : ClusterBlock<T, Stage> {
-  using Block = ClusterBlock<T, Stage>;
+class ClusterWorker : ClusterBlock<T, Stage, kEntropy> {
+  using Block = ClusterBlock<T, Stage, kEntropy>;
   using Block::dlogits_, Block::logits, Block::n_rows, Block::plan_, Block::row_step_,
       Block::stage_;
+  using typename Block::Gradient, typename Block::Sent;
 
  public:
   CFPO_DEVICE ClusterWorker(const Stage& stage, const Rows& dlogits, const ClusterPlan& plan)
@@ -309,7 +363,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     for (int i = begin_; i < end_; ++i) {
       const char* window = slot(place) + i * kSegmentBytes;
       const int target = column_in_segment<T>(column, i);
-      const PartialSum part = sum_segment<T, kEntropy>(
+      const SegmentSum<kEntropy> part = sum_segment<T, kEntropy>(
           window, Segment<const T>(x.begin, x.count, i), target, row.scale);
       float logit = 0.0f;
       if (target >= 0) {
@@ -321,11 +375,18 @@ class ClusterWorker : ClusterBlock<T, Stage> {
         hw::fence_async();
         hw::sync_warp();
       }
-      send(number, first_segment_ + i, {part});
-      if (target >= 0) send(number, plan_.n_segments, {{logit, 0.0f, 0.0f}});
+      send(number, first_segment_ + i, Sent{part});
+      if (target >= 0) send(number, plan_.n_segments, sent_logit(logit));
     }
   }
-  CFPO_DEVICE void send(int number, int index, const SentSum& sum) {
+  static CFPO_DEVICE Sent sent_logit(float logit) {
+    if constexpr (kEntropy) {
+      return {logit, 0.0f, 0.0f, 0.0f};
+    } else {
+      return {{logit, 0.0f, 0.0f}};
+    }
+  }
+  CFPO_DEVICE void send(int number, int index, const Sent& sum) {
     if (lane_index() >= plan_.cluster) return;
     Vector v;
     std::memcpy(&v, &sum, sizeof v);
@@ -340,7 +401,7 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     const Segment<T> out = slice(static_cast<T*>(row.dlogits));
     const int column = column_in_slice(row);
     hw::barrier_wait(Block::ready(Block::turn(number)), Block::parity(number));
-    const RowGradient g = hw::read_shared(Block::gradient(number));
+    const Gradient g = hw::read_shared(Block::gradient(number));
     char* const bytes = slot(place);
     if (out.shift == x.shift) {
       if (begin_ < end_) write_chunk(bytes, x, out, column, g);
@@ -348,16 +409,22 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     }
     // Nothing in the slot is where it has to be in memory.
     for (int i = begin_; i < end_; ++i) {
-      write_gradient<T, kEntropy>(bytes + i * kSegmentBytes, x.shift,
-                                  Segment<T>(out.begin, out.count, i),
-                                  column_in_segment<T>(column, i), g);
+      const Segment<T> to(out.begin, out.count, i);
+      const int target = column_in_segment<T>(column, i);
+      const char* window = bytes + i * kSegmentBytes;
+      write_gradient<T, kEntropy>(window, x.shift, to, target, without_peak(g));
+      if constexpr (kEntropy) {
+        if (first_segment_ + i == g.segment) {
+          write_peak(window, x.shift, to, target, stage_, row.row, g);
+        }
+      }
     }
     hw::fence_async();
     hw::sync_threads(plan_.warps * kWarpThreads);  // the next chunk's first vector was read too
   }
 
   CFPO_DEVICE void write_chunk(char* bytes, const Segment<const T>& x, const Segment<T>& out,
-                               int column, const RowGradient& g) {
+                               int column, const Gradient& g) {
     constexpr int kSize = sizeof(T);
     // Columns [0, head) and [tail, count) have no whole vector to themselves.
     const int before = (kVectorBytes - x.shift) % kVectorBytes / kSize;
@@ -365,15 +432,26 @@ class ClusterWorker : ClusterBlock<T, Stage> {
     const int tail = head + (x.count - head) / kVectorElements<T> * kVectorElements<T>;
     const int from = begin_ == 0 ? x.shift + head * kSize : begin_ * kSegmentBytes;
     const int to = end_ == count_ ? x.shift + tail * kSize : end_ * kSegmentBytes;
+    LanePeak peak;
+    if constexpr (kEntropy) {
+      // Before it is overwritten. A segment that is shifted ends in the next chunk.
+      const int segment = g.segment - first_segment_;
+      if (g.segment >= 0 && segment >= begin_ - 1 && segment < end_) {
+        peak = peak_in_chunk(bytes, x, from, to, segment * kSegmentBytes, column, g.logit);
+      }
+    }
     for (int at = from + lane_index() * kVectorBytes; at < to; at += kWarpThreads * kVectorBytes) {
       float values[kVectorElements<T>];
       unpack<T>(hw::load_shared(bytes + at), values);
-      gradient_vector<T, kEntropy>(values, (at - x.shift) / kSize, column, g);
+      gradient_vector<T, kEntropy>(values, (at - x.shift) / kSize, column, without_peak(g));
       hw::store_shared(bytes + at, pack<T>(values));
     }
     const T* columns = reinterpret_cast<const T*>(bytes + x.shift);
     if (begin_ == 0) write_elements(columns, out, 0, head, column, g);
     if (end_ == count_) write_elements(columns, out, tail, x.count, column, g);
+    if constexpr (kEntropy) {
+      if (g.segment >= 0) replace_peak(bytes, x, peak, g);
+    }
     // For the bulk store, and for the load of another row: after all that is read here.
     hw::fence_async();
     hw::sync_warp();
@@ -383,13 +461,44 @@ class ClusterWorker : ClusterBlock<T, Stage> {
       hw::bulk_commit();
     }
   }
+  // Among the vectors [from, to) of the slot that a segment touches.
+  CFPO_DEVICE LanePeak peak_in_chunk(const char* bytes, const Segment<const T>& x, int from, int to,
+                                     int segment, int column, float least) {
+    LanePeak peak;
+    const int begin = segment > from ? segment : from;
+    const int last = segment + kWindowBytes;
+    const int end = last < to ? last : to;
+    for (int at = begin + lane_index() * kVectorBytes; at < end;
+         at += kWarpThreads * kVectorBytes) {
+      const int first = (at - x.shift) / static_cast<int>(sizeof(T));
+      peak.template look<T>(hw::load_shared(bytes + at), first, x.count, column, least);
+    }
+    return peak;
+  }
+  CFPO_DEVICE void replace_peak(char* bytes, const Segment<const T>& x, LanePeak peak,
+                                const Gradient& g) {
+    hw::sync_warp();  // another lane may have written there
+    if (peak.column < 0) return;
+    const int byte = x.shift + peak.column * static_cast<int>(sizeof(T));
+    const int within = byte % kVectorBytes / static_cast<int>(sizeof(T));
+    char* const vector = bytes + byte / kVectorBytes * kVectorBytes;
+    const float value = peak.value(stage_, 0, g);
+    float values[kVectorElements<T>];
+    unpack<T>(hw::load_shared(vector), values);
+    for (int j = 0; j < kVectorElements<T>; ++j) values[j] = j == within ? value : values[j];
+    hw::store_shared(vector, pack<T>(values));
+  }
   // Fewer than a vector.
   CFPO_DEVICE void write_elements(const T* columns, const Segment<T>& out, int first, int last,
-                                  int column, const RowGradient& g) {
+                                  int column, const Gradient& g) {
     const int i = first + lane_index();
     if (i >= last) return;
     const float x = load_shared_element(columns + i);
-    store_element(out.begin + i, gradient_at<kEntropy>(x, i, column, g));
+    float value = gradient_at<kEntropy>(x, i, column, without_peak(g));
+    if constexpr (kEntropy) {
+      if (g.segment >= 0 && i != column && x >= g.logit) value = g.value;
+    }
+    store_element(out.begin + i, value);
   }
 
   int first_segment_;  // of the slice
@@ -403,7 +512,7 @@ template <class T, class Stage, bool kEntropy>
 CFPO_DEVICE void run_cluster_block(const Stage& stage, const Rows& dlogits,
                                    const ClusterPlan& plan) {
   const bool works = warp_index() < plan.warps;
-  ClusterAccountant<T, Stage> accountant(stage, dlogits, plan);
+  ClusterAccountant<T, Stage, kEntropy> accountant(stage, dlogits, plan);
   if (!works) accountant.begin();
   // From here on the barriers exist, and all blocks run, so that others may write into them.
   hw::cluster_arrive();

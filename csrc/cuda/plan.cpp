@@ -61,10 +61,10 @@ ClusterSharedMemory cluster_shared_memory(const ClusterPlan& plan) {
   ClusterSharedMemory shared;
   shared.slot_bytes = plan.slice_segments() * kSegmentBytes + kLineBytes;
   shared.sums = plan.slots * shared.slot_bytes;
-  shared.barriers = shared.sums + 2 * (plan.n_segments + 1) * int{sizeof(SentSum)};
+  shared.barriers = shared.sums + 2 * (plan.n_segments + 1) * int{sizeof(PeakedPart)};
   shared.notes = shared.barriers + (6 + plan.slots) * 8;
   shared.gradients = shared.notes + kClusterNotes * int{sizeof(ClusterRow)};
-  shared.bytes = shared.gradients + 2 * int{sizeof(RowGradient)};
+  shared.bytes = shared.gradients + 2 * int{sizeof(PeakedGradient)};
   return shared;
 }
 
@@ -106,7 +106,7 @@ ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits) {
       plan.shared = cluster_shared_memory(plan);
       if (plan.shared.bytes > limits.shared_per_block) continue;
       // Each has a segment in every block: that keeps workers within a row of each other.
-      plan.warps = std::min(n_segments / plan.cluster, kClusterThreads / 32 - 1);
+      plan.warps = std::min(n_segments / plan.cluster, kClusterThreads / 32 - kAccountants);
       return plan;
     }
   }
@@ -142,12 +142,12 @@ bool split_rows(std::int64_t n_rows, int n_segments, const DeviceLimits& limits)
 }
 
 std::int64_t SplitWorkspace::bytes(std::int64_t n_rows, int n_segments) {
-  return n_rows * (n_segments * static_cast<std::int64_t>(sizeof(PartialSum)) + sizeof(float));
+  return n_rows * (n_segments * static_cast<std::int64_t>(sizeof(PeakedPart)) + sizeof(float));
 }
 
 SplitWorkspace SplitWorkspace::at(void* memory, std::int64_t n_rows, int n_segments) {
   SplitWorkspace workspace;
-  workspace.parts = static_cast<PartialSum*>(memory);
+  workspace.parts = static_cast<PeakedPart*>(memory);
   workspace.targets = reinterpret_cast<float*>(workspace.parts + n_rows * n_segments);
   return workspace;
 }

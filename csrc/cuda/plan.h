@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "core/host_device.h"
 #include "core/row_math.h"
@@ -25,8 +26,9 @@ constexpr int kRing = 2;
 // Blocks are smaller.
 constexpr int kRowThreadsPerSm = 640;
 constexpr int kSplitThreads = 256;
-constexpr int kClusterThreads = 512;  // 15 warps that work on the logits, one on the scalars
-constexpr int kClusterNotes = 16;     // power of two; at least 3 more than the slots
+constexpr int kClusterThreads = 512;  // 14 warps that work on the logits, two on the scalars
+constexpr int kAccountants = 2;
+constexpr int kClusterNotes = 16;  // power of two; at least 5 more than the slots
 
 struct DeviceLimits {
   int sm_count = 0;
@@ -51,23 +53,55 @@ struct RowPlan {
   CFPO_HOST_DEVICE int warps() const { return rows_per_block << log2_warps_per_row; }
 };
 
-// What a block exchanges about each of its rows.
-struct SharedRow {
+// What a segment leaves where an entropy is wanted. A peak, an element that has more than 7/8 of
+// the sum, stays out of `weighted` and `rest`: beside it, float32 would lose the others.
+struct alignas(16) PeakedPart {
+  float top;       // the largest logit, which says the reference and what the peak is
+  float sum;       // of all
+  float weighted;  // as in PartialSum
+  float rest;      // `sum` where there is no peak
+};
+template <bool kEntropy>
+using SegmentSum = std::conditional_t<kEntropy, PeakedPart, PartialSum>;
+
+// A row's sums, and its peak, where that has most of the mass: few rows have one. It is where its
+// segment is.
+struct MergedRow {
   RowSum sum;
+  Peak peak;
+  float peak_logit = 0.0f;
+};
+
+// What stage 3 takes from a row's scalars. The peak's gradient is written like the target's, by
+// itself, where a column of its segment but the target has no less than its logit.
+constexpr int kAnySegment = -2;  // of a row whose sums another call has left: look there
+struct PeakedGradient {
   RowGradient gradient;
+  int segment = -1;
+  float logit = 0.0f;
+  float value = 0.0f;  // but for kAnySegment
+};
+// Whether there may be a peak is known when a kernel is compiled.
+template <bool kPeaks>
+using StageGradient = std::conditional_t<kPeaks, PeakedGradient, RowGradient>;
+
+// What a block exchanges about each of its rows.
+struct alignas(16) SharedRow {
+  MergedRow merged;
+  PeakedGradient gradient;
   float target;  // logit
 };
 
 // Offsets into the row kernel's shared memory, which begins with the windows.
 struct RowSharedMemory {
   int rows;   // SharedRow of each row
-  int parts;  // PartialSum of each row and segment
+  int parts;  // SegmentSum of each row and segment
   int bytes;
 
   CFPO_HOST_DEVICE explicit RowSharedMemory(const RowPlan& plan) {
     rows = plan.windows_before(plan.warps()) * kWindowBytes;
     parts = rows + plan.rows_per_block * static_cast<int>(sizeof(SharedRow));
-    bytes = parts + plan.rows_per_block * plan.n_segments * static_cast<int>(sizeof(PartialSum));
+    bytes = parts + plan.rows_per_block * plan.n_segments * static_cast<int>(sizeof(PeakedPart));
   }
 };
 
@@ -82,7 +116,7 @@ struct ClusterSharedMemory {
   int sums = 0;        // 2 * (n_segments + 1) SentSums
   int barriers = 0;    // 6, and one for each slot
   int notes = 0;       // kClusterNotes ClusterRows
-  int gradients = 0;   // 2 RowGradients
+  int gradients = 0;   // 2 StageGradients
   int bytes = 0;
 };
 
@@ -92,7 +126,7 @@ struct ClusterPlan {
   int n_segments = 0;  // of a row
   int cluster = 0;     // blocks; 0: no plan
   int slots = 0;       // of a block
-  int warps = 0;       // workers of a block; there is one more
+  int warps = 0;       // workers of a block; the accountants come behind them
   ClusterSharedMemory shared;
 
   // Of n_segments, block `rank` has those from first_segment(rank); slices differ by one at most.
@@ -111,8 +145,10 @@ struct ClusterRow {
   int token;    // -1: does not exist
   float scale;  // log2(e) / T
 };
-struct alignas(16) SentSum : PartialSum {};
-
+// What is sent of a segment; its first number alone, of the target: the logit.
+struct alignas(16) AlignedSum : PartialSum {};
+template <bool kEntropy>
+using SentSum = std::conditional_t<kEntropy, PeakedPart, AlignedSum>;
 // The smallest cluster that keeps slices short and three rows in flight; cluster 0 if none does.
 ClusterPlan plan_clusters(int n_segments, const DeviceLimits& limits);
 
@@ -129,9 +165,9 @@ bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimi
 // Whether to split rows over many blocks, by two kernels instead of one.
 bool split_rows(std::int64_t n_rows, int n_segments, const DeviceLimits& limits);
 
-// What the first of these hands to the second: in a workspace, PartialSums and then targets.
+// What the first of these hands to the second: in a workspace, room for the parts, then targets.
 struct SplitWorkspace {
-  PartialSum* parts;  // (N, segments)
+  PeakedPart* parts;  // (N, segments), each a SegmentSum
   float* targets;     // (N)
   static std::int64_t bytes(std::int64_t n_rows, int n_segments);
   static SplitWorkspace at(void* memory, std::int64_t n_rows, int n_segments);

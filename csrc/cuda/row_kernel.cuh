@@ -137,7 +137,7 @@ class RowWorker {
     }
     for (int i = 0; i < count(); ++i) {
       windows_.wait();
-      const PartialSum part = sum_segment<T, kEntropy>(
+      const SegmentSum<kEntropy> part = sum_segment<T, kEntropy>(
           windows_.at(window(i)), Segment<const T>(x_, logits_.n_cols, segment_number(i)),
           column_in_segment<T>(token_, segment_number(i)), scale, map_of(stage_));
       if (lane_index() == 0) parts()[segment_number(i)] = part;
@@ -169,8 +169,16 @@ class RowWorker {
     hw::sync_block();
     if (Stage::kSums) {
       if (part() == 0 && x_ != nullptr) {
-        const RowSum sum = merge_segments(parts(), plan_.n_segments);
-        if (lane_index() == 0) shared_row(row_in_block()).sum = sum;
+        if constexpr (kEntropy) {
+          const auto target =
+              map_of(stage_).target(problem().column(row()), shared_row(row_in_block()).target);
+          const MergedRow merged =
+              merge_peaked(parts(), plan_.n_segments, row_scale(problem(), row()), target);
+          if (lane_index() == 0) shared_row(row_in_block()).merged = merged;
+        } else {
+          const RowSum sum = merge_plain(parts(), plan_.n_segments);
+          if (lane_index() == 0) shared_row(row_in_block()).merged.sum = sum;
+        }
       }
       hw::sync_block();
     }
@@ -178,18 +186,22 @@ class RowWorker {
       if (stage_.skip(led_row())) {
         stage_.skipped(led_row());
       } else {
-        SharedRow& shared = shared_row(hw::thread_index());
-        shared.gradient = stage_(led_row(), stats(shared));
+        settle(shared_row(hw::thread_index()));
       }
     }
     hw::sync_block();
   }
-  CFPO_DEVICE RowStats stats(const SharedRow& shared) const {
+  CFPO_DEVICE void settle(SharedRow& shared) const {
     const auto target = map_of(stage_).target(problem().column(led_row()), shared.target);
-    if constexpr (Stage::kSums) {
-      return join_target(row_scale(problem(), led_row()), target, shared.sum, problem().sharded);
+    if constexpr (!Stage::kSums) {
+      shared.gradient = settle_from_lse(stage_, led_row(), target);
+    } else if constexpr (kEntropy) {
+      shared.gradient = settle_peaked(stage_, led_row(), row_scale(problem(), led_row()), target,
+                                      shared.merged, true);
     } else {
-      return stage_.stats(led_row(), target);
+      const RowStats stats = join_target(row_scale(problem(), led_row()), target, shared.merged.sum,
+                                         problem().sharded);
+      shared.gradient.gradient = stage_(led_row(), stats);
     }
   }
 
@@ -204,7 +216,7 @@ class RowWorker {
       write_gradients(out, shared_row(row_in_block()).gradient);
     }
   }
-  CFPO_DEVICE void write_gradients(T* out, const RowGradient& gradient) {
+  CFPO_DEVICE void write_gradients(T* out, const PeakedGradient& g) {
     const int first_kept = keeps_rows() ? count() - kept() : 0;
     for (int step = 0; step < count(); ++step) {
       // From the last back to the kept ones, which come in order.
@@ -213,8 +225,13 @@ class RowWorker {
       if (!in_window) windows_.wait();
       write_gradient<T, kLinear>(windows_.at(window(i)), alignment_shift(x_),
                                  Segment<T>(out, logits_.n_cols, segment_number(i)),
-                                 column_in_segment<T>(token_, segment_number(i)), gradient,
+                                 column_in_segment<T>(token_, segment_number(i)), g.gradient,
                                  map_of(stage_));
+      if (kPeaks && (g.segment == segment_number(i) || g.segment == kAnySegment)) {
+        write_peak(windows_.at(window(i)), alignment_shift(x_),
+                   Segment<T>(out, logits_.n_cols, segment_number(i)),
+                   column_in_segment<T>(token_, segment_number(i)), stage_, row(), g);
+      }
       if (!keeps_rows()) {
         pass(i);
       } else if (i >= kept()) {
@@ -236,13 +253,15 @@ class RowWorker {
     char* rows = hw::shared_memory() + RowSharedMemory(plan_).rows;
     return reinterpret_cast<SharedRow*>(rows)[number];
   }
-  CFPO_DEVICE PartialSum* parts() const {
-    return reinterpret_cast<PartialSum*>(hw::shared_memory() + RowSharedMemory(plan_).parts) +
+  CFPO_DEVICE SegmentSum<kEntropy>* parts() const {
+    return reinterpret_cast<SegmentSum<kEntropy>*>(hw::shared_memory() +
+                                                   RowSharedMemory(plan_).parts) +
            row_in_block() * plan_.n_segments;
   }
 
   // Only an entropy bonus makes it so; where there are no sums, whoever made them decided.
   static constexpr bool kLinear = kEntropy || !Stage::kSums;
+  static constexpr bool kPeaks = kLinear && Stage::kGradient;
 
   const Stage& stage_;
   const Rows& logits_;

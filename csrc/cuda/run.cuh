@@ -57,7 +57,7 @@ bool run_cluster_kernel(const Stage& stage, const Rows& dlogits, const ClusterPl
                         const Execution& execution) {
   Grid grid;
   grid.cluster = plan.cluster;
-  grid.threads = (plan.warps + 1) * kWarpThreads;
+  grid.threads = (plan.warps + kAccountants) * kWarpThreads;
   grid.shared_bytes = plan.shared.bytes;
   with_flag(with_entropy(stage), [&](auto entropy) {
     if constexpr (kExists<Stage, entropy.value>) {

@@ -71,18 +71,18 @@ CFPO_DEVICE Real warp_sum(Real x) {
 // 0 * -inf would be NaN; 2^-1024 is far below the smallest float.
 CFPO_DEVICE float finite_exponent(float u) { return std::fmax(u, -1024.0f); }
 
-// The segment's sums in every lane. `skip`: the column of the target, which stays out; `map`: see
-// capped.h.
-template <class T, bool kEntropy, class Map = LogitMap<false>>
-CFPO_DEVICE PartialSum sum_segment(const char* window, const Segment<const T>& segment, int skip,
-                                   float scale, Map map = {}) {
+// A lane's vectors of the segment in `window`, with -inf for what is not the segment's and for
+// column `skip`, the target, which stays out of all sums. A bit for each of these: behind a map
+// other elements of -inf count.
+template <class T>
+CFPO_DEVICE std::uint32_t load_segment(Vector (&raw)[kLaneVectors], const char* window,
+                                       const Segment<const T>& segment, int skip) {
   constexpr int kElements = kVectorElements<T>;
-  Vector raw[kLaneVectors];
   for (int k = 0; k < kLaneVectors; ++k) {
     const int vector = k * kWarpThreads + lane_index();
     raw[k] = load_shifted(window + vector * kVectorBytes, segment.shift);
   }
-  std::uint32_t removed = 0;  // a bit for each element; -inf may be one that counts behind a map
+  std::uint32_t removed = 0;
   if (skip >= 0 || segment.count < kSegmentColumns<T>) {
     for (int k = 0; k < kLaneVectors; ++k) {
       const int first = (k * kWarpThreads + lane_index()) * kElements;
@@ -95,17 +95,35 @@ CFPO_DEVICE PartialSum sum_segment(const char* window, const Segment<const T>& s
       }
     }
   }
+  return removed;
+}
 
+// The warp's largest element; NaNs are passed over.
+template <class T>
+CFPO_DEVICE float largest_element(const Vector (&raw)[kLaneVectors]) {
   float top = -INFINITY;
   for (int k = 0; k < kLaneVectors; ++k) {
-    float x[kElements];
+    float x[kVectorElements<T>];
     unpack<T>(raw[k], x);
-    for (int j = 0; j < kElements; ++j) top = std::fmax(top, x[j]);
+    for (int j = 0; j < kVectorElements<T>; ++j) top = std::fmax(top, x[j]);
   }
-  // Not -inf, also where there is nothing else: -inf - ref has to be -inf. NaNs, which the maximum
-  // passes over, and +inf make the sum NaN.
-  const float ref = std::fmax(std::ceil(map(hw::warp_max(top)) * scale), -kLargestRef);
+  return hw::warp_max(top);
+}
 
+// Not -inf, also where there is nothing else: -inf - ref has to be -inf. NaNs, which the maximum
+// passes over, and +inf make the sum NaN.
+CFPO_DEVICE float reference_of(float top, float scale) {
+  return std::fmax(std::ceil(top * scale), -kLargestRef);
+}
+
+// A lane's sums of its vectors. `map`: see capped.h; `removed`: what load_segment has returned.
+struct LaneSum {
+  float sum, weighted;
+};
+template <class T, bool kEntropy, class Map>
+CFPO_DEVICE LaneSum sum_vectors(const Vector (&raw)[kLaneVectors], std::uint32_t removed,
+                                float scale, float ref, Map map) {
+  constexpr int kElements = kVectorElements<T>;
   float sum[kLaneVectors] = {}, weighted[kLaneVectors] = {};
   for (int k = 0; k < kLaneVectors; ++k) {
     float x[kElements];
@@ -118,29 +136,186 @@ CFPO_DEVICE PartialSum sum_segment(const char* window, const Segment<const T>& s
       if (kEntropy) weighted[k] = std::fma(finite_exponent(u), e, weighted[k]);
     }
   }
-  PartialSum part{ref, warp_sum((sum[0] + sum[1]) + (sum[2] + sum[3])), 0.0f};
-  if (kEntropy) part.weighted = warp_sum((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
-  return part;
+  return {(sum[0] + sum[1]) + (sum[2] + sum[3]),
+          (weighted[0] + weighted[1]) + (weighted[2] + weighted[3])};
+}
+
+// The same from the window, without the largest element, `peak`. Few segments come here: what they
+// would keep in registers, all would.
+template <class T, class Map>
+CFPO_DEVICE LaneSum sum_without(float peak, const char* window, const Segment<const T>& segment,
+                                int skip, float scale, float ref, Map map) {
+  constexpr int kElements = kVectorElements<T>;
+  LaneSum rest{0.0f, 0.0f};
+#pragma unroll 1
+  for (int vector = lane_index(); vector < kLaneVectors * kWarpThreads; vector += kWarpThreads) {
+    float x[kElements];
+    unpack<T>(load_shifted(window + vector * kVectorBytes, segment.shift), x);
+    for (int j = 0; j < kElements; ++j) {
+      const int column = vector * kElements + j;
+      const bool stays = column < segment.count && column != skip && x[j] != peak;
+      const float u = std::fma(stays ? map(x[j]) : -INFINITY, scale, -ref);
+      const float e = hw::exp2_approx(u);
+      rest.sum += e;
+      rest.weighted = std::fma(finite_exponent(u), e, rest.weighted);
+    }
+  }
+  return rest;
+}
+
+// The sums of the segment in `window`, in every lane.
+template <class T, bool kEntropy, class Map = LogitMap<false>>
+CFPO_DEVICE SegmentSum<kEntropy> sum_segment(const char* window, const Segment<const T>& segment,
+                                             int skip, float scale, Map map = {}) {
+  Vector raw[kLaneVectors];
+  const std::uint32_t removed = load_segment(raw, window, segment, skip);
+  const float largest = largest_element<T>(raw);
+  const bool none = Map::kCaps && segment.count == 1 && skip == 0;
+  const float top = none ? -INFINITY : map(largest), ref = reference_of(top, scale);
+  LaneSum lane = sum_vectors<T, kEntropy>(raw, removed, scale, ref, map);
+  const float sum = warp_sum(lane.sum);
+  if constexpr (kEntropy) {
+    PeakedPart part{top, sum, 0.0f, sum};
+    if (hw::exp2_approx(std::fma(top, scale, -ref)) > 0.875f * sum) {
+      lane = sum_without(largest, window, segment, skip, scale, ref, map);
+      part.rest = warp_sum(lane.sum);
+    }
+    part.weighted = warp_sum(lane.weighted);
+    return part;
+  } else {
+    return {ref, sum, 0.0f};
+  }
+}
+
+CFPO_DEVICE PartialSum of_all(const PartialSum& part, float) { return part; }
+CFPO_DEVICE PartialSum of_all(const PeakedPart& part, float scale) {
+  const float ref = reference_of(part.top, scale);
+  const float u = finite_exponent(std::fma(part.top, scale, -ref));
+  return {ref, part.sum, part.weighted + u * (part.sum - part.rest)};
 }
 
 // A row's sums from those of its segments, by one warp, in an order that depends on nothing but
-// their number; the result in every lane.
-template <class Parts>
-CFPO_DEVICE RowSum merge_segments(Parts parts, int count) {
-  float top = -INFINITY;
-  for (int i = lane_index(); i < count; i += kWarpThreads) top = std::fmax(top, parts[i].ref);
+// their number; the result in every lane. Without kEntropy `weighted` stays 0.
+//
+// A lane takes kMergeAtOnce parts at once and has no branch among them, so that their latencies
+// overlap: somebody waits for this.
+constexpr int kMergeAtOnce = 5;  // 160 segments, as many as a row of 151,936 16-bit logits has
+
+template <bool kEntropy, class Parts>
+CFPO_DEVICE RowSum merge_segments(Parts parts, int count, float ref, float scale = 0.0f) {
+  constexpr int kStep = kMergeAtOnce * kWarpThreads;
   RowSum row;
-  row.ref = hw::warp_max(top);
-  for (int i = lane_index(); i < count; i += kWarpThreads) {
-    RowSum part{parts[i].ref, parts[i].sum, parts[i].weighted};
-    part.rebase(row.ref);
-    row.sum += part.sum;
-    row.weighted += part.weighted;
+  row.ref = ref;
+#pragma unroll 1
+  for (int first = lane_index(); first < count; first += kStep) {
+    for (int k = 0; k < kMergeAtOnce; ++k) {
+      const int i = first + k * kWarpThreads;
+      const PartialSum part = i < count ? of_all(parts[i], scale) : PartialSum{ref, 0.0f, 0.0f};
+      // Differences of references are exact floats unless they are so large that nothing is left.
+      const float down = part.ref - ref;
+      const double sum = part.sum;
+      const double factor = power_of_two(down);
+      row.sum += sum * factor;
+      if (kEntropy) {
+        const double weighted = part.weighted;
+        row.weighted += sum == 0.0 ? 0.0 : (weighted + down * sum) * factor;
+      }
+    }
   }
   row.sum = warp_sum(row.sum);
-  row.weighted = warp_sum(row.weighted);
+  if (kEntropy) row.weighted = warp_sum(row.weighted);
   return row;
 }
+// The largest of one number of each.
+template <class Parts, class Number>
+CFPO_DEVICE float largest_of(Parts parts, int count, Number number) {
+  constexpr int kStep = kMergeAtOnce * kWarpThreads;
+  float top = -INFINITY;
+#pragma unroll 1
+  for (int first = lane_index(); first < count; first += kStep) {
+    for (int k = 0; k < kMergeAtOnce; ++k) {
+      const int i = first + k * kWarpThreads;
+      top = std::fmax(top, i < count ? number(parts[i]) : -INFINITY);
+    }
+  }
+  return hw::warp_max(top);
+}
+
+template <class Parts>
+CFPO_DEVICE RowSum merge_plain(Parts parts, int count) {
+  const float ref = largest_of(parts, count, [](const PartialSum& part) { return part.ref; });
+  return merge_segments<false>(parts, count, ref);
+}
+
+// The same where an entropy is wanted: `sum` has the same bits. `target`: its logit.
+template <class Parts, class Logit>
+CFPO_DEVICE MergedRow merge_peaked(Parts parts, int count, float scale, Logit target) {
+  const float top = largest_of(parts, count, [](const PeakedPart& part) { return part.top; });
+  const float ref = reference_of(top, scale);
+  MergedRow row;
+  row.sum = merge_segments<true>(parts, count, ref, scale);
+  // More than of its segment, so that it is a peak there too.
+  if (!(hw::exp2_approx(std::fma(top, scale, -ref)) > 0.9375f * static_cast<float>(row.sum.sum))) {
+    return row;
+  }
+  RowSum rest{ref};
+  float segment = -1.0f;
+#pragma unroll 1
+  for (int i = lane_index(); i < count; i += kWarpThreads) {
+    const PeakedPart from = parts[i];
+    PartialSum part = of_all(from, scale);
+    if (from.top == top) {
+      part.sum = from.rest;
+      part.weighted = from.weighted;
+      segment = static_cast<float>(i);
+    }
+    RowSum sum{part.ref, part.sum, part.weighted};
+    sum.rebase(ref);
+    rest.sum += sum.sum;
+    rest.weighted += sum.weighted;
+  }
+  rest.sum = warp_sum(rest.sum);
+  rest.weighted = warp_sum(rest.weighted);
+  row.peak_logit = top;
+  const int at = static_cast<int>(hw::warp_max(segment));
+  row.peak = peak_of(scale, target, {rest, static_cast<double>(top) * scale, at}, ref);
+  return row;
+}
+
+// Stage 2, by one thread; `inputs`: what a stage takes besides, or nothing. Of a row that was
+// summed for an entropy:
+template <class Stage, class Logit, class... Inputs>
+CFPO_DEVICE PeakedGradient settle_peaked(const Stage& stage, int row, float scale, Logit target,
+                                         const MergedRow& merged, bool publish,
+                                         const Inputs&... inputs) {
+  RowStats stats = join_target(scale, target, merged.sum, stage.p.problem.sharded);
+  const bool peaked = merged.peak.at >= 0 && stats.sum > 0.0;
+  if (peaked) merged.peak.apply(stats);
+  const RowDerivatives d = stage.derivatives(row, inputs..., stats, publish);
+  PeakedGradient g;
+  if constexpr (Stage::kGradient) {
+    g.gradient = row_gradient(stats, d);
+    if (peaked) {
+      g.segment = static_cast<int>(merged.peak.at);
+      g.logit = merged.peak_logit;
+      g.value = peak_gradient(scale, merged.peak, d);
+    }
+  }
+  return g;
+}
+// Of one whose sums another call has left, as its lse:
+template <class Stage, class Logit>
+CFPO_DEVICE PeakedGradient settle_from_lse(const Stage& stage, int row, Logit target) {
+  PeakedGradient g{stage(row, stage.stats(row, target))};
+  if (stage.may_peak(row)) {
+    g.segment = kAnySegment;
+    g.logit = stage.least_peak(row);
+  }
+  return g;
+}
+
+CFPO_DEVICE const RowGradient& without_peak(const RowGradient& g) { return g; }
+CFPO_DEVICE const RowGradient& without_peak(const PeakedGradient& g) { return g.gradient; }
 
 // Writes a segment's worth of a row by whole aligned vectors and, at either end, by elements.
 // value(first, x) sets x[0 .. kVectorElements) for the columns from `first`; value(column) is one.
@@ -219,6 +394,54 @@ CFPO_DEVICE void write_gradient(const char* window, int shift, const Segment<T>&
         const T* x = reinterpret_cast<const T*>(window + shift) + column;
         return gradient_at<kLinear>(load_shared_element(x), column, target, g, map);
       });
+}
+
+// The row's peak, in the lane that has found it.
+struct LanePeak {
+  int column = -1;
+  float logit = 0.0f;
+
+  // Looks among the logits of the columns from `first`, of which there are `count`.
+  template <class T, class Map = LogitMap<false>>
+  CFPO_DEVICE void look(const Vector& v, int first, int count, int target, float least,
+                        Map map = {}) {
+    float x[kVectorElements<T>];
+    unpack<T>(v, x);
+    for (int j = 0; j < kVectorElements<T>; ++j) {
+      const int at = first + j;
+      const float y = map(x[j]);
+      if (y >= least && at < count && at != target) {
+        column = at;
+        logit = y;
+      }
+    }
+  }
+  template <class Stage>
+  CFPO_DEVICE float value(const Stage& stage, int row, const PeakedGradient& g) {
+    float value = g.value;
+    if constexpr (!Stage::kSums) {
+      const Peak peak = stage.peak(row, logit, column);
+      if (peak.at < 0) column = -1;
+      value = stage.peak_gradient(row, peak);
+    }
+    return value * map_of(stage).slope(logit);
+  }
+};
+
+// Writes it over what write_gradient has left there.
+template <class T, class Stage>
+CFPO_DEVICE void write_peak(const char* window, int shift, const Segment<T>& out, int target,
+                            const Stage& stage, int row, const PeakedGradient& g) {
+  LanePeak peak;
+#pragma unroll 1
+  for (int vector = lane_index(); vector < kLaneVectors * kWarpThreads; vector += kWarpThreads) {
+    peak.look<T>(load_shifted(window + vector * kVectorBytes, shift), vector * kVectorElements<T>,
+                 out.count, target, g.logit, map_of(stage));
+  }
+  hw::sync_warp();  // another lane has written there
+  if (peak.column < 0) return;
+  const float value = peak.value(stage, row, g);
+  if (peak.column >= 0) store_element(out.begin + peak.column, value);
 }
 
 template <class T>

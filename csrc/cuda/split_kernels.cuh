@@ -24,6 +24,14 @@ CFPO_DEVICE void wait_split() {
   hw::sync_warp();
 }
 
+// The row's.
+template <bool kEntropy>
+CFPO_DEVICE SegmentSum<kEntropy>* split_parts(const SplitWorkspace& workspace, int row,
+                                              int n_segments) {
+  return reinterpret_cast<SegmentSum<kEntropy>*>(workspace.parts) +
+         static_cast<std::int64_t>(row) * n_segments;
+}
+
 // targets[row]: the target's element; the second kernel may find it overwritten.
 template <class T, bool kEntropy, bool kCaps>
 CFPO_KERNEL(kSplitThreads, 4)
@@ -42,28 +50,32 @@ split_sums_kernel(CFPO_ARGUMENT Problem problem, CFPO_ARGUMENT SplitWorkspace wo
     workspace.targets[row] = column >= 0 ? load_element(x + column) : problem.absent_logit();
   }
   wait_split();
-  const PartialSum part =
+  const SegmentSum<kEntropy> part =
       sum_segment<T, kEntropy>(window, segment, column_in_segment<T>(column, index),
                                row_scale(problem, row), map_of<kCaps>(problem));
-  if (lane_index() == 0)
-    workspace.parts[static_cast<std::int64_t>(row) * n_segments + index] = part;
+  if (lane_index() == 0) split_parts<kEntropy>(workspace, row, n_segments)[index] = part;
 }
 
 // Stage 2 by one thread; the first block of a row publishes its scalars.
 template <class T, class Stage>
-CFPO_DEVICE RowGradient split_second_stage(const Stage& stage, int row,
-                                           const SplitWorkspace& workspace, int n_segments) {
+CFPO_DEVICE PeakedGradient split_second_stage(const Stage& stage, int row,
+                                              const SplitWorkspace& workspace, int n_segments) {
   const Problem& problem = stage.p.problem;
   const bool publish = hw::block_index_y() == 0;
   const std::int64_t column = problem.column(row);
   const auto map = map_of(stage);
   if constexpr (Stage::kSums) {
-    const RowSum sum =
-        merge_segments(workspace.parts + static_cast<std::int64_t>(row) * n_segments, n_segments);
+    const float scale = row_scale(problem, row);
+    const auto target = map.target(column, workspace.targets[row]);
+    MergedRow merged;
+    if (kCapped<Stage> || stage.entropy()) {
+      merged =
+          merge_peaked(split_parts<true>(workspace, row, n_segments), n_segments, scale, target);
+    } else {
+      merged.sum = merge_plain(split_parts<false>(workspace, row, n_segments), n_segments);
+    }
     if (lane_index() != 0) return {};
-    const RowStats stats = join_target(
-        row_scale(problem, row), map.target(column, workspace.targets[row]), sum, problem.sharded);
-    return stage(row, stats, publish);
+    return settle_peaked(stage, row, scale, target, merged, publish);
   } else {
     if (lane_index() != 0) return {};
     // Only the block that has the target uses it, and has not overwritten it yet.
@@ -73,7 +85,7 @@ CFPO_DEVICE RowGradient split_second_stage(const Stage& stage, int row,
     const bool here = column >= first && column < first + warps * kSegmentColumns<T>;
     const T* x = static_cast<const T*>(problem.logits.row(row));
     const float element = here ? load_element(x + column) : 0.0f;
-    return stage(row, stage.stats(row, map.target(column, element)), publish);
+    return settle_from_lse(stage, row, map.target(column, element));
   }
 }
 
@@ -99,22 +111,26 @@ split_finish_kernel(CFPO_ARGUMENT Stage stage, CFPO_ARGUMENT Rows dlogits,
   if (mine) {
     window = fetch_split(Segment<const T>(x, logits.n_cols, index), hw::read_once());
   }
-  RowGradient* gradient = reinterpret_cast<RowGradient*>(
+  PeakedGradient* gradient = reinterpret_cast<PeakedGradient*>(
       hw::shared_memory() + hw::block_threads() / kWarpThreads * kWindowBytes);
   if (warp_index() == 0) {
-    const RowGradient mine_first = split_second_stage<T>(stage, row, workspace, n_segments);
-    if (lane_index() == 0) *gradient = mine_first;
+    const PeakedGradient first = split_second_stage<T>(stage, row, workspace, n_segments);
+    if (lane_index() == 0) *gradient = first;
   }
   hw::wait_copies(0);
   hw::sync_block();
   if (!mine) return;
-  write_gradient<T, true>(window, alignment_shift(x), Segment<T>(out, dlogits.n_cols, index),
-                          column_in_segment<T>(stage.p.problem.token_ids[row], index), *gradient,
+  const Segment<T> to(out, dlogits.n_cols, index);
+  const int target = column_in_segment<T>(stage.p.problem.token_ids[row], index);
+  write_gradient<T, true>(window, alignment_shift(x), to, target, gradient->gradient,
                           map_of(stage));
+  if (Stage::kGradient && (gradient->segment == index || gradient->segment == kAnySegment)) {
+    write_peak(window, alignment_shift(x), to, target, stage, row, *gradient);
+  }
 }
 
 constexpr int split_shared_bytes() {
-  return kSplitThreads / kWarpThreads * kWindowBytes + static_cast<int>(sizeof(RowGradient));
+  return kSplitThreads / kWarpThreads * kWindowBytes + static_cast<int>(sizeof(PeakedGradient));
 }
 
 }  // namespace cfpo::cuda

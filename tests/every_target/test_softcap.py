@@ -16,6 +16,7 @@ from stages import (
     check_gradient,
     exact,
     gradient,
+    gradient64,
     kernels,
     merge,
     rows_of,
@@ -241,6 +242,22 @@ def test_infinities_and_numbers_that_are_none(dtype: torch.dtype) -> None:
         # Where a logit is +-c it has no gradient; in float32 up to the slope's rounding.
         flat = dlogits[:3, v // 2 :].double().abs()
         assert (flat <= 1e-6).all()
+
+
+@pytest.mark.parametrize("v", [1000, 20001])
+def test_entropy_of_confident_rows(v: int) -> None:
+    """Of a token that is not the target: its element is left out of sums, and written apart."""
+    case = make_case(4, v)
+    case.logits[:, 3] = torch.tensor([20.0, 25.0, 35.0, 300.0])
+    ids, t = torch.tensor([0, v - 1, 4, 3]), torch.ones(1)
+    rows = rows_of(case.logits, ids, t, softcap=30.0)
+    got, want = sums(rows), exact(capped(case.logits, 30.0), ids, t)
+    torch.testing.assert_close(got.entropy.double(), want.entropy, rtol=3e-5, atol=0)
+    arrived = Arrived(got.lse, got.entropy, torch.zeros(4), torch.ones(4))
+    found = gradient(rows, arrived).double()[:, 3]
+    exactly = gradient64(case.logits, ids, t, arrived, 30.0)[:, 3]
+    free = gradient64(capped(case.logits, 30.0), ids, t, arrived)[:, 3]
+    assert ((found - exactly).abs() <= 3e-5 * exactly.abs() + 1e-6 * free.abs()).all()
 
 
 def test_a_cap_that_is_far_away_changes_nothing() -> None:

@@ -118,6 +118,12 @@ MUTANTS = {
     "cluster: notes overwritten while they are read": Mutant(
         "plan.h", "kClusterNotes = 16;", "kClusterNotes = 4;"
     ),
+    "cluster: rows noted after they are fetched": Mutant(
+        CLUSTER, "(plan_.slots + kAccountants - 1) / kAccountants", "plan_.slots / kAccountants"
+    ),
+    "cluster: an accountant takes the rows of the other": Mutant(
+        CLUSTER, "for (int i = 0; i < which_; ++i) {", "for (int i = 0; i < 0; ++i) {"
+    ),
     "cluster: the target is not sent": Mutant(
         CLUSTER, "if (target >= 0) send(", "if (target > 0) send("
     ),

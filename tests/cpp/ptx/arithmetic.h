@@ -67,6 +67,9 @@ struct Copysign {  // the first operand's sign
     return std::copysign(b, a);
   }
 };
+struct Reciprocal {
+  f64 operator()(f64 a) const { return 1.0 / a; }
+};
 struct Neg {
   template <class T>
   T operator()(T a) const {
@@ -192,13 +195,13 @@ void round_float(Thread& t, const Instruction& i) {
   if constexpr (kFlush) x = flush(x);
   put<T>(t, i, 0, canonical(kRound(x)));
 }
-// Towards zero. Out of range is the nearest that there is; NaN gives 0, in 64 bits the least.
+// Towards zero. Out of range is the nearest that there is; NaN gives the least, between 32 bits 0.
 template <class To, class From>
 void truncate(Thread& t, const Instruction& i) {
   constexpr To kLeast = std::numeric_limits<To>::min(), kMost = std::numeric_limits<To>::max();
   const From x = get<From>(t, i, 1), limit = std::ldexp(From(1), std::numeric_limits<To>::digits);
   To result = x >= limit ? kMost : kLeast;
-  if (x != x && sizeof(To) < 8) result = 0;
+  if (x != x && sizeof(To) < 8 && sizeof(From) < 8) result = 0;
   if (std::fabs(x) < limit) result = static_cast<To>(x);
   put<To>(t, i, 0, result);
 }

@@ -62,7 +62,7 @@ class Ranges {
   }
   void add(const cfpo::cuda::SplitWorkspace& workspace) {
     const std::size_t segments = n_rows_ * static_cast<std::size_t>(n_segments_);
-    add(workspace.parts, segments * sizeof(cfpo::PartialSum), true);
+    add(workspace.parts, segments * sizeof(cfpo::cuda::PeakedPart), true);
     add(workspace.targets, 4 * n_rows_, true);
   }
   // multiply_kernel's factors, and after them their stride.

@@ -55,6 +55,7 @@ void add_arithmetic(Table& t) {
   t["abs.f64 rr"] = {absolute<f64>};
   t["copysign.f32 rrr"] = {binary<f32, Copysign>};
   t["copysign.f64 rrr"] = {binary<f64, Copysign>};
+  t["rcp.rn.f64 rr"] = {unary<f64, Reciprocal>};
   t["ex2.approx.ftz.f32 rr"] = {exp2_approx};
   t["rcp.approx.ftz.f64 rr"] = {reciprocal_approx};
 }
@@ -126,6 +127,7 @@ void add_conversions(Table& t) {
   t["cvt.rn.f64.s64 rr"] = {convert_float<f64, i64>};
   t["cvt.rzi.s64.f32 rr"] = {truncate<i64, f32>};
   t["cvt.rzi.s32.f32 rr"] = {truncate<i32, f32>};
+  t["cvt.rzi.s32.f64 rr"] = {truncate<i32, f64>};
   t["cvt.rzi.s64.f64 rr"] = {truncate<i64, f64>};
   t["cvt.rpi.f32.f32 rr"] = {round_float<f32, std::ceil, false>};
   t["cvt.rpi.ftz.f32.f32 rr"] = {round_float<f32, std::ceil, true>};

@@ -97,6 +97,7 @@ for name in ("div.rn.f32 rrr", "div.full.f32 rrr"):
     same(name, "f32", (1.0, 4.0, 0.25), (1.0, 0.0, INF), (0.0, 0.0, NAN))
 same("div.rn.f32 rrr", "f32", (1.0, 3.0, 0.3333333432674408))
 same("div.rn.f64 rrr", "f64", (1.0, 3.0, 0.3333333333333333), (-1.0, 0.0, -INF))
+same("rcp.rn.f64 rr", "f64", (3.0, 0.3333333333333333), (-0.0, -INF), (2.0**1023, 2.0**-1023))
 # A NaN loses, and -0 is below +0.
 for kind in ("f32", "f64"):
     same(f"max.{kind} rrr", kind, (NAN, -1.0, -1.0), (2.0, NAN, 2.0), (-0.0, 0.0, 0.0))
@@ -191,6 +192,10 @@ for kind in ("f32", "f64"):  # NaN gives the least
 add(
     "cvt.rzi.s32.f32 rr", "s32", "f32",
     (-2.75, -2), (2.0**31, MOST32), (-(2.0**31), LEAST32), (-3e9, LEAST32), (NAN, 0),
+)  # fmt: skip
+add(
+    "cvt.rzi.s32.f64 rr", "s32", "f64",
+    (-1022.0, -1022), (-2.75, -2), (2.0**31, MOST32), (-3e9, LEAST32), (NAN, LEAST32),
 )  # fmt: skip
 UP, DOWN = [(1.25, 2.0), (-1.25, -1.0), (5.0, 5.0)], [(1.75, 1.0), (-1.25, -2.0)]
 same("cvt.rpi.f32.f32 rr", "f32", *UP, (TINY, 1.0))

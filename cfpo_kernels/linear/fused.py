@@ -108,11 +108,10 @@ class _Fused:
         self.keep(chunk, scores)
         if not self.with_gradient:
             return
-        tile.logits[chunk.size :] = 0
         of_rows = self.sums.of_rows(all_columns=True)
         to = self.of_columns._replace(x=of_rows.x, u=of_rows.u)
         columns = slice(0, self.head.n_cols)
-        self.head.add_gradients(tile.logits, tile.x, tile.u, columns, to)
+        self.head.add_gradients(tile.logits, chunk.size, tile.x, tile.u, columns, to)
         self.sums.put_rows(chunk, of_rows)
 
     def keep(self, chunk: Chunk, scores: Scores) -> None:

@@ -41,6 +41,11 @@ def operand_dtype(given: torch.dtype, out: torch.dtype, device: torch.device) ->
     return wide(given)
 
 
+def can_write(operands: torch.dtype, out: torch.dtype) -> bool:
+    """Whether :func:`product` writes into `out` itself, rather than copy a product there."""
+    return out in (operands, wide(operands))
+
+
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     """out = a @ b, or out += a @ b; the operands' dtype is from :func:`operand_dtype`."""
     if a.dtype == out.dtype:

@@ -114,9 +114,8 @@ def _add_slices(
             of_chunk = scores.each(chunk.of)
             of_entropy = None if dentropy is None else chunk.of(dentropy).contiguous()
             batch.tiles.gradient_(rows, of_chunk, chunk.of(dlogps).contiguous(), of_entropy)
-            tile[chunk.size :] = 0
             to = of_columns._replace(x=of_rows[i].x, u=of_rows[i].u)
-            head.add_gradients(tile, x, u, columns, to)
+            head.add_gradients(tile, chunk.size, x, u, columns, to)
         sums.put_columns(columns.start, of_columns)
     for chunk, total in zip(chunks, of_rows, strict=True):
         sums.put_rows(chunk, total)
@@ -143,9 +142,8 @@ class _LateScores(torch.autograd.Function):
             found.write(chunk, scores)
             rows = batch.kernel_rows(tile, chunk, active)
             batch.tiles.gradient_(rows, scores, chunk.of(active), None)
-            tile[chunk.size :] = 0
             to = sums.of_rows(all_columns=True)
-            head.add_gradients(tile, x, u, columns, to)
+            head.add_gradients(tile, chunk.size, x, u, columns, to)
             sums.put_rows(chunk, to)
         ctx.save_for_backward(batch.rows.active, *sums.gradients())
         ctx.tiles, ctx.spent = batch.tiles, False

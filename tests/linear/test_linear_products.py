@@ -27,6 +27,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.count = 0
         self.dtypes: set[torch.dtype] = set()
+        self.widened = 0  # elements
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
         name = function.overloadpacket.__name__
@@ -34,7 +35,10 @@ class Counter(TorchDispatchMode):
             a, b = args[-2:]
             self.count += a.numel() * b.shape[-1]
             self.dtypes.add(a.dtype)
-        return function(*args, **(kwargs or {}))
+        found = function(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_") and found.dtype == torch.float32:
+            self.widened += found.numel() if args[-1].dtype == torch.bfloat16 else 0
+        return found
 
 
 def counted(case: HeadCase, n: int | None = None, **how: Any) -> float:
@@ -77,9 +81,11 @@ def test_four_with_little_memory_less_the_tile_that_is_kept(
     assert counted(case, **how) == 3 - CHUNK / 128
 
 
-def test_the_last_product_is_filled_up() -> None:
+def test_the_last_tile_is_filled_up_but_not_in_the_weights_product() -> None:
     for n, whole in ((1, 32), (33, 64), (100, 128)):
-        assert counted(case_of(n), whole) == 3
+        for how in ({}, {"low_memory": True, "chunk_tokens": 128}):
+            filled = whole if not how else 128
+            assert counted(case_of(n), 1, **how) == 2 * filled + n
 
 
 def test_masked_rows_are_not_multiplied() -> None:
@@ -96,7 +102,7 @@ def test_rows_without_an_advantage() -> None:
     assert counted(case, 64, stats=True) == 3 + 1
     assert counted(case, low_memory=True) <= 4 / 2
     case.options["token_weights"] = torch.where(torch.arange(128) < 16, 0.0, 1.0)
-    assert counted(case, 64) == 3  # 48 are left, in two tiles
+    assert counted(case, 1) == 2 * 64 + 48  # 48 are left, in two tiles
     case.options["token_weights"] = torch.where(torch.arange(128) < 32, 0.0, 1.0)
     assert counted(case, 32) == 3
 
@@ -128,7 +134,7 @@ def test_sequences() -> None:
     case = case_of(ratio_level="sequence", cu_seqlens=torch.arange(0, 129, 16))
     assert counted(case) == 3
     case.advantages = torch.tensor([1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, -1.0])
-    assert counted(case, 64) == 3
+    assert counted(case, 1) == 2 * 64 + 48
     case.options["cu_seqlens"] = torch.tensor([0, 128])
     case.advantages = torch.ones(1)
     assert counted(case) == 4 - CHUNK / 128
@@ -182,6 +188,16 @@ def test_products_of_low_precision(fast: bool, monkeypatch: pytest.MonkeyPatch) 
         want = 4 - CHUNK / 128 if "low_memory" in how else 3
         assert counter.count == want * 128 * V * H
         assert fast or counter.dtypes == {torch.float32}
+
+
+def test_operands_are_converted_once_for_both_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bfloat16 is slow: of a tile the head twice, the logits' gradient once, x twice."""
+    use_slices(monkeypatch, 64)
+    pretend_speed(monkeypatch, fast=False)
+    with Counter() as counter:
+        linear(case_of(dtype=torch.bfloat16), chunk_tokens=CHUNK)
+    tiles = 128 // CHUNK
+    assert counter.widened == tiles * (2 * V * H + CHUNK * V + 2 * CHUNK * H)
 
 
 def test_a_second_projection_is_noticed() -> None:

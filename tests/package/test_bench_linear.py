@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import linear, plot, report
+from bench import linear, linear_costs, plot, report
 from bench.linear import LinearCase, LinearImplementation, LinearProblem
 
 TINY = LinearCase("cpu", 128, 16, 512, "f32", 64)
@@ -55,6 +55,16 @@ def test_a_wrong_gradient_is_left_out_or_ends_the_run(monkeypatch: pytest.Monkey
     monkeypatch.setattr(linear, "implementations", lambda: only(replace(wrong, kind="ours")))
     with pytest.raises(ArithmeticError, match="wrong"):
         linear.run_case(TINY, 1, 1, memory=False)
+
+
+def test_the_costs_of_products() -> None:
+    """Few rows at a time cost more, rows that are left out nothing."""
+    found = linear_costs.by_rows("f32", 1, (64, 4096), 64)
+    assert list(found) == ["8", "16", "32", "64"]
+    assert found["8"] > found["64"]
+    assert len(linear_costs.upcast(1, (16, 512), 128)) == 2
+    found = linear_costs.without_advantages(2, (64, 4096), 512)
+    assert found["60% without an advantage"] < found["all rows"]
 
 
 def test_exact_is_autograd_in_float64() -> None:

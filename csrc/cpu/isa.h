@@ -12,15 +12,16 @@
 //   Exp2<Degree, kSaturating>(scale, ref, factor): on a few vectors side by side
 //     values(x, e): e = factor * 2^u by a polynomial of that degree. Exact zeros far below, NaN for
 //       NaN; above 2^126 it must stay huge where kSaturating, and may be anything where not
-//     add(x, sum, e): adds such values to sums too
+//     add<kClamps>(x, sum, e): adds such values to sums too
 //     exponent(x): u, but finite for -inf, where 2^u is 0
 //   kSplits: whether there are also
 //     SplitExp2<Degree>(scale, ref, factor): values and exponent in fewer instructions, not
 //       saturating, only where SplitExp2::fits(scale, ref)
-//     SumExp2(scale, ref): add and exponent, as accurate as degree 5; where SumExp2::fits(scale,
-//     ref) Guard<T>: load2 that remembers; exceeds(limit): whether an element was above, or a NaN
-//     may
-//       have been there
+//     SumExp2(scale, ref): add and exponent, as accurate as degree 5, where SumExp2::fits(scale,
+//       ref); without kClamps only down to kLeastExponent
+//     Guard<T>: load2<kLeast> that remembers; exceeds(limit): whether an element was above, or a
+//       positive NaN may have been there; least(): at most the least of those loaded with kLeast,
+//       unless there was a NaN
 //   kHalfLanes: whether there is what bf16_gradient.h needs
 #pragma once
 
@@ -36,6 +37,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int kCacheLine = 64;
 // Of a sum whose exponential does not saturate: beyond, but far below where it goes wrong.
 constexpr float kGuardedExponent = 120.0f;
+// Of a sum whose exponential is not clamped: where powers of two are still normal.
+constexpr float kLeastExponent = -126.0f;
 
 // Relative minimax polynomials for 2^f on [-1/2, 1/2]; degree 3: on [-1/16, 1/16].
 template <int Degree>

@@ -64,7 +64,7 @@ struct Avx2 {
       poly(f, e);
       for (int k = 0; k < kCount; ++k) e[k] = mul(e[k], power(t[k]));
     }
-    template <int kCount>
+    template <bool kClamps, int kCount>
     CFPO_INLINE void add(const Vec (&x)[kCount], Vec (&sum)[kCount], Vec (&e)[kCount]) const {
       values(x, e);
       for (int k = 0; k < kCount; ++k) sum[k] = Avx2::add(sum[k], e[k]);
@@ -86,11 +86,10 @@ struct Avx2 {
     // compares with to be positive; a NaN does not fit.
     static bool fits(float s, float ref) { return ref > -100.0f && ref < 16384.0f && s > 0.0f; }
 
-    template <int kCount>
-    CFPO_INLINE void operator()(const Vec (&x)[kCount], Vec (&t)[kCount],
-                                Vec (&rest)[kCount]) const {
+    template <bool kClamps, int kCount>
+    CFPO_INLINE void split(const Vec (&x)[kCount], Vec (&t)[kCount], Vec (&rest)[kCount]) const {
       Vec v[kCount];
-      for (int k = 0; k < kCount; ++k) v[k] = max(lowest, x[k]);  // a NaN passes
+      for (int k = 0; k < kCount; ++k) v[k] = kClamps ? max(lowest, x[k]) : x[k];  // a NaN passes
       for (int k = 0; k < kCount; ++k) t[k] = fma(v[k], scale, magic);
       for (int k = 0; k < kCount; ++k) {
         rest[k] = _mm256_fmsub_ps(v[k], scale, _mm256_sub_ps(t[k], magic));
@@ -102,29 +101,29 @@ struct Avx2 {
   static constexpr bool kSplits = true;
   template <int kDegree>
   struct SplitExp2 {
-    Split split;
+    Split parts;
     ScaledPoly<Avx2, kDegree> poly;
-    SplitExp2(float s, float ref, float factor) : split(s, ref, kMagic), poly(factor) {}
+    SplitExp2(float s, float ref, float factor) : parts(s, ref, kMagic), poly(factor) {}
     static bool fits(float s, float ref) { return Split::fits(s, ref); }
 
     template <int kCount>
     CFPO_INLINE void values(const Vec (&x)[kCount], Vec (&e)[kCount]) const {
       Vec t[kCount], f[kCount];
-      split(x, t, f);
+      parts.template split<true>(x, t, f);
       poly(f, e);
       for (int k = 0; k < kCount; ++k) e[k] = mul(e[k], power(t[k]));
     }
-    CFPO_INLINE Vec exponent(Vec x) const { return split.exponent(x); }
+    CFPO_INLINE Vec exponent(Vec x) const { return parts.exponent(x); }
   };
 
   // In units of 1/8: 2^(k/8) from a register, and a polynomial of degree 3 for the rest. Fewer
   // instructions on the ports that multiply, which are the busy ones.
   struct SumExp2 {
     static constexpr float kMagicEighths = 1572864.0f + 127.0f;
-    Split split;
+    Split parts;
     ScaledPoly<Avx2, 3> poly;
     __m256i table;
-    SumExp2(float s, float ref) : split(s, ref, kMagicEighths), poly(1.0f) {
+    SumExp2(float s, float ref) : parts(s, ref, kMagicEighths), poly(1.0f) {
       // The mantissas, less what k itself leaves there when t is shifted to the exponent field.
       alignas(32) static constexpr std::uint32_t kMantissa[] = {
           0x000000, 0x0B95C2, 0x1837F0, 0x25FED7, 0x3504F3, 0x45672A, 0x5744FD, 0x6AC0C7};
@@ -134,10 +133,10 @@ struct Avx2 {
     }
     static bool fits(float s, float ref) { return Split::fits(s, ref); }
 
-    template <int kCount>
+    template <bool kClamps, int kCount>
     CFPO_INLINE void add(const Vec (&x)[kCount], Vec (&sum)[kCount], Vec (&e)[kCount]) const {
       Vec t[kCount], f[kCount], p[kCount], step[kCount];
-      split(x, t, f);
+      parts.template split<kClamps>(x, t, f);
       for (int k = 0; k < kCount; ++k) {
         const __m256i bits = _mm256_castps_si256(t[k]);
         const __m256i mantissa = _mm256_permutevar8x32_epi32(table, bits);  // by the low 3 bits
@@ -149,24 +148,41 @@ struct Avx2 {
         e[k] = mul(p[k], step[k]);
       }
     }
-    CFPO_INLINE Vec exponent(Vec x) const { return split.exponent(x); }
+    CFPO_INLINE Vec exponent(Vec x) const { return parts.exponent(x); }
   };
 
   // The largest bit pattern as a signed integer: that of the largest element, if it is positive.
   // Positive NaNs are above all numbers; negative ones are not seen, and need not be, since they
-  // pass through the arithmetic.
+  // pass through the arithmetic. And the largest as an unsigned integer: that of the least element,
+  // if it is negative.
   template <class T>
   struct Guard {
     static constexpr bool kIsFloat = std::is_same_v<T, float>;
     __m256i top = _mm256_set1_epi32(kIsFloat ? 0x80000000 : 0x80008000);
+    __m256i bottom = _mm256_setzero_si256();
+    template <bool kLeast>
     CFPO_INLINE void see(const T* p) {
       const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
       top = kIsFloat ? _mm256_max_epi32(top, bits) : _mm256_max_epi16(top, bits);
+      if (kLeast) {
+        bottom = kIsFloat ? _mm256_max_epu32(bottom, bits) : _mm256_max_epu16(bottom, bits);
+      }
     }
+    template <bool kLeast>
     CFPO_INLINE void load2(const T* p, Vec& a, Vec& b) {
-      see(p);
-      if (kIsFloat) see(p + 8);
+      see<kLeast>(p);
+      if (kIsFloat) see<kLeast>(p + 8);
       Avx2::load2(p, a, b);
+    }
+    float least() const {
+      T lane[32 / sizeof(T)];
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(lane), bottom);
+      float found = 0.0f;
+      for (const T bits : lane) {
+        const float value = load1(bits);
+        if (value < found) found = value;
+      }
+      return found;
     }
     bool exceeds(float limit) const {
       T bits[16];

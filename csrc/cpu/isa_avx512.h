@@ -46,7 +46,7 @@ struct Avx512 {
       // vscalefps(NaN, +inf) as +inf; only a NaN exponent gives a NaN.
       for (int k = 0; k < kCount; ++k) e[k] = _mm512_scalef_ps(e[k], n[k]);
     }
-    template <int kCount>
+    template <bool kClamps, int kCount>
     CFPO_INLINE void add(const Vec (&x)[kCount], Vec (&sum)[kCount], Vec (&e)[kCount]) const {
       values(x, e);
       for (int k = 0; k < kCount; ++k) sum[k] = Avx512::add(sum[k], e[k]);

@@ -71,7 +71,7 @@ struct Generic {
       poly(f, e);
       for (int k = 0; k < kCount; ++k) e[k] *= (Vec)((Bits)t[k] << 23);
     }
-    template <int kCount>
+    template <bool kClamps, int kCount>
     CFPO_INLINE void add(const Vec (&x)[kCount], Vec (&sum)[kCount], Vec (&e)[kCount]) const {
       values(x, e);
       for (int k = 0; k < kCount; ++k) sum[k] += e[k];

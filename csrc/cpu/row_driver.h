@@ -33,6 +33,7 @@ struct SegmentPart {
   PartialSum rest;
   std::int64_t peak = -1;  // column of the row
   float peak_logit = 0.0f;
+  float least = -INFINITY;  // as of SegmentSum
 };
 
 // What the sweeps take from a row's scalars; the peak's gradient is stored like the target's.
@@ -40,6 +41,7 @@ struct GradientParts {
   RowGradient gradient;
   std::int64_t peak = -1;
   float peak_value = 0.0f;
+  float least = -INFINITY;  // no other logit is below, as far as is known
 };
 
 // The sweeps over a type of elements, and over what a softcap makes of them in float32.
@@ -87,12 +89,13 @@ class RowSummer {
     return sum(sweeps_.floats, y, sizeof(float), begin, n, nullptr);
   }
   template <class PartOf>
-  RowStats merge(PartOf part_of, Peak& peak) const {
+  RowStats merge(PartOf part_of, Peak& peak, float& least) const {
     RowSum rest;
     PeakedSum peaked;
     for (std::int64_t s = 0; s * kSegment < n_cols_; ++s) {
       const SegmentPart part = part_of(s);
       rest.add(row_sum(part.all));
+      least = std::min(least, part.least);
       if (entropy_) {
         peaked.add(row_sum(part.rest), static_cast<double>(part.peak_logit) * scale_, part.peak);
       }
@@ -118,8 +121,11 @@ class RowSummer {
   SegmentPart sum(const SegmentOps& ops, const void* x, std::int64_t size, std::int64_t begin,
                   std::int64_t n, const void* ahead) const {
     const SegmentOps::Sum sweep = entropy_ ? ops.sum_weighted : ops.sum;
-    const SegmentSum got = sweep(x, n, target_ - begin, scale_, hint_, ahead);
+    const SegmentSum got = sweep(x, n, target_ - begin, scale_, hint_, narrow_, ahead);
     SegmentPart part{got.sums, got.sums};
+    part.least = got.least;
+    // Where one segment has bans, so have others: do not try in vain. Changes no bit.
+    narrow_ = got.least != -INFINITY;
     if (got.peaked) leave_out_peak(ops, x, size, begin, n, part);
     return part;
   }
@@ -134,7 +140,7 @@ class RowSummer {
     alignas(64) char copy[kSegment * sizeof(float)];
     std::memcpy(copy, x, n * size);
     ops.store(copy, at, -INFINITY);
-    part.rest = ops.sum_weighted(copy, n, skip, scale_, NAN, nullptr).sums;
+    part.rest = ops.sum_weighted(copy, n, skip, scale_, NAN, false, nullptr).sums;
     part.peak = begin + at;
     part.peak_logit = logit;
   }
@@ -150,6 +156,7 @@ class RowSummer {
   bool sharded_;
   float scale_;
   float hint_;
+  mutable bool narrow_ = true;
 };
 
 // The likeliest token of a row but its target, if it has most of the mass; where stage 2 has an
@@ -196,7 +203,7 @@ inline void write_columns(const Sweeps& sweeps, const Problem& problem, const Ro
                       {problem.column(row) - begin, parts.gradient.target}};
   const auto is_here = [&](const Single& s) { return s.column >= 0 && s.column < n; };
   if (problem.softcap.cap == 0.0f) {
-    ops.gradient(x, out, n, parts.gradient.coefs, prefetch, stream);
+    ops.gradient(x, out, n, parts.gradient.coefs, parts.least, prefetch, stream);
   } else {
     for (Single& s : singles) {  // before the logits are overwritten
       if (!is_here(s)) continue;
@@ -294,15 +301,18 @@ class RowDriver {
   GradientParts gradient_parts(std::int64_t row, PartOf part_of) {
     Peak peak;
     RowStats stats;
+    float least = -INFINITY;
     if constexpr (kSums) {
       const RowSummer sums = summer(row);
-      stats = sums.merge([&](std::int64_t s) { return part_of(sums, s); }, peak);
+      least = INFINITY;
+      stats = sums.merge([&](std::int64_t s) { return part_of(sums, s); }, peak, least);
     } else {
       stats = stage2_.stats(row, target_logit(sweeps_.ops, problem_, row));
       if (stage2_.may_peak(row)) peak = find_peak(sweeps_, stage2_, row);
     }
     const RowDerivatives derivatives = stage2_.derivatives(row, stats);
     GradientParts parts{row_gradient(stats, derivatives)};
+    parts.least = least;
     if (peak.at >= 0) {
       parts.peak = peak.at;
       parts.peak_value = peak_gradient(stats.scale, peak, derivatives);

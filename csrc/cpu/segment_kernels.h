@@ -57,7 +57,7 @@ class Fetcher {
 
 // Calls body(pointer) for every block of kCount elements. The last, short one, and the one that
 // holds element `skip`, are read through a copy with -inf in the gaps, whose exponentials are
-// exact zeros.
+// exact zeros; of those body's second argument is true.
 template <int kCount, class T, class Body>
 CFPO_INLINE void for_each_block(const T* x, std::int64_t n, std::int64_t skip, Body body) {
   const auto patched = [&](std::int64_t begin) CFPO_INLINE_LAMBDA {
@@ -66,15 +66,15 @@ CFPO_INLINE void for_each_block(const T* x, std::int64_t n, std::int64_t skip, B
       block[k] = begin + k < n ? x[begin + k] : LowestBits<T>::value;
     }
     if (skip >= begin && skip < begin + kCount) block[skip - begin] = LowestBits<T>::value;
-    body(static_cast<const T*>(block));
+    body(static_cast<const T*>(block), std::true_type{});
   };
   std::int64_t i = 0;
   if (skip >= 0 && skip < n) {
-    for (; i + kCount <= skip; i += kCount) body(x + i);
+    for (; i + kCount <= skip; i += kCount) body(x + i, std::false_type{});
     patched(i);
     i += kCount;
   }
-  for (; i + kCount <= n; i += kCount) body(x + i);
+  for (; i + kCount <= n; i += kCount) body(x + i, std::false_type{});
   if (i < n) patched(i);
 }
 
@@ -83,7 +83,7 @@ float max_segment(const void* x_raw, std::int64_t n, std::int64_t skip) {
   using Vec = typename Isa::Vec;
   Vec top0 = Isa::set1(-kInf), top1 = top0;
   for_each_block<2 * Isa::kLanes>(static_cast<const T*>(x_raw), n, skip,
-                                  [&](const T* x) CFPO_INLINE_LAMBDA {
+                                  [&](const T* x, auto) CFPO_INLINE_LAMBDA {
                                     Vec a, b;
                                     Isa::load2(x, a, b);
                                     top0 = Isa::max(a, top0);
@@ -128,18 +128,38 @@ struct RunningSum {
 // Loads for an exponential that saturates.
 template <class Isa, class T>
 struct NoGuard {
+  template <bool kLeast>
   CFPO_INLINE void load2(const T* p, typename Isa::Vec& a, typename Isa::Vec& b) {
     Isa::load2(p, a, b);
   }
   bool exceeds(float) const { return false; }
+  float least() const { return -kInf; }
 };
 
 CFPO_INLINE SegmentSum no_sum(float ref, float nan_or_zero) {
-  return {{ref, nan_or_zero, 0.0f}, false};
+  return {{ref, nan_or_zero, 0.0f}, false, -kInf};
 }
 
-// One pass that trusts `ref`.
-template <class Isa, class T, bool kWeighted, class Exp2, class Guard>
+// The least of the elements that for_each_block reads through a copy.
+template <class Isa, class T>
+float least_of_patched(const T* x, std::int64_t n, std::int64_t skip) {
+  constexpr std::int64_t kCount = kBlock<Isa, T>;
+  float least = kInf;
+  const std::int64_t places[] = {skip, n};
+  for (const std::int64_t within : places) {
+    if (within < 0 || within > n) continue;
+    const std::int64_t begin = within / kCount * kCount;
+    for (std::int64_t i = begin; i < n && i < begin + kCount; ++i) {
+      const float value = Isa::load1(x[i]);
+      if (value < least && i != skip) least = value;
+    }
+  }
+  return least;
+}
+
+// One pass that trusts `ref`; with kNarrow also that no element is far below, unless the result's
+// `least` is -inf.
+template <class Isa, class T, bool kWeighted, bool kNarrow, class Exp2, class Guard>
 SegmentSum sum_with(const T* x_begin, std::int64_t n, std::int64_t skip, float scale, float ref,
                     const void* prefetch) {
   using Vec = typename Isa::Vec;
@@ -150,45 +170,64 @@ SegmentSum sum_with(const T* x_begin, std::int64_t n, std::int64_t skip, float s
   Guard guard;
   Fetcher<Isa, T> fetcher(prefetch, x_begin);
   int blocks = 0;
-  for_each_block<kBlock<Isa, T>>(x_begin, n, skip, [&](const T* x) CFPO_INLINE_LAMBDA {
-    fetcher.next_block();
+  for_each_block<kBlock<Isa, T>>(
+      x_begin, n, skip, [&](const T* x, auto patched) CFPO_INLINE_LAMBDA {
+        constexpr bool kClamps = !kNarrow || decltype(patched)::value;
+        fetcher.next_block();
 #pragma GCC unroll 8
-    for (int k = 0; k < kVectors; k += 2) {
-      // Copies of the sums: compilers keep an array in registers only if no pointer goes there.
-      Vec v[2], e[2], low[2] = {sum.low[k % 4], sum.low[k % 4 + 1]};
-      guard.load2(x + k * Isa::kLanes, v[0], v[1]);
-      exp2.add(v, low, e);  // the same with an entropy and without
-      sum.low[k % 4] = low[0];
-      sum.low[k % 4 + 1] = low[1];
-      for (int j = 0; kWeighted && j < 2; ++j) {
-        const Vec u = exp2.exponent(v[j]);
-        weighted.low[k % 4 + j] = Isa::fma(u, e[j], weighted.low[k % 4 + j]);
-      }
-    }
-    if (++blocks % kBlocksPerFlush == 0) {
-      sum.flush();
-      if (kWeighted) weighted.flush();
-    }
-  });
+        for (int k = 0; k < kVectors; k += 2) {
+          // Copies of the sums: compilers keep an array in registers only if no pointer goes there.
+          Vec v[2], e[2], low[2] = {sum.low[k % 4], sum.low[k % 4 + 1]};
+          guard.template load2<!kClamps>(x + k * Isa::kLanes, v[0], v[1]);
+          exp2.template add<kClamps>(v, low, e);  // the same with an entropy and without
+          sum.low[k % 4] = low[0];
+          sum.low[k % 4 + 1] = low[1];
+          for (int j = 0; kWeighted && j < 2; ++j) {
+            const Vec u = exp2.exponent(v[j]);
+            weighted.low[k % 4 + j] = Isa::fma(u, e[j], weighted.low[k % 4 + j]);
+          }
+        }
+        if (++blocks % kBlocksPerFlush == 0) {
+          sum.flush();
+          if (kWeighted) weighted.flush();
+        }
+      });
   if (guard.exceeds((kGuardedExponent + ref) / scale)) return no_sum(ref, __builtin_nanf(""));
+  float least = -kInf;
+  if constexpr (kNarrow) {
+    const float of_whole = guard.least(), of_patched = least_of_patched<Isa>(x_begin, n, skip);
+    least = of_whole < of_patched ? of_whole : of_patched;
+    if (!(least * scale - ref > kLeastExponent)) return no_sum(ref, 0.0f);
+  }
   sum.flush();
-  if (!kWeighted) return {{ref, sum.total(), 0.0f}, false};
+  if (!kWeighted) return {{ref, sum.total(), 0.0f}, false, least};
   weighted.flush();
   constexpr float kPeak = 0.875f;
-  return {{ref, sum.total(), weighted.total()}, sum.largest() > kPeak * sum.total()};
+  const bool peaked = sum.largest() > kPeak * sum.total();
+  return {{ref, sum.total(), weighted.total()}, peaked, least};
 }
 
 template <class Isa, class T, bool kWeighted>
 SegmentSum sum_with_reference(const T* x, std::int64_t n, std::int64_t skip, float scale, float ref,
-                              const void* prefetch) {
+                              bool narrow, const void* prefetch) {
   if constexpr (Isa::kSplits) {
     using Guard = typename Isa::template Guard<T>;
     using Exp2 = typename Isa::SumExp2;
     if (Exp2::fits(scale, ref)) {
-      return sum_with<Isa, T, kWeighted, Exp2, Guard>(x, n, skip, scale, ref, prefetch);
+      if constexpr (!kWeighted) {
+        constexpr std::int64_t kWorthwhile = 512;  // columns; those of two blocks one by one
+        if (narrow && n >= kWorthwhile) {
+          const SegmentSum sum =
+              sum_with<Isa, T, false, true, Exp2, Guard>(x, n, skip, scale, ref, prefetch);
+          // Above the reference it is NaN and not known either; the caller sees to that.
+          if (sum.least != -kInf || sum.sums.sum != sum.sums.sum) return sum;
+          prefetch = nullptr;
+        }
+      }
+      return sum_with<Isa, T, kWeighted, false, Exp2, Guard>(x, n, skip, scale, ref, prefetch);
     }
   }
-  return sum_with<Isa, T, kWeighted, typename Isa::template Exp2<5, true>, NoGuard<Isa, T>>(
+  return sum_with<Isa, T, kWeighted, false, typename Isa::template Exp2<5, true>, NoGuard<Isa, T>>(
       x, n, skip, scale, ref, prefetch);
 }
 
@@ -196,12 +235,12 @@ SegmentSum sum_with_reference(const T* x, std::int64_t n, std::int64_t skip, flo
 // that keeps the sum in range: any reference is exact, only overflow would harm.
 template <class Isa, class T, bool kWeighted>
 SegmentSum sum_segment(const void* x_raw, std::int64_t n, std::int64_t skip, float scale,
-                       float ref_hint, const void* prefetch) {
+                       float ref_hint, bool narrow, const void* prefetch) {
   const T* x = static_cast<const T*>(x_raw);
   constexpr float kLargest = 65536.0f;  // a guess 16 binary digits too low costs no accuracy yet
   if (ref_hint - ref_hint == 0.0f) {
     const SegmentSum part =
-        sum_with_reference<Isa, T, kWeighted>(x, n, skip, scale, ref_hint, prefetch);
+        sum_with_reference<Isa, T, kWeighted>(x, n, skip, scale, ref_hint, narrow, prefetch);
     if (part.sums.sum < kLargest) return part;
   }
   float ref = __builtin_ceilf(max_segment<Isa, T>(x, n, skip) * scale);
@@ -218,7 +257,7 @@ SegmentSum sum_segment(const void* x_raw, std::int64_t n, std::int64_t skip, flo
   // A segment of bans by -1e10, say: zeros beside any row that is not given up, and near its own
   // coarse reference infinities.
   if (ref < -kLargestRef) ref = -kLargestRef;
-  return sum_with_reference<Isa, T, kWeighted>(x, n, skip, scale, ref, nullptr);
+  return sum_with_reference<Isa, T, kWeighted>(x, n, skip, scale, ref, narrow, nullptr);
 }
 
 // A softcap: see core/softcap.h.
@@ -355,13 +394,18 @@ void write_blocks(const T* x, T* out, std::int64_t n, const void* prefetch, cons
 }
 
 template <class Isa, class T, bool kLinear, bool kStream>
-void gradient_with(const T* x, T* out, std::int64_t n, const GradientCoefs& coefs,
+void gradient_with(const T* x, T* out, std::int64_t n, const GradientCoefs& coefs, float least,
                    const void* prefetch) {
   const auto write = [&](const auto& block) {
     write_blocks<Isa, T, kStream>(x, out, n, prefetch, block);
   };
   if constexpr (Isa::kHalfLanes && !kLinear && std::is_same_v<T, bfloat16>) {
-    if (Bf16Gradient<Isa>::fits(coefs)) return write(Bf16Gradient<Isa>(coefs));
+    if (Bf16Gradient<Isa, true>::fits(coefs)) {
+      if (Bf16Gradient<Isa, false>::fits(coefs, least)) {
+        return write(Bf16Gradient<Isa, false>(coefs));
+      }
+      return write(Bf16Gradient<Isa, true>(coefs));
+    }
   }
   constexpr int kDegree = kGradientDegree<T>;
   if constexpr (Isa::kSplits) {
@@ -375,7 +419,7 @@ void gradient_with(const T* x, T* out, std::int64_t n, const GradientCoefs& coef
 
 template <class Isa, class T>
 void gradient_segment(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
-                      const void* prefetch, bool stream) {
+                      float least, const void* prefetch, bool stream) {
   constexpr bool kStreams = Isa::kStreams && !std::is_same_v<T, float16>;  // no faster there
   const bool linear = coefs.linear != 0.0f;
   auto run = linear ? gradient_with<Isa, T, true, false> : gradient_with<Isa, T, false, false>;
@@ -383,7 +427,7 @@ void gradient_segment(const void* x, void* out, std::int64_t n, const GradientCo
     if (stream)
       run = linear ? gradient_with<Isa, T, true, true> : gradient_with<Isa, T, false, true>;
   }
-  run(static_cast<const T*>(x), static_cast<T*>(out), n, coefs, prefetch);
+  run(static_cast<const T*>(x), static_cast<T*>(out), n, coefs, least, prefetch);
   if constexpr (kStreams) {
     if (stream) Isa::finish_streaming();
   }

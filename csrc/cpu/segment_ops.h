@@ -12,11 +12,12 @@
 
 namespace cfpo::cpu {
 
-// Of sum_weighted: whether one lane of the vectors holds nearly all of the sum, so that the rest of
-// its elements may be lost beside one of them.
 struct SegmentSum {
   PartialSum sums;
+  // Of sum_weighted: whether one lane of the vectors holds nearly all of the sum, so that the rest
+  // of its elements may be lost beside one of them.
   bool peaked;
+  float least;  // none of the elements is below; -inf where that is not known
 };
 
 struct SegmentOps {
@@ -27,15 +28,17 @@ struct SegmentOps {
   // Sums over all elements but number `skip`, which may lie outside [0, n): the row's target, so
   // that 1 - p of a likely token is not what is left of 1 after a subtraction.
   // `ref_hint`: a reference that probably suits; a non-finite one means "find your own".
+  // `narrow`: whether to try without clamps, which pays where no element is 2^-126 of the largest.
   // Meanwhile fetches n / 2 elements at `prefetch`, unless null, into the caches; so does
   // `gradient`. Each sweep leaves the memory idle for half of its time.
   using Sum = SegmentSum (*)(const void* x, std::int64_t n, std::int64_t skip, float scale,
-                             float ref_hint, const void* prefetch);
+                             float ref_hint, bool narrow, const void* prefetch);
   Sum sum;
   Sum sum_weighted;
-  // x and out may be the same memory. `stream`: write past the caches.
+  // x and out may be the same memory. `least`: what is below may become anything. `stream`: write
+  // past the caches.
   void (*gradient)(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
-                   const void* prefetch, bool stream);
+                   float least, const void* prefetch, bool stream);
   // What a softcap makes of the elements, for sweeps over float32.
   void (*cap)(const void* x, float* y, std::int64_t n, const Softcap& softcap,
               const void* prefetch);

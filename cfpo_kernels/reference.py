@@ -39,8 +39,7 @@ def token_logps(
     zero = torch.zeros((), dtype=dtype, device=logits.device)
     # Where rows are not active their logits may be anything, and must not reach the gradient.
     x = torch.where(active[:, None], logits.to(dtype), zero)
-    if softcap:
-        x = _of_capped(x, softcap)
+    x = capped(x, softcap)
     empty = torch.zeros_like(active)
     if sharded:
         empty = (x == -torch.inf).all(-1)
@@ -76,11 +75,9 @@ def _entropy(x: Tensor) -> Tensor:
     return mass.log1p() - (w * log_w).sum(-1) / (1 + mass)
 
 
-def _of_capped(y: Tensor, softcap: float) -> Tensor:
-    """y = softcap * tanh(z / softcap) itself, with the gradient of z; once."""
-    slope = (1 - (y.detach() / softcap).square()).clamp(min=0)
-    finite = torch.where(y.isinf(), 0, y)
-    return y.detach() + slope * (finite - finite.detach())
+def capped(z: Tensor, softcap: float) -> Tensor:
+    """Logits as ``KernelRows.softcap`` says, in the dtype of z."""
+    return softcap * torch.tanh(z / softcap) if softcap else z
 
 
 def token_logps_backward_(
@@ -98,7 +95,7 @@ def token_logps_backward_(
     logits, n_cols = rows.logits, rows.logits.shape[-1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     idle = (rows.weights == 0) | ((dlogps == 0) & (True if dentropy is None else dentropy == 0))
-    x = torch.where(idle[:, None], 0.0, logits.to(dtype))
+    x = capped(torch.where(idle[:, None], 0.0, logits.to(dtype)), rows.softcap)
     temperature = torch.where(idle, 1.0, rows.temperature)
     log_p = ((x.double() - lse[:, None]) / temperature[:, None]).to(dtype)
     p = log_p.exp()

@@ -137,6 +137,7 @@ class ReferenceTiles:
             with_entropy,
             with_lse=True,
             sharded=rows.sharded,
+            softcap=rows.softcap,
         )
         return Scores(logps, lse.double(), entropy if with_entropy else None)
 

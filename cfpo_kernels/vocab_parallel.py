@@ -15,6 +15,7 @@ from torch import Tensor
 from . import backends
 from .autograd import FROM_LOGITS, refuse_create_graph, save, saved
 from .backends.base import KernelRows
+from .reference import capped
 from .tiles import Scores, Tiles
 from .validation import LossTerms, Rows, values
 from .validation.errors import type_error
@@ -195,7 +196,7 @@ class Shards:
         here = (rows.token_ids >= 0) & (rows.token_ids < self.n_cols)
         ids = rows.token_ids + self.start
         picked = rows.logits.gather(1, torch.where(here, rows.token_ids, 0)[:, None]).squeeze(1)
-        logit = torch.where(here, picked.double() / temperature, -torch.inf)
+        logit = torch.where(here, capped(picked.double(), rows.softcap) / temperature, -torch.inf)
         lse, entropy = self._of_blocks(tiles, rows, with_entropy)
         mine = torch.cat([lse / temperature, entropy, logit[None]])
         everyone = [torch.empty_like(mine) for _ in self.counts]

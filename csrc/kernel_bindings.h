@@ -75,7 +75,7 @@ inline Problem make_problem(const RowsTuple& logits, Address token_ids, Address 
           temperature_stride,
           pointer<const float>(weights),
           sharded,
-          softcap == 0.0 ? 0.0f : static_cast<float>(1.0 / softcap)};
+          softcap == 0.0 ? Softcap() : Softcap(softcap)};
 }
 
 template <class T>

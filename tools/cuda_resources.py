@@ -44,8 +44,9 @@ def readable(function: str) -> str:
     words = [dtype[1] if dtype else "float32"]
     stages = {"PolicyStage": "policy", "LogpsBackward": "logps_backward"}
     words += [word for tag, word in {**stages, "LogpsStage": "logps"}.items() if tag in arguments]
-    words += ["entropy"] if "Lb1E" in arguments else []
-    words += ["softcap"] if "6CappedI" in arguments else []
+    flags = [flag == "1" for flag in re.findall(r"Lb([01])E", arguments)]  # entropy, softcap
+    words += ["entropy"] if any(flags[:1]) else []
+    words += ["softcap"] if "6CappedI" in arguments or any(flags[1:]) else []
     return f"{name}<{', '.join(words)}>"
 
 

@@ -16,7 +16,7 @@ Common arguments:
     temperature_ptr, temperature_stride: one a row (1) or one for all (0)
     absent: stands for the logit of a token outside [0, V): NaN; or -inf where the rows are columns
         of longer ones, which have the token
-    inverse_softcap: 0, or 1 / softcap of logits that are softcap * tanh(z / softcap)
+    softcap: c where the logits are c tanh(z / c) of the z that are there; None: they are the z
     BLOCK, SEGMENT: see softmax.py; they decide the last bits of a row
 Programs take every n-th row or piece of one: a launch has no more of them than run at once.
 """
@@ -26,7 +26,7 @@ import triton.language as tl
 
 from .objective import token_loss
 from .rows import row_place, target_column, target_logit
-from .scalar_math import LN2, expm1, log2e_over
+from .scalar_math import LN2, capped_target, expm1, log2e_over
 from .softmax import (
     PEAKED_ENTROPY,
     find_peak,
@@ -102,7 +102,7 @@ def _piece(piece, n_pieces, n_places, SEGMENT: tl.constexpr):
 
 @triton.jit
 def _merge_partials(
-    partials_ptr, row, n_cols, scale, SEGMENT: tl.constexpr, WITH_ENTROPY: tl.constexpr
+    partials_ptr, row, n_cols, scale, softcap, SEGMENT: tl.constexpr, WITH_ENTROPY: tl.constexpr
 ):
     """What sum_columns would have returned, from what sum_segments_kernel left; and the logit."""
     n_segments = tl.cdiv(n_cols, SEGMENT)
@@ -142,7 +142,9 @@ def _merge_partials(
             WITH_ENTROPY,
         )
         at += EACH
-    z_target = tl.load(at).to(tl.float32)
+    z_target = tl.load(at)
+    if softcap is None:
+        z_target = z_target.to(tl.float32)
     return ref, total, rest_ref, rest, weighted, peak, peak_at, z_target
 
 
@@ -156,6 +158,7 @@ def _row_statistics(
     absent,
     scale,
     n_cols,
+    softcap,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -164,8 +167,10 @@ def _row_statistics(
 ):
     """Stage 1 of a whole row."""
     if partials_ptr is None:
-        z_target = target_logit(x_ptr + shift, column, absent)
-        guess, lift, usable = guess_reference(x_ptr, shift, n_cols, column, scale, BLOCK, SHIFTED)
+        z_target = target_logit(x_ptr + shift, column, absent, softcap)
+        guess, lift, usable = guess_reference(
+            x_ptr, shift, n_cols, column, scale, softcap, BLOCK, SHIFTED
+        )
         ref, rest, others_ref, others, weighted, peak, peak_at = sum_columns(
             x_ptr,
             shift,
@@ -177,6 +182,7 @@ def _row_statistics(
             guess,
             lift,
             usable,
+            softcap,
             BLOCK,
             SEGMENT,
             SHIFTED,
@@ -185,7 +191,7 @@ def _row_statistics(
         )
     else:
         ref, rest, others_ref, others, weighted, peak, peak_at, z_target = _merge_partials(
-            partials_ptr, row, n_cols, scale, SEGMENT, WITH_ENTROPY
+            partials_ptr, row, n_cols, scale, softcap, SEGMENT, WITH_ENTROPY
         )
     return join_target(
         z_target,
@@ -247,7 +253,7 @@ def policy_loss_kernel(
     p7: tl.float32,
     kl_coef: tl.float32,
     entropy_coef: tl.float32,
-    inverse_softcap: tl.float32,
+    softcap,
     OBJECTIVE: tl.constexpr,
     KL: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
@@ -293,6 +299,7 @@ def policy_loss_kernel(
                     float("nan"),
                     scale,
                     n_cols,
+                    softcap,
                     BLOCK,
                     SEGMENT,
                     SHIFTED,
@@ -370,7 +377,7 @@ def policy_loss_kernel(
                     ref,
                     constant,
                     linear,
-                    inverse_softcap,
+                    softcap,
                     BLOCK,
                     SHIFTED,
                     WITH_ENTROPY,
@@ -395,6 +402,7 @@ def token_logps_kernel(
     logits_outer: tl.int64,
     logits_step: tl.int64,
     absent: tl.float32,
+    softcap,
     WITH_ENTROPY: tl.constexpr,
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
@@ -424,6 +432,7 @@ def token_logps_kernel(
                 absent,
                 scale,
                 n_cols,
+                softcap,
                 BLOCK,
                 SEGMENT,
                 SHIFTED,
@@ -460,7 +469,7 @@ def token_logps_backward_kernel(
     dlogits_outer: tl.int64,
     dlogits_step: tl.int64,
     n_pieces: tl.int32,  # programs that share a row
-    inverse_softcap: tl.float32,
+    softcap,
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -505,6 +514,8 @@ def token_logps_backward_kernel(
             place = column + shift
             if (column >= 0) & (place >= begin) & (place < end):
                 z = tl.load(x_ptr + place).to(tl.float64)
+                if softcap is not None:
+                    z = capped_target(z, softcap)
                 logp = (z * scale.to(tl.float64) - log2_total) * LN2
             logp32 = logp.to(tl.float32)
             entropy = 0.0
@@ -514,7 +525,9 @@ def token_logps_backward_kernel(
                 entropy = tl.load(entropy_ptr + row)
                 if (h != 0) & (entropy < PEAKED_ENTROPY):
                     # A row's peak has more than half of its mass: only one piece can have it.
-                    z, place = find_peak(x_ptr, begin, shift, end, column + shift, BLOCK, SHIFTED)
+                    z, place = find_peak(
+                        x_ptr, begin, shift, end, column + shift, softcap, BLOCK, SHIFTED
+                    )
                     peak_logp = (z.to(tl.float64) * scale.to(tl.float64) - log2_total) * LN2
                     peak = tl.where(peak_logp > -LN2, place - shift, -1)
                     peak_value = peak_gradient(scale, peak_logp.to(tl.float32), entropy, c, h)
@@ -543,7 +556,7 @@ def token_logps_backward_kernel(
                 ref,
                 constant,
                 linear,
-                inverse_softcap,
+                softcap,
                 BLOCK,
                 SHIFTED,
                 dentropy_ptr is not None,
@@ -565,6 +578,7 @@ def sum_segments_kernel(
     logits_outer: tl.int64,
     logits_step: tl.int64,
     absent: tl.float32,
+    softcap,
     WITH_ENTROPY: tl.constexpr,
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
@@ -584,9 +598,11 @@ def sum_segments_kernel(
         x_ptr = logits_ptr + x_place
         column = target_column(token_ids_ptr, row, n_cols)
         scale = _row_scale(temperature_ptr, row, temperature_stride)
-        guess, lift, usable = guess_reference(x_ptr, shift, n_cols, column, scale, BLOCK, SHIFTED)
+        guess, lift, usable = guess_reference(
+            x_ptr, shift, n_cols, column, scale, softcap, BLOCK, SHIFTED
+        )
         begin = segment * SEGMENT
-        z_target = target_logit(x_ptr + shift, column, absent)
+        z_target = target_logit(x_ptr + shift, column, absent, softcap)
         ref, total, rest_ref, rest, weighted, peak, peak_at = sum_columns(
             x_ptr,
             shift,
@@ -598,6 +614,7 @@ def sum_segments_kernel(
             guess,
             lift,
             usable,
+            softcap,
             BLOCK,
             SEGMENT,
             SHIFTED,

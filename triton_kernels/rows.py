@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .scalar_math import capped_target
+
 
 @triton.jit
 def row_place(
@@ -29,10 +31,13 @@ def target_column(token_ids_ptr, row, n_cols):
 
 
 @triton.jit
-def target_logit(x_ptr, column, absent):
-    """The target's logit in float32; `absent` for a token that is none of the columns.
+def target_logit(x_ptr, column, absent, softcap):
+    """The target's logit, in float64 if it has been capped, else in float32; `absent` for a token
+    that is none of the columns.
 
     Read before a reduction of stage 1 it is read before any thread overwrites the row.
     """
     logit = tl.load(x_ptr + tl.maximum(column, 0)).to(tl.float32)
+    if softcap is not None:
+        logit = capped_target(logit.to(tl.float64), softcap)
     return tl.where(column >= 0, logit, absent)

@@ -99,3 +99,37 @@ def log2(x):
     log, correction = log1p_near(mantissa - 1)
     log = (log.to(tl.float64) + correction.to(tl.float64)) * LOG2E
     return tl.where(x == x, whole.to(tl.float64) + log, float("nan"))
+
+
+@triton.jit
+def capped(x, softcap):
+    """softcap * tanh(x / softcap) in float32; csrc/core/softcap.h says how."""
+    limit = 9.0 * softcap
+    within = tl.abs(x)
+    within = tl.where(within > limit, limit, within)  # NaN stays NaN
+    t = within * tl.div_rn(1.0, softcap)
+    s = t * t
+    p = tl.fma(s, 1.3419784e-8, 2.0661231e-5)
+    p = tl.fma(tl.fma(tl.fma(p, s, 3.4989945e-3), s, 1.3383979e-1), s, 1.0)
+    q = tl.fma(s, 7.8047117e-7, 3.2910355e-4)
+    q = tl.fma(tl.fma(tl.fma(q, s, 2.58902e-2), s, 4.67173e-1), s, 1.0)
+    y = within * (p / q)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def capped_target(x, softcap):
+    """The same of one number in float64, to 1e-10; beyond 10 softcap to 4e-9."""
+    c = softcap.to(tl.float64)
+    within = tl.abs(x)
+    within = tl.where(within > 10.0 * c, 10.0 * c, within)
+    t = within / c
+    s = t * t
+    p = s * 3.2584062372959645e-11 + 1.0433093704830727e-07
+    p = ((p * s + 4.1063718012462206e-05) * s + 0.0043787010891092086) * s
+    p = (p + 0.14063694377262803) * s + 1.0
+    q = s * 2.7003818103106189e-09 + 2.4921151526638139e-06
+    q = ((q * s + 0.00049176660293504134) * s + 0.029035461658902424) * s
+    q = (q + 0.47397027620493626) * s + 1.0
+    y = within * (p / q)
+    return tl.where(x < 0, -y, y)

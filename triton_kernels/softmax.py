@@ -22,7 +22,7 @@ it are not touched. Columns and places are int32.
 import triton
 import triton.language as tl
 
-from .scalar_math import LN2, LOG2E, log1p_near, log2, power_of_two
+from .scalar_math import LN2, LOG2E, capped, log1p_near, log2, power_of_two
 
 # References beyond are floats too far apart to be near anything: such a row is NaN.
 LARGEST_REF = tl.constexpr(2147483648.0)
@@ -50,11 +50,14 @@ def _inside(start, first, end, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
 
 
 @triton.jit
-def _load_edge(x_ptr, start, first, end, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
+def _load_edge(x_ptr, start, first, end, BLOCK: tl.constexpr, SHIFTED: tl.constexpr, softcap=None):
     """A block that may reach beyond places [first, end); -inf there."""
     places = start + tl.arange(0, BLOCK)
     inside = _inside(start, first, end, BLOCK, SHIFTED)
-    return tl.load(x_ptr + places, mask=inside, other=float("-inf"))
+    x = tl.load(x_ptr + places, mask=inside, other=float("-inf"))
+    if softcap is not None:
+        x = tl.where(inside, capped(x.to(tl.float32), softcap), float("-inf"))
+    return x
 
 
 @triton.jit
@@ -134,18 +137,19 @@ def _sum_again(
     BLOCK: tl.constexpr,
     SHIFTED: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    softcap,
 ):
     """Sums a segment, but places `target` and `peak`, with a reference of its own."""
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(segment, end, BLOCK):
-        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED)
+        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED, softcap)
         x = _without(_without(x, start, target, BLOCK), start, peak, BLOCK)
         top = tl.maximum(top, x.to(tl.float32))
     ref, lift = _reference(tl.max(top), scale)
     sums = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     for start in range(segment, end, BLOCK):
-        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED)
+        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED, softcap)
         x = _without(_without(x, start, target, BLOCK), start, peak, BLOCK)
         sums, weighted = _add_block(sums, weighted, x, scale, ref, WEIGHTED)
     largest, total, total_weighted = _total(sums, weighted, lift, WEIGHTED)
@@ -153,7 +157,9 @@ def _sum_again(
 
 
 @triton.jit
-def find_peak(x_ptr, begin, first, end, target, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
+def find_peak(
+    x_ptr, begin, first, end, target, softcap, BLOCK: tl.constexpr, SHIFTED: tl.constexpr
+):
     """The largest element of [max(begin, first), end) but the target, and its place.
 
     begin is a multiple of BLOCK. Of equal ones the first; a NaN may be passed over.
@@ -161,7 +167,7 @@ def find_peak(x_ptr, begin, first, end, target, BLOCK: tl.constexpr, SHIFTED: tl
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     places = tl.full([BLOCK], _NO_PLACE, tl.int32)
     for start in range(begin, end, BLOCK):
-        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED)
+        x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED, softcap)
         x = _without(x, start, target, BLOCK).to(tl.float32)
         here = start + tl.arange(0, BLOCK)
         better = x > top
@@ -173,7 +179,7 @@ def find_peak(x_ptr, begin, first, end, target, BLOCK: tl.constexpr, SHIFTED: tl
 
 @triton.jit
 def guess_reference(
-    x_ptr, shift, n_cols, target, scale, BLOCK: tl.constexpr, SHIFTED: tl.constexpr
+    x_ptr, shift, n_cols, target, scale, softcap, BLOCK: tl.constexpr, SHIFTED: tl.constexpr
 ):
     """A reference from the row's first columns, its lift, and whether it is usable.
 
@@ -182,7 +188,7 @@ def guess_reference(
     """
     # The same columns whatever the shift.
     end = shift + tl.minimum(n_cols, BLOCK - 16)
-    x = _load_edge(x_ptr, 0, shift, end, BLOCK, SHIFTED).to(tl.float32)
+    x = _load_edge(x_ptr, 0, shift, end, BLOCK, SHIFTED, softcap).to(tl.float32)
     others = tl.arange(0, BLOCK) != target + shift
     ref, lift = _reference(tl.max(tl.where(others, x, float("-inf"))), scale)
     usable = tl.abs(ref) < LARGEST_REF
@@ -270,6 +276,7 @@ def sum_columns(
     guess,
     guess_lift,
     usable,
+    softcap,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -299,7 +306,7 @@ def sum_columns(
         sums = tl.zeros([BLOCK], tl.float32)
         weighted_sums = tl.zeros([BLOCK], tl.float32)
         if SHIFTED:
-            edge = _load_edge(x_ptr, segment, segment_first, segment_end, BLOCK, SHIFTED)
+            edge = _load_edge(x_ptr, segment, segment_first, segment_end, BLOCK, SHIFTED, softcap)
             edge = _without(edge, segment, target, BLOCK)
             sums, weighted_sums = _add_block(sums, weighted_sums, edge, scale, guess, WEIGHTED)
         for start in range(segment + FIRST, whole_end, BLOCK):
@@ -307,12 +314,14 @@ def sum_columns(
             if SHIFTED:
                 following = tl.where(following < whole_end, following, segment + SEGMENT + FIRST)
             ahead = _load_ahead(x_ptr, following, following + BLOCK <= end, BLOCK, EVICTION)
+            if softcap is not None:
+                x = capped(x.to(tl.float32), softcap)
             x = _without(x, start, target, BLOCK)
             sums, weighted_sums = _add_block(sums, weighted_sums, x, scale, guess, WEIGHTED)
             x = ahead
         tail = tl.maximum(whole_end, segment + FIRST)
         if tail < segment_end:
-            edge = _load_edge(x_ptr, tail, segment_first, segment_end, BLOCK, SHIFTED)
+            edge = _load_edge(x_ptr, tail, segment_first, segment_end, BLOCK, SHIFTED, softcap)
             edge = _without(edge, tail, target, BLOCK)
             sums, weighted_sums = _add_block(sums, weighted_sums, edge, scale, guess, WEIGHTED)
         part_ref = guess
@@ -329,16 +338,17 @@ def sum_columns(
                 BLOCK,
                 SHIFTED,
                 WEIGHTED,
+                softcap,
             )
         rest_part_ref = part_ref
         rest_part = part
         part_peak = tl.full([], float("-inf"), tl.float32)
         part_peak_at = tl.full([], -1, tl.int32)
         if WEIGHTED:
-            asked = tl.exp2(tl.fma(z_target, scale, -part_ref))
+            asked = tl.exp2(tl.fma(z_target.to(tl.float32), scale, -part_ref))
             if (largest > part * _PEAKED) & (largest > asked):
                 part_peak, place = find_peak(
-                    x_ptr, segment, segment_first, segment_end, target, BLOCK, SHIFTED
+                    x_ptr, segment, segment_first, segment_end, target, softcap, BLOCK, SHIFTED
                 )
                 part_peak_at = place - shift
                 rest_part_ref, _, rest_part, part_weighted = _sum_again(
@@ -352,6 +362,7 @@ def sum_columns(
                     BLOCK,
                     SHIFTED,
                     WEIGHTED,
+                    softcap,
                 )
         ref, total, rest_ref, rest, weighted, peak, peak_at = merge_sums(
             ref,
@@ -499,11 +510,13 @@ def _gradient_block(
     ref,
     constant,
     linear,
-    inverse_softcap,
+    softcap,
     BLOCK: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
     x = x.to(tl.float32)
+    if softcap is not None:
+        x = capped(x, softcap)
     u = tl.fma(x, scale, -ref)
     factor = constant
     if WITH_ENTROPY:
@@ -514,10 +527,9 @@ def _gradient_block(
             d = tl.where(start + tl.arange(0, BLOCK) == peak, peak_value, d)
     if (target >= start) & (target < start + BLOCK):
         d = tl.where(start + tl.arange(0, BLOCK) == target, target_value, d)
-    if inverse_softcap != 0:
-        # dy/dz of y = softcap tanh(z / softcap); 0 for a ban by -inf, whose 2^u is 0 too.
-        t = x * inverse_softcap
-        d *= tl.maximum(tl.fma(-t, t, 1.0), 0.0)
+    if softcap is not None:
+        t = x * (1.0 / softcap)
+        d *= tl.maximum(tl.fma(-t, t, 1.0), 0.0)  # |x| may be rounded to more than the softcap
     return d
 
 
@@ -536,15 +548,14 @@ def write_gradient(
     ref,
     constant,
     linear,
-    inverse_softcap,
+    softcap,
     BLOCK: tl.constexpr,
     SHIFTED: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
     """Stage 3 at places [begin, end), backwards: what stage 1 read last is in the cache still.
 
-    begin is a multiple of BLOCK. x and d may be the same memory. inverse_softcap: not 0 where the
-    logits have been through a softcap, and the gradient is that of what came in.
+    begin is a multiple of BLOCK. x and d may be the same memory. softcap: see kernels.py.
     """
     lanes = tl.arange(0, BLOCK)
     dtype = d_ptr.dtype.element_ty
@@ -566,7 +577,7 @@ def write_gradient(
             ref,
             constant,
             linear,
-            inverse_softcap,
+            softcap,
             BLOCK,
             WITH_ENTROPY,
         )
@@ -591,7 +602,7 @@ def write_gradient(
             ref,
             constant,
             linear,
-            inverse_softcap,
+            softcap,
             BLOCK,
             WITH_ENTROPY,
         )
@@ -612,7 +623,7 @@ def write_gradient(
                 ref,
                 constant,
                 linear,
-                inverse_softcap,
+                softcap,
                 BLOCK,
                 WITH_ENTROPY,
             )

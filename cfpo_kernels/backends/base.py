@@ -19,8 +19,8 @@ class KernelRows(NamedTuple):
     # They are some columns of longer rows, and a token outside [0, V) is among the others: it is no
     # error, and its log-prob is -inf. Not for a loss, which takes all columns.
     sharded: bool = False
-    # The logits are y = softcap * tanh(z / softcap); gradients are those of z, from the y that are
-    # there. 0: no softcap.
+    # c: what is there are z, and the logits are c * tanh(z / c), in float32; gradients are those of
+    # z. A float32 number between 1e-30 and 1e30, or 0: the logits are what is there.
     softcap: float = 0.0
 
     def check_whole(self) -> None:

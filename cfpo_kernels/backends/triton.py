@@ -256,8 +256,8 @@ def _absent(rows: KernelRows) -> float:
     return -math.inf if rows.sharded else math.nan
 
 
-def _inverse_softcap(rows: KernelRows) -> float:
-    return 1 / rows.softcap if rows.softcap else 0.0
+def _softcap(rows: KernelRows) -> float | None:
+    return rows.softcap or None
 
 
 def _token_columns(terms: KernelTerms, first: int) -> dict[str, Tensor | None]:
@@ -287,7 +287,7 @@ def _objective(settings: LossSettings) -> dict[str, Any]:
     }
 
 
-def _partials(launch: _Launch, inputs: dict[str, Any], absent: float) -> Tensor | None:
+def _partials(launch: _Launch, inputs: dict[str, Any], rows: KernelRows) -> Tensor | None:
     """Stage 1 by a program a segment, where rows are so few that whole ones would leave most of
     the GPU idle."""
     if not launch.is_split():
@@ -301,7 +301,8 @@ def _partials(launch: _Launch, inputs: dict[str, Any], absent: float) -> Tensor 
         partials,
         **inputs,
         **launch.rows(),
-        absent=absent,
+        absent=_absent(rows),
+        softcap=_softcap(rows),
         WITH_ENTROPY=launch.with_entropy,
         SEGMENT=launch.tile.segment,
         **launch.constants(),
@@ -337,7 +338,7 @@ class TritonBackend:
         for first, launch in _launches(rows.logits, dlogits, with_entropy=with_entropy):
             inputs = _row_inputs(rows, first)
             with _on(launch.logits.tensor.device):
-                partials = _partials(launch, inputs, _absent(rows))
+                partials = _partials(launch, inputs, rows)
                 pieces = 1
                 if partials is not None and launch.dlogits is not None:
                     pieces = launch.pieces()
@@ -356,7 +357,7 @@ class TritonBackend:
                     **launch.gradient_rows(),
                     n_pieces=pieces,
                     **_objective(settings),
-                    inverse_softcap=_inverse_softcap(rows),
+                    softcap=_softcap(rows),
                     WITH_ENTROPY=with_entropy,
                     SEGMENT=launch.tile.segment,
                     **launch.constants(),
@@ -368,7 +369,7 @@ class TritonBackend:
         for first, launch in _launches(rows.logits, with_entropy=entropy is not None):
             inputs = _row_inputs(rows, first)
             with _on(launch.logits.tensor.device):
-                partials = _partials(launch, inputs, _absent(rows))
+                partials = _partials(launch, inputs, rows)
                 programs = launch.n_rows if partials is not None else launch.row_programs()
                 _module("kernels").token_logps_kernel[(programs,)](
                     launch.logits.tensor,
@@ -379,6 +380,7 @@ class TritonBackend:
                     entropy_ptr=rows_from(entropy, first),
                     **launch.rows(),
                     absent=_absent(rows),
+                    softcap=_softcap(rows),
                     WITH_ENTROPY=entropy is not None,
                     SEGMENT=launch.tile.segment,
                     **launch.constants(),
@@ -408,7 +410,7 @@ class TritonBackend:
                     **launch.rows(),
                     **launch.gradient_rows(),
                     n_pieces=pieces,
-                    inverse_softcap=_inverse_softcap(rows),
+                    softcap=_softcap(rows),
                     SEGMENT=launch.tile.segment,
                     **launch.constants(),
                 )

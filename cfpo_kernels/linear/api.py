@@ -13,6 +13,7 @@ from ..api import BACKENDS, policy_loss, token_logps
 from ..formula import is_idle
 from ..inputs import LogRatioBounds
 from ..objectives import CFPO
+from ..reference import capped
 from ..runners import runner
 from ..shapes import SCORE
 from ..stats import CFPOStats, collect_stats
@@ -436,7 +437,7 @@ class _Head:
     ) -> None:
         chosen = validation.check_choice("backend", backend, BACKENDS)
         self.scale = positive_number("logit_scale", logit_scale)
-        self.softcap = None if softcap is None else positive_number("softcap", softcap)
+        self.softcap = _softcap(softcap, self.scale)
         self.accumulates = (
             validation.check_choice("accumulate", accumulate, ACCUMULATE) == "float32"
         )
@@ -455,7 +456,7 @@ class _Head:
             widest = self.shards.vocab_size  # the same on each process
             self.parameters, shape = _of_all(self.parameters, shape, vocab_parallel)
         self.hidden = self.parameters.hidden.reshape(*shape, hidden.shape[-1])
-        self.dtypes = precision(self.parameters, logits_dtype, self.softcap)
+        self.dtypes = precision(self.parameters, logits_dtype, self.softcap != 0)
         device = self.hidden.device
         resolved = backends.resolve(chosen, device, self.dtypes.logits, self.n_cols)
         if self.shards is not None:
@@ -491,9 +492,8 @@ class _Head:
             self.parameters, rows, ids, self.dtypes.operands, self.dtypes.logits
         )
         logits = logits.to(self.dtypes.rounded).to(self.dtypes.logits)
-        if self.softcap is not None:
-            cap = self.softcap / self.scale
-            logits = torch.where(ids < 0, logits, cap * torch.tanh(logits / cap))
+        if self.softcap:
+            logits = torch.where(ids < 0, logits, capped(logits, self.softcap))
         chosen = positions(ids, rows.token_ids).reshape(rows.shape)
         return logits.reshape(*rows.shape, -1), chosen
 
@@ -510,7 +510,7 @@ class _Head:
             dtype=self.dtypes.operands,
             tile_dtype=self.dtypes.logits,
             rounded=self.dtypes.rounded,
-            softcap=0.0 if self.softcap is None else self.softcap / self.scale,
+            softcap=self.softcap,
             chunk=max(self.chunk, LEAST_ROWS),
             wanted=wanted,
             scored=in_order(selection.scored, 0, self.chunk),
@@ -532,6 +532,18 @@ def _refuse_with_support(**given: object) -> None:
                 f"{name} must be {_WITHOUT_PRODUCTS[name]!r} with support, got {value!r}: all "
                 "tokens' few logits exist at once, and sums into the head are float32"
             )
+
+
+def _softcap(value: object, scale: float) -> float:
+    """Of the logits before they are scaled, as a float32 number; 0: none."""
+    if value is None:
+        return 0.0
+    softcap = positive_number("softcap", value)
+    if not 1e-30 <= softcap / scale <= 1e30:
+        raise ValueError(
+            f"softcap / logit_scale must be between 1e-30 and 1e30, got {softcap} / {scale}"
+        )
+    return float(torch.tensor(softcap / scale, dtype=torch.float32))
 
 
 def _of_all(

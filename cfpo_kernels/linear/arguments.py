@@ -124,7 +124,7 @@ def is_dtensor(x: object) -> bool:
     return isinstance(x, DTensor)
 
 
-def precision(parameters: Parameters, logits_dtype: object, softcap: float | None) -> Precision:
+def precision(parameters: Parameters, logits_dtype: object, softcap: bool) -> Precision:
     """What F.linear would multiply in, unless told otherwise.
 
     Under autocast operands have its dtype, and logits too; with ``logits_dtype=torch.float32``
@@ -149,8 +149,8 @@ def precision(parameters: Parameters, logits_dtype: object, softcap: float | Non
             "logits_dtype=torch.float32 lets a float32 head take it as it is"
         )
     logits: Any = operands if logits_dtype is None else logits_dtype
-    if softcap is None:
+    if not softcap:
         return Precision(operands, logits, logits)
-    # A cap in a lower precision would make ratios of 1 differ by some percent.
-    capped = torch.promote_types(operands, torch.float32)
-    return Precision(operands, capped, capped if logits_dtype is None else logits)
+    # A head in a lower precision adds its bias before it rounds.
+    wide = torch.promote_types(operands, torch.float32)
+    return Precision(operands, wide, wide if logits_dtype is None else logits)

@@ -33,8 +33,9 @@ class Batch:
     """
     Attributes:
         rows: of all N tokens; the temperature is that of z.
-        dtype, tile_dtype: of the products' operands and of the logits.
-        rounded: which the logits are rounded to before the softcap.
+        dtype, tile_dtype: of the products' operands and of z.
+        rounded: which z is rounded to before the softcap.
+        softcap: see KernelRows.
         chunk: rows of a tile.
         wanted: the rows that the loss depends on.
         scored: rows whose log-probs and entropies are asked for, and no more.
@@ -68,7 +69,7 @@ class Batch:
             for x in (parameters.weight, parameters.bias, parameters.lora)
         )
         assert weight is not None
-        return Head(weight, bias, lora, self.tile_dtype, self.rounded, self.softcap)
+        return Head(weight, bias, lora, self.tile_dtype, self.rounded)
 
     def new_tile(self, n_cols: int) -> Tensor:
         return torch.empty(

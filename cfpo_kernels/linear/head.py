@@ -50,9 +50,8 @@ class Head:
         weight: (V, H).
         bias: (V,), or None.
         lora: (V, r), the B of an adapter, or None.
-        tile_dtype: of the logits.
-        rounded: which they are rounded to before the softcap.
-        softcap: logits are ``softcap * tanh(z / softcap)``; 0: they are z.
+        tile_dtype: of z.
+        rounded: which z is rounded to.
         rooms: for converted operands, by what they are.
     """
 
@@ -61,7 +60,6 @@ class Head:
     lora: Tensor | None
     tile_dtype: torch.dtype
     rounded: torch.dtype
-    softcap: float = 0.0
     rooms: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     @property
@@ -69,7 +67,7 @@ class Head:
         return self.weight.shape[0]
 
     def project(self, tile: Tensor, x: Tensor, u: Tensor | None, columns: slice) -> None:
-        """Fills a tile (n, columns) with the logits of x (n, H) and u (n, r)."""
+        """Fills a tile (n, columns) with the z of x (n, H) and u (n, r)."""
         dtype, step = self._step(columns, tile.dtype, self.weight)
         x, u = x.to(dtype), None if u is None else u.to(dtype)
         for s, part in _parts(columns, step):
@@ -90,8 +88,6 @@ class Head:
         if self.rounded != tile.dtype:
             for s in slices(tile.shape[1], SLICE):
                 tile[:, s] = tile[:, s].to(self.rounded)
-        if self.softcap:
-            tile.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def add_gradients(
         self, tile: Tensor, used: int, x: Tensor, u: Tensor | None, columns: slice, to: Gradients

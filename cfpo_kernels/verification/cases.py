@@ -227,9 +227,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, n_rows: in
     )
     target = torch.where(others == -math.inf, 0.0, others + lift)
     x.scatter_(1, token_ids[:, None], target[:, None])
-    if case.softcap:
-        x = torch.where(x == -math.inf, x, case.softcap * torch.tanh(x / case.softcap))
-    else:
+    if not case.softcap:  # it would make all logits the same
         x += torch.where(kinds == KINDS.index("offset"), OFFSET, 0.0)[:, None]
     x[kinds == KINDS.index("masked")] = math.nan
     logits = x.to(dtype)
@@ -240,7 +238,13 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, n_rows: in
         kinds == KINDS.index("no advantage"), 0.0, uniform(0.5, 1.5) * _signs(n_rows, device)
     )
     logps, *_ = reference.token_logps(
-        logits.double(), token_ids, active, temperature.double(), False, False
+        logits.double(),
+        token_ids,
+        active,
+        temperature.double(),
+        False,
+        False,
+        softcap=case.softcap,
     )
     log_ratios = _numbers(LOG_RATIOS, device)[_counted(n_rows, device) % len(LOG_RATIOS)]
     # Where the advantage is 0 nothing may come of it, whatever r is; unless something else has r.
@@ -308,7 +312,8 @@ def exact_results(case: Case, inputs: Inputs, rows: Tensor) -> Exact:
             loss = loss_of_logps(logps, entropy, weights, chosen, terms.settings)
             scale = 1.0 if terms.grad_scale is None else float(terms.grad_scale)
         (dlogits,) = torch.autograd.grad(loss.sum(), logits)
-    log_p = torch.log_softmax(logits.detach() / temperature[:, None], -1)
+    capped = reference.capped(logits.detach(), case.softcap)
+    log_p = torch.log_softmax(capped / temperature[:, None], -1)
     return Exact(
         rows,
         token_ids,

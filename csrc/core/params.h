@@ -10,6 +10,7 @@
 
 #include "core/dtype.h"
 #include "core/objective.h"
+#include "core/softcap.h"
 
 namespace cfpo {
 
@@ -43,9 +44,8 @@ struct Problem {
   // The rows are some columns of longer ones, and a token outside [0, V) is among the others. If
   // not, such a token makes its row NaN.
   bool sharded = false;
-  // 1 / softcap where the logits are softcap * tanh(z / softcap), and gradients are those of z; 0:
-  // not capped.
-  float inverse_softcap = 0.0f;
+  // What the logits go through before anything else; gradients are those of what is there.
+  Softcap softcap;
 
   // The row's token, or -1 where it is none of its columns.
   template <class Index>

@@ -75,22 +75,20 @@ struct RowSum {
   }
 };
 
-// dy/dz of y = softcap tanh(z / softcap), from y; 0 for a ban by -inf, whose p is 0 too.
-CFPO_HOST_DEVICE inline float softcap_slope(float y, float inverse_softcap) {
-  const float t = y * inverse_softcap;
-  return std::fmax(std::fma(-t, t, 1.0f), 0.0f);
-}
+// A target's `Logit` is a float as it lies in the row, or a double that has been capped.
 
 // A shard without any mass: bans alone, as low as those that are zeros beside any other row.
-CFPO_HOST_DEVICE inline bool is_empty(float scale, float target, const RowSum& rest) {
+template <class Logit>
+CFPO_HOST_DEVICE bool is_empty(float scale, Logit target, const RowSum& rest) {
   const double top = std::fmax(rest.ref, static_cast<double>(target) * scale);
   return top <= -kLargestRef && target == target && rest.sum == rest.sum;
 }
 
 // Joins the target, which the sums leave out, with the rest of its row. That way 1 - p and log p
 // of a likely token keep their relative accuracy.
-CFPO_HOST_DEVICE inline RowStats join_target(float scale, float target, RowSum rest,
-                                             bool sharded = false) {
+template <class Logit>
+CFPO_HOST_DEVICE RowStats join_target(float scale, Logit target, RowSum rest,
+                                      bool sharded = false) {
   RowStats stats;
   stats.scale = scale;
   if (sharded && is_empty(scale, target, rest)) {
@@ -131,8 +129,8 @@ CFPO_HOST_DEVICE inline RowStats join_target(float scale, float target, RowSum r
 }
 
 // The stats of a row whose sums an earlier call has left as its lse.
-CFPO_HOST_DEVICE inline RowStats stats_from_lse(float scale, float target, double lse,
-                                                double entropy) {
+template <class Logit>
+CFPO_HOST_DEVICE RowStats stats_from_lse(float scale, Logit target, double lse, double entropy) {
   const double log2_total = lse * scale;
   RowStats stats;
   stats.scale = scale;
@@ -219,7 +217,8 @@ struct Peak {
 // The peak where it has most of the row's mass. With w_v = e^(log p_v - log p_peak) of all others,
 //   H = log(1 + sum w) + sum |log w| w / (1 + sum w)
 // a sum of positive numbers.
-CFPO_HOST_DEVICE inline Peak peak_of(float scale, float target, const PeakedSum& sums, double ref) {
+template <class Logit>
+CFPO_HOST_DEVICE Peak peak_of(float scale, Logit target, const PeakedSum& sums, double ref) {
   const double u = static_cast<double>(target) * scale, top = sums.peak;
   if (!(top > u && std::exp2(top - sums.rest.ref) >= sums.rest.sum)) return {};
   const double gap = u - top;

@@ -170,7 +170,8 @@ struct LogpsBackwardStage {
   CFPO_HOST_DEVICE bool entropy() const { return false; }
   CFPO_HOST_DEVICE void skipped(std::int64_t) const {}
 
-  CFPO_HOST_DEVICE RowStats stats(std::int64_t row, float target) const {
+  template <class Logit>
+  CFPO_HOST_DEVICE RowStats stats(std::int64_t row, Logit target) const {
     const double entropy = p.entropy != nullptr ? p.entropy[row] : 0.0;
     return stats_from_lse(row_scale(p.problem, row), target, p.lse[row], entropy);
   }

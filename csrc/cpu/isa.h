@@ -2,9 +2,10 @@
 //
 // An Isa provides
 //
-//   Vec, kLanes, set1, add, mul, fma, horizontal_max, horizontal_sum
-//   max: its second operand where either is NaN
+//   Vec, kLanes, set1, add, mul, div, fma, horizontal_max, horizontal_sum
+//   max, min: their second operand where either is NaN
 //   load1: one element
+//   widen: a vector of elements in their own order
 //   load2, store2: two vectors of T at once, in an order of the Isa's choosing; store2<true> past
 //     the caches, to aligned memory, where kStreams (not float16)
 //   Affine(scale, ref): x -> u = x * scale - ref to within one rounding of the result

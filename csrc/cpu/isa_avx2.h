@@ -17,7 +17,9 @@ struct Avx2 {
   static CFPO_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }
   static CFPO_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static CFPO_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static CFPO_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
   static CFPO_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static CFPO_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
   static CFPO_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static CFPO_INLINE float horizontal_max(Vec v) {
     float lane[kLanes];
@@ -241,6 +243,15 @@ struct Avx2 {
   // a + b where n > floor, else 0
   static CFPO_INLINE Int add16_above(Int n, Int floor, Int a, Int b) {
     return _mm256_and_si256(add16(a, b), _mm256_cmpgt_epi16(n, floor));
+  }
+
+  static CFPO_INLINE Vec widen(const float* p) { return _mm256_loadu_ps(p); }
+  static CFPO_INLINE Vec widen(const bfloat16* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
+  static CFPO_INLINE Vec widen(const float16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
   static CFPO_INLINE float load1(float x) { return x; }

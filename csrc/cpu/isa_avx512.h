@@ -15,7 +15,9 @@ struct Avx512 {
   static CFPO_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
   static CFPO_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static CFPO_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static CFPO_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static CFPO_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static CFPO_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
   static CFPO_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static CFPO_INLINE float horizontal_max(Vec v) { return _mm512_reduce_max_ps(v); }
   static CFPO_INLINE float horizontal_sum(Vec v) { return _mm512_reduce_add_ps(v); }
@@ -86,6 +88,15 @@ struct Avx512 {
   // a + b where n > floor, else 0
   static CFPO_INLINE Int add16_above(Int n, Int floor, Int a, Int b) {
     return _mm512_maskz_add_epi16(_mm512_cmpgt_epi16_mask(n, floor), a, b);
+  }
+
+  static CFPO_INLINE Vec widen(const float* p) { return _mm512_loadu_ps(p); }
+  static CFPO_INLINE Vec widen(const bfloat16* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  static CFPO_INLINE Vec widen(const float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 
   static CFPO_INLINE float load1(float x) { return x; }

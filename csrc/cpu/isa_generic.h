@@ -23,6 +23,7 @@ struct Generic {
   static CFPO_INLINE Bits bits(std::uint32_t x) { return Bits{x, x, x, x}; }
   static CFPO_INLINE Vec add(Vec a, Vec b) { return a + b; }
   static CFPO_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+  static CFPO_INLINE Vec div(Vec a, Vec b) { return a / b; }
   static CFPO_INLINE Vec select(Int mask, Vec a, Vec b) {
     return (Vec)(((Int)a & mask) | ((Int)b & ~mask));
   }
@@ -84,6 +85,14 @@ struct Generic {
     T v;
     std::memcpy(&v, p, sizeof v);
     return v;
+  }
+
+  static CFPO_INLINE Vec widen(const float* p) { return load<Vec>(p); }
+  static CFPO_INLINE Vec widen(const bfloat16* p) {
+    return set_bits(Bits{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16);
+  }
+  static CFPO_INLINE Vec widen(const float16* p) {
+    return from_half(Bits{p[0].bits, p[1].bits, p[2].bits, p[3].bits});
   }
 
   static CFPO_INLINE float load1(float x) { return x; }

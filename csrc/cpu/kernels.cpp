@@ -8,8 +8,9 @@ namespace cfpo::cpu {
 
 namespace {
 
-const SegmentOps& ops_for(const Execution& execution, DType dtype) {
-  return find_level(execution.level).ops[static_cast<int>(dtype)];
+Sweeps sweeps_for(const Execution& execution, DType dtype) {
+  const SegmentOps(&ops)[3] = find_level(execution.level).ops;
+  return {ops[static_cast<int>(dtype)], ops[static_cast<int>(DType::kFloat32)]};
 }
 
 }  // namespace
@@ -21,10 +22,10 @@ std::vector<std::string> supported_levels() {
 }
 
 void policy_loss(const PolicyLossParams& params, const Execution& execution) {
-  const SegmentOps& ops = ops_for(execution, params.problem.logits.dtype);
+  const Sweeps sweeps = sweeps_for(execution, params.problem.logits.dtype);
   const PolicyStage stage{params};
   prefer_huge_pages(params.dlogits, params.problem.logits);
-  RowDriver<PolicyStage>(ops, params.problem, params.dlogits, stage).run(execution.threads);
+  RowDriver<PolicyStage>(sweeps, params.problem, params.dlogits, stage).run(execution.threads);
 }
 
 void token_losses(const TokenLossParams& params, const Execution& execution) {
@@ -39,22 +40,23 @@ void token_losses(const TokenLossParams& params, const Execution& execution) {
 }
 
 void token_logps(const TokenLogpsParams& params, const Execution& execution) {
-  const SegmentOps& ops = ops_for(execution, params.problem.logits.dtype);
+  const Sweeps sweeps = sweeps_for(execution, params.problem.logits.dtype);
   const LogpsStage stage{params};
   const Rows no_gradient;
-  RowDriver<LogpsStage>(ops, params.problem, no_gradient, stage).run(execution.threads);
+  RowDriver<LogpsStage>(sweeps, params.problem, no_gradient, stage).run(execution.threads);
 }
 
 void token_logps_backward(const TokenLogpsBackwardParams& params, const Execution& execution) {
-  const SegmentOps& ops = ops_for(execution, params.problem.logits.dtype);
+  const Sweeps sweeps = sweeps_for(execution, params.problem.logits.dtype);
   const LogpsBackwardStage stage{params};
   prefer_huge_pages(params.dlogits, params.problem.logits);
-  RowDriver<LogpsBackwardStage>(ops, params.problem, params.dlogits, stage).run(execution.threads);
+  RowDriver<LogpsBackwardStage>(sweeps, params.problem, params.dlogits, stage)
+      .run(execution.threads);
 }
 
 void multiply_rows(const Rows& rows, const float* factors, std::int64_t factor_stride,
                    const Execution& execution) {
-  const SegmentOps& ops = ops_for(execution, rows.dtype);
+  const SegmentOps& ops = sweeps_for(execution, rows.dtype).ops;
   std::int64_t row = 0;
   while (row < rows.n_rows && factors[row * factor_stride] == 1.0f) ++row;
   if (row == rows.n_rows) return;  // nearly always; not worth a team of threads

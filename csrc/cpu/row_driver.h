@@ -44,38 +44,49 @@ struct GradientParts {
   float least = -INFINITY;  // no other logit is below, as far as is known
 };
 
-inline float target_logit(const SegmentOps& ops, const Problem& problem, std::int64_t row) {
+// The sweeps over a type of elements, and over what a softcap makes of them in float32.
+struct Sweeps {
+  const SegmentOps& ops;
+  const SegmentOps& floats;
+
+  float capped(const Problem& problem, float logit) const {
+    float y = logit;
+    if (problem.softcap.cap != 0.0f) floats.cap(&logit, &y, 1, problem.softcap, nullptr);
+    return y;
+  }
+};
+
+inline double target_logit(const SegmentOps& ops, const Problem& problem, std::int64_t row) {
   const std::int64_t column = problem.column(row);
-  return column < 0 ? problem.absent_logit() : ops.load(problem.logits.row(row), column);
+  if (column < 0) return problem.absent_logit();
+  const float logit = ops.load(problem.logits.row(row), column);
+  return problem.softcap.cap == 0.0f ? logit : capped_logit(problem.softcap, logit);
 }
 
 class RowSummer {
  public:
-  RowSummer(const SegmentOps& ops, const Problem& problem, std::int64_t row, bool entropy)
-      : ops_(ops),
+  RowSummer(const Sweeps& sweeps, const Problem& problem, std::int64_t row, bool entropy)
+      : sweeps_(sweeps),
+        softcap_(problem.softcap),
         entropy_(entropy),
         data_(static_cast<const char*>(problem.logits.row(row))),
         n_cols_(problem.logits.n_cols),
         size_(dtype_size(problem.logits.dtype)),
         target_(problem.column(row)),
-        target_logit_(target_logit(ops, problem, row)),
+        target_logit_(target_logit(sweeps.ops, problem, row)),
         sharded_(problem.sharded),
         scale_(row_scale(problem, row)),
-        hint_(std::ceil(ops.max(data_, std::min(n_cols_, kHintColumns), target_) * scale_)) {}
+        hint_(hint(problem)) {}
 
   SegmentPart segment(std::int64_t s, bool prefetch = false) const {
     const std::int64_t begin = s * kSegment;
     const std::int64_t n = std::min(kSegment, n_cols_ - begin);
     const char* x = data_ + begin * size_;
     const char* ahead = prefetch ? data_ + (n_cols_ / 2 + begin / 2) * size_ : nullptr;
-    const SegmentOps::Sum sum = entropy_ ? ops_.sum_weighted : ops_.sum;
-    const SegmentSum got = sum(x, n, target_ - begin, scale_, hint_, narrow_, ahead);
-    SegmentPart part{got.sums, got.sums};
-    part.least = got.least;
-    // Where one segment has bans, so have others: do not try in vain. Changes no bit.
-    narrow_ = got.least != -INFINITY;
-    if (got.peaked) leave_out_peak(x, begin, n, part);
-    return part;
+    if (softcap_.cap == 0.0f) return sum(sweeps_.ops, x, size_, begin, n, ahead);
+    alignas(64) float y[kSegment];
+    sweeps_.ops.cap(x, y, n, softcap_, ahead);
+    return sum(sweeps_.floats, y, sizeof(float), begin, n, nullptr);
   }
   template <class PartOf>
   RowStats merge(PartOf part_of, Peak& peak, float& least) const {
@@ -100,27 +111,48 @@ class RowSummer {
  private:
   static RowSum row_sum(const PartialSum& part) { return {part.ref, part.sum, part.weighted}; }
 
+  float hint(const Problem& problem) const {
+    const float top = sweeps_.ops.max(data_, std::min(n_cols_, kHintColumns), target_);
+    // -inf may stand for no column at all.
+    return std::ceil((top == -INFINITY ? top : sweeps_.capped(problem, top)) * scale_);
+  }
+
+  // Of elements of `size` bytes, those from column `begin`.
+  SegmentPart sum(const SegmentOps& ops, const void* x, std::int64_t size, std::int64_t begin,
+                  std::int64_t n, const void* ahead) const {
+    const SegmentOps::Sum sweep = entropy_ ? ops.sum_weighted : ops.sum;
+    const SegmentSum got = sweep(x, n, target_ - begin, scale_, hint_, narrow_, ahead);
+    SegmentPart part{got.sums, got.sums};
+    part.least = got.least;
+    // Where one segment has bans, so have others: do not try in vain. Changes no bit.
+    narrow_ = got.least != -INFINITY;
+    if (got.peaked) leave_out_peak(ops, x, size, begin, n, part);
+    return part;
+  }
+
   // Sums the segment a second time; of confident rows few have another token asked for.
-  void leave_out_peak(const char* x, std::int64_t begin, std::int64_t n, SegmentPart& part) const {
+  void leave_out_peak(const SegmentOps& ops, const void* x, std::int64_t size, std::int64_t begin,
+                      std::int64_t n, SegmentPart& part) const {
     const std::int64_t skip = target_ - begin;
-    const float logit = ops_.max(x, n, skip);
-    const std::int64_t at = ops_.find(x, n, skip, logit);
+    const float logit = ops.max(x, n, skip);
+    const std::int64_t at = ops.find(x, n, skip, logit);
     if (at < 0) return;
     alignas(64) char copy[kSegment * sizeof(float)];
-    std::memcpy(copy, x, n * size_);
-    ops_.store(copy, at, -INFINITY);
-    part.rest = ops_.sum_weighted(copy, n, skip, scale_, NAN, false, nullptr).sums;
+    std::memcpy(copy, x, n * size);
+    ops.store(copy, at, -INFINITY);
+    part.rest = ops.sum_weighted(copy, n, skip, scale_, NAN, false, nullptr).sums;
     part.peak = begin + at;
     part.peak_logit = logit;
   }
 
-  const SegmentOps& ops_;
+  const Sweeps& sweeps_;
+  Softcap softcap_;
   bool entropy_;
   const char* data_;
   std::int64_t n_cols_;
   std::int64_t size_;
   std::int64_t target_;
-  float target_logit_;
+  double target_logit_;
   bool sharded_;
   float scale_;
   float hint_;
@@ -129,7 +161,8 @@ class RowSummer {
 
 // The likeliest token of a row but its target, if it has most of the mass; from the row's lse.
 template <class Stage2>
-Peak find_peak(const SegmentOps& ops, const Stage2& stage2, std::int64_t row) {
+Peak find_peak(const Sweeps& sweeps, const Stage2& stage2, std::int64_t row) {
+  const SegmentOps& ops = sweeps.ops;
   const Problem& problem = stage2.p.problem;
   const char* data = static_cast<const char*>(problem.logits.row(row));
   const std::int64_t n_cols = problem.logits.n_cols, size = dtype_size(problem.logits.dtype);
@@ -144,7 +177,7 @@ Peak find_peak(const SegmentOps& ops, const Stage2& stage2, std::int64_t row) {
       segment = begin;
     }
   }
-  Peak peak = stage2.peak(row, top, segment);
+  Peak peak = stage2.peak(row, sweeps.capped(problem, top), segment);
   if (peak.at >= 0) {
     peak.at += ops.find(data + segment * size, std::min(kSegment, n_cols - segment),
                         target - segment, top);
@@ -153,9 +186,10 @@ Peak find_peak(const SegmentOps& ops, const Stage2& stage2, std::int64_t row) {
 }
 
 // Columns [begin, begin + n) of a row's gradient.
-inline void write_columns(const SegmentOps& ops, const Problem& problem, const Rows& dlogits,
+inline void write_columns(const Sweeps& sweeps, const Problem& problem, const Rows& dlogits,
                           std::int64_t row, std::int64_t begin, std::int64_t n,
                           const GradientParts& parts, const void* prefetch, bool stream) {
+  const SegmentOps& ops = sweeps.ops;
   const std::int64_t offset = begin * dtype_size(dlogits.dtype);
   const char* x = static_cast<const char*>(problem.logits.row(row)) + offset;
   char* out = static_cast<char*>(dlogits.row(row)) + offset;
@@ -167,13 +201,14 @@ inline void write_columns(const SegmentOps& ops, const Problem& problem, const R
   Single singles[] = {{parts.peak - begin, parts.peak_value},
                       {problem.column(row) - begin, parts.gradient.target}};
   const auto is_here = [&](const Single& s) { return s.column >= 0 && s.column < n; };
-  if (problem.inverse_softcap == 0.0f) {
+  if (problem.softcap.cap == 0.0f) {
     ops.gradient(x, out, n, parts.gradient.coefs, parts.least, prefetch, stream);
   } else {
     for (Single& s : singles) {  // before the logits are overwritten
-      if (is_here(s)) s.value *= softcap_slope(ops.load(x, s.column), problem.inverse_softcap);
+      if (!is_here(s)) continue;
+      s.value *= softcap_slope(problem.softcap, sweeps.capped(problem, ops.load(x, s.column)));
     }
-    ops.capped_gradient(x, out, n, parts.gradient.coefs, problem.inverse_softcap, prefetch);
+    ops.capped_gradient(x, out, n, parts.gradient.coefs, problem.softcap, prefetch);
   }
   for (const Single& s : singles) {
     if (is_here(s)) ops.store(out, s.column, s.value);
@@ -190,9 +225,8 @@ template <class Stage2>
 class RowDriver {
  public:
   // A `dlogits` without data: no stage 3.
-  RowDriver(const SegmentOps& ops, const Problem& problem, const Rows& dlogits,
-            const Stage2& stage2)
-      : ops_(ops),
+  RowDriver(const Sweeps& sweeps, const Problem& problem, const Rows& dlogits, const Stage2& stage2)
+      : sweeps_(sweeps),
         problem_(problem),
         dlogits_(dlogits),
         stage2_(stage2),
@@ -237,7 +271,7 @@ class RowDriver {
   }
 
   RowSummer summer(std::int64_t row) const {
-    return RowSummer(ops_, problem_, row, stage2_.entropy());
+    return RowSummer(sweeps_, problem_, row, stage2_.entropy());
   }
 
   // A row's gradient has its first half of the next row fetched, the sums their own second half:
@@ -257,7 +291,7 @@ class RowDriver {
     const GradientParts parts = gradient_parts(
         row, [&](const RowSummer& sums, std::int64_t s) { return sums.segment(s, prefetch); });
     if (dlogits_.data == nullptr) return;
-    write_columns(ops_, problem_, dlogits_, row, 0, n_cols_, parts, prefetchable(following),
+    write_columns(sweeps_, problem_, dlogits_, row, 0, n_cols_, parts, prefetchable(following),
                   stream_);
   }
 
@@ -272,8 +306,8 @@ class RowDriver {
       least = INFINITY;
       stats = sums.merge([&](std::int64_t s) { return part_of(sums, s); }, peak, least);
     } else {
-      stats = stage2_.stats(row, target_logit(ops_, problem_, row));
-      if (stage2_.may_peak(row)) peak = find_peak(ops_, stage2_, row);
+      stats = stage2_.stats(row, target_logit(sweeps_.ops, problem_, row));
+      if (stage2_.may_peak(row)) peak = find_peak(sweeps_, stage2_, row);
     }
     const RowDerivatives derivatives = stage2_.derivatives(row, stats);
     GradientParts parts{row_gradient(stats, derivatives)};
@@ -314,12 +348,12 @@ class RowDriver {
       if (stage2_.skip(row)) continue;
       const std::int64_t begin = k % segments_ * kSegment;
       const std::int64_t n = std::min(kSegment, n_cols_ - begin);
-      write_columns(ops_, problem_, dlogits_, row, begin, n, gradients[k / segments_], nullptr,
+      write_columns(sweeps_, problem_, dlogits_, row, begin, n, gradients[k / segments_], nullptr,
                     stream_);
     }
   }
 
-  const SegmentOps& ops_;
+  const Sweeps& sweeps_;
   const Problem& problem_;
   const Rows& dlogits_;
   const Stage2& stage2_;

@@ -260,19 +260,91 @@ SegmentSum sum_segment(const void* x_raw, std::int64_t n, std::int64_t skip, flo
   return sum_with_reference<Isa, T, kWeighted>(x, n, skip, scale, ref, narrow, nullptr);
 }
 
-// A block of the gradient in float32; with kCapped times softcap_slope of each element.
-template <class Isa, class T, bool kLinear, class Exp2, bool kCapped = false>
+// A softcap: see core/softcap.h.
+template <class Isa>
+struct Cap {
+  using Vec = typename Isa::Vec;
+  using Ratio = TanhRatio<float>;
+  Vec limit, minus_limit, inverse, minus_inverse;
+
+  explicit Cap(const Softcap& softcap)
+      : limit(Isa::set1(Ratio::kLimit * softcap.cap)),
+        minus_limit(Isa::set1(-Ratio::kLimit * softcap.cap)),
+        inverse(Isa::set1(softcap.inverse)),
+        minus_inverse(Isa::set1(-softcap.inverse)) {}
+
+  template <int kCount>
+  CFPO_INLINE void values(Vec (&x)[kCount]) const {
+    constexpr Ratio ratio{};
+    Vec s[kCount], p[kCount], q[kCount];
+    for (int k = 0; k < kCount; ++k) {
+      x[k] = Isa::min(limit, Isa::max(minus_limit, x[k]));  // a NaN passes both
+      const Vec t = Isa::mul(x[k], inverse);
+      s[k] = Isa::mul(t, t);
+      p[k] = Isa::set1(ratio.p[Ratio::kDegree]);
+      q[k] = Isa::set1(ratio.q[Ratio::kDegree]);
+    }
+#pragma GCC unroll 8
+    for (int i = Ratio::kDegree - 1; i >= 0; --i) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kCount; ++k) {
+        p[k] = Isa::fma(p[k], s[k], Isa::set1(ratio.p[i]));
+        q[k] = Isa::fma(q[k], s[k], Isa::set1(ratio.q[i]));
+      }
+    }
+    for (int k = 0; k < kCount; ++k) x[k] = Isa::mul(x[k], Isa::div(p[k], q[k]));
+  }
+  // From a value; not below 0 where that is rounded to more than c.
+  CFPO_INLINE Vec slope(Vec y) const {
+    const Vec slope = Isa::fma(Isa::mul(y, minus_inverse), Isa::mul(y, inverse), Isa::set1(1.0f));
+    return Isa::max(Isa::set1(0.0f), slope);
+  }
+};
+struct NoCap {};
+
+template <class Isa, class T>
+void cap_segment(const void* x_raw, float* y, std::int64_t n, const Softcap& softcap,
+                 const void* prefetch) {
+  constexpr int kCount = kBlock<Isa, T>, kLanes = Isa::kLanes;
+  const T* x = static_cast<const T*>(x_raw);
+  const Cap<Isa> cap(softcap);
+  const auto block = [&](const T* from, float* to) CFPO_INLINE_LAMBDA {
+#pragma GCC unroll 8
+    for (int k = 0; k < kCount; k += 2 * kLanes) {
+      typename Isa::Vec v[2] = {Isa::widen(from + k), Isa::widen(from + k + kLanes)};
+      cap.values(v);
+      Isa::template store2<false>(to + k, v[0], v[1]);
+    }
+  };
+  Fetcher<Isa, T> fetcher(prefetch, x);
+  std::int64_t i = 0;
+  for (; i + kCount <= n; i += kCount) {
+    fetcher.next_block();
+    block(x + i, y + i);
+  }
+  if (i < n) {
+    T padded[kCount] = {};
+    float capped[kCount];
+    for (int k = 0; i + k < n; ++k) padded[k] = x[i + k];
+    block(padded, capped);
+    for (int k = 0; i + k < n; ++k) y[i + k] = capped[k];
+  }
+}
+
+// A block of the gradient in float32; of elements before a softcap where `AnyCap` is a Cap.
+template <class Isa, class T, bool kLinear, class Exp2, class AnyCap = NoCap>
 struct FloatGradient {
   using Vec = typename Isa::Vec;
+  static constexpr bool kCapped = !std::is_same_v<AnyCap, NoCap>;
   Exp2 exp2;
-  Vec constant, linear, inverse, minus_inverse;
+  Vec constant, linear;
+  AnyCap cap;
 
-  explicit FloatGradient(const GradientCoefs& coefs, float inverse_softcap = 0.0f)
+  explicit FloatGradient(const GradientCoefs& coefs, const AnyCap& cap = {})
       : exp2(coefs.scale, coefs.ref, kLinear ? 1.0f : coefs.constant),
         constant(Isa::set1(coefs.constant)),
         linear(Isa::set1(coefs.linear)),
-        inverse(Isa::set1(inverse_softcap)),
-        minus_inverse(Isa::set1(-inverse_softcap)) {}
+        cap(cap) {}
 
   template <bool kStream>
   CFPO_INLINE void write(const T* in, T* to) const {
@@ -280,14 +352,13 @@ struct FloatGradient {
     for (int k = 0; k < kBlock<Isa, T>; k += 2 * Isa::kLanes) {
       Vec v[2], e[2];
       Isa::load2(in + k, v[0], v[1]);
+      if constexpr (kCapped) cap.values(v);
       exp2.values(v, e);
       for (int j = 0; kLinear && j < 2; ++j) {
         e[j] = Isa::mul(e[j], Isa::fma(linear, exp2.exponent(v[j]), constant));
       }
-      for (int j = 0; kCapped && j < 2; ++j) {
-        const Vec slope =
-            Isa::fma(Isa::mul(v[j], minus_inverse), Isa::mul(v[j], inverse), Isa::set1(1.0f));
-        e[j] = Isa::mul(e[j], Isa::max(Isa::set1(0.0f), slope));
+      if constexpr (kCapped) {
+        for (int j = 0; j < 2; ++j) e[j] = Isa::mul(e[j], cap.slope(v[j]));
       }
       Isa::template store2<kStream>(to + k, e[0], e[1]);
     }
@@ -364,15 +435,16 @@ void gradient_segment(const void* x, void* out, std::int64_t n, const GradientCo
 
 template <class Isa, class T>
 void capped_gradient_segment(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
-                             float inverse_softcap, const void* prefetch) {
+                             const Softcap& softcap, const void* prefetch) {
   using Exp2 = typename Isa::template Exp2<kGradientDegree<T>, false>;
+  const Cap<Isa> cap(softcap);
   const T* from = static_cast<const T*>(x);
   T* to = static_cast<T*>(out);
   if (coefs.linear != 0.0f) {
-    const FloatGradient<Isa, T, true, Exp2, true> block(coefs, inverse_softcap);
+    const FloatGradient<Isa, T, true, Exp2, Cap<Isa>> block(coefs, cap);
     write_blocks<Isa, T, false>(from, to, n, prefetch, block);
   } else {
-    const FloatGradient<Isa, T, false, Exp2, true> block(coefs, inverse_softcap);
+    const FloatGradient<Isa, T, false, Exp2, Cap<Isa>> block(coefs, cap);
     write_blocks<Isa, T, false>(from, to, n, prefetch, block);
   }
 }
@@ -412,9 +484,16 @@ void store_element(void* x, std::int64_t i, float value) {
 
 template <class Isa, class T>
 constexpr SegmentOps segment_ops() {
-  return {max_segment<Isa, T>,       find_in_segment<Isa, T>,  sum_segment<Isa, T, false>,
-          sum_segment<Isa, T, true>, gradient_segment<Isa, T>, capped_gradient_segment<Isa, T>,
-          multiply_segment<Isa, T>,  load_element<Isa, T>,     store_element<Isa, T>};
+  return {max_segment<Isa, T>,
+          find_in_segment<Isa, T>,
+          sum_segment<Isa, T, false>,
+          sum_segment<Isa, T, true>,
+          gradient_segment<Isa, T>,
+          cap_segment<Isa, T>,
+          capped_gradient_segment<Isa, T>,
+          multiply_segment<Isa, T>,
+          load_element<Isa, T>,
+          store_element<Isa, T>};
 }
 
 template <class Isa>

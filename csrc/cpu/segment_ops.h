@@ -8,6 +8,7 @@
 
 #include "core/dtype.h"
 #include "core/row_types.h"
+#include "core/softcap.h"
 
 namespace cfpo::cpu {
 
@@ -38,9 +39,12 @@ struct SegmentOps {
   // past the caches.
   void (*gradient)(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
                    float least, const void* prefetch, bool stream);
-  // Times the slope 1 - (x * inverse_softcap)^2 of a softcap.
+  // What a softcap makes of the elements, for sweeps over float32.
+  void (*cap)(const void* x, float* y, std::int64_t n, const Softcap& softcap,
+              const void* prefetch);
+  // Of elements before the softcap.
   void (*capped_gradient)(const void* x, void* out, std::int64_t n, const GradientCoefs& coefs,
-                          float inverse_softcap, const void* prefetch);
+                          const Softcap& softcap, const void* prefetch);
   void (*multiply)(void* x, std::int64_t n, float factor);
   float (*load)(const void* x, std::int64_t i);
   void (*store)(void* x, std::int64_t i, float value);

@@ -1,5 +1,6 @@
 // Whole rows by clusters of blocks, from compute capability 9.0 on: sums, stage 2 and gradient with
-// one read and one write of the logits, whatever the length of the row.
+// one read and one write of the logits, whatever the length of the row. Not for logits behind a
+// softcap, which would take all the registers there are.
 //
 // A cluster works on one row after another. Each block has a slice of it, whole segments, in a slot
 // of shared memory, and the slots of a block are a ring: later rows come in by bulk copies while
@@ -405,7 +406,7 @@ class ClusterWorker : ClusterBlock<T, Stage, kEntropy> {
       const Segment<T> to(out.begin, out.count, i);
       const int target = column_in_segment<T>(column, i);
       const char* window = bytes + i * kSegmentBytes;
-      write_gradient<T, kEntropy>(window, x.shift, to, target, without_peak(g), slope_of(stage_));
+      write_gradient<T, kEntropy>(window, x.shift, to, target, without_peak(g));
       if constexpr (kEntropy) {
         if (first_segment_ + i == g.segment) {
           write_peak(window, x.shift, to, target, stage_, row.row, g);
@@ -436,8 +437,7 @@ class ClusterWorker : ClusterBlock<T, Stage, kEntropy> {
     for (int at = from + lane_index() * kVectorBytes; at < to; at += kWarpThreads * kVectorBytes) {
       float values[kVectorElements<T>];
       unpack<T>(hw::load_shared(bytes + at), values);
-      gradient_vector<T, kEntropy>(values, (at - x.shift) / kSize, column, without_peak(g),
-                                   slope_of(stage_));
+      gradient_vector<T, kEntropy>(values, (at - x.shift) / kSize, column, without_peak(g));
       hw::store_shared(bytes + at, pack<T>(values));
     }
     const T* columns = reinterpret_cast<const T*>(bytes + x.shift);
@@ -488,9 +488,9 @@ class ClusterWorker : ClusterBlock<T, Stage, kEntropy> {
     const int i = first + lane_index();
     if (i >= last) return;
     const float x = load_shared_element(columns + i);
-    float value = gradient_at<kEntropy>(x, i, column, without_peak(g), slope_of(stage_));
+    float value = gradient_at<kEntropy>(x, i, column, without_peak(g));
     if constexpr (kEntropy) {
-      if (g.segment >= 0 && i != column && x >= g.logit) value = g.value * slope_of(stage_)(x);
+      if (g.segment >= 0 && i != column && x >= g.logit) value = g.value;
     }
     store_element(out.begin + i, value);
   }

@@ -44,7 +44,7 @@ void run(const Stage& stage, const Rows& dlogits, const Execution& execution) {
 // The same for logits that may be behind a softcap.
 template <class Stage>
 void run_capped(const Stage& stage, const Rows& dlogits, const Execution& execution) {
-  if (stage.p.problem.inverse_softcap == 0.0f) return run(stage, dlogits, execution);
+  if (stage.p.problem.softcap.cap == 0.0f) return run(stage, dlogits, execution);
   run(Capped<Stage>{stage}, dlogits, execution);
 }
 
@@ -61,7 +61,7 @@ void policy_loss(const PolicyLossParams& params, const Execution& execution) {
 }
 
 void token_logps(const TokenLogpsParams& params, const Execution& execution) {
-  run(LogpsStage{params}, Rows(), execution);
+  run_capped(LogpsStage{params}, Rows(), execution);
 }
 
 void token_logps_backward(const TokenLogpsBackwardParams& params, const Execution& execution) {

@@ -172,9 +172,13 @@ RowKernel row_kernel(const std::string& name) {
 }
 
 bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimits& limits,
-                  RowKernel wanted) {
+                  RowKernel wanted, bool capped) {
+  if (wanted == RowKernel::kCluster && capped) {
+    throw std::invalid_argument(
+        "CFPO_KERNELS_CUDA_KERNEL is 'cluster', but that kernel takes no logits with a softcap");
+  }
   if (wanted == RowKernel::kCluster) return must_work("cluster", plan, limits);
-  return wanted == RowKernel::kAuto && suits(n_rows, plan, limits);
+  return wanted == RowKernel::kAuto && !capped && suits(n_rows, plan, limits);
 }
 
 bool use_transient(std::int64_t n_rows, const TransientPlan& plan, const DeviceLimits& limits,

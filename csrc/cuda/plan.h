@@ -198,9 +198,9 @@ enum class RowKernel { kAuto, kPortable, kCluster, kTransient, kAutoTransient };
 RowKernel row_kernel(const std::string& name);  // std::invalid_argument for anything else
 
 // Whether the cluster kernel takes these rows; std::invalid_argument if it is wanted and cannot.
-// Likewise the transient kernel.
+// Likewise the transient kernel. `capped`: they are behind a softcap, which it knows nothing of.
 bool use_clusters(std::int64_t n_rows, const ClusterPlan& plan, const DeviceLimits& limits,
-                  RowKernel wanted);
+                  RowKernel wanted, bool capped);
 bool use_transient(std::int64_t n_rows, const TransientPlan& plan, const DeviceLimits& limits,
                    RowKernel wanted);
 

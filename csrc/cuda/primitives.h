@@ -27,6 +27,7 @@
 //   read_shared(p)           an object of any type in shared memory
 //   store_streaming(p, element)
 //   exp2_approx(x)           2^x to 2^-22 relative; 0 for -inf, NaN for NaN
+//   divide_approx(a, b)      a / b to 2 units in the last place, for |b| of 2^-126 to 2^126
 //   funnel_shift(low, high, bits)   32 bits from (high:low) >> bits, bits < 32
 //   half_to_float(bits), floats_to_halves(low, high), floats_to_bfloat16s(low, high)
 //

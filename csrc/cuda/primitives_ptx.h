@@ -139,6 +139,12 @@ CFPO_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+CFPO_DEVICE float divide_approx(float a, float b) {
+  float y;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 CFPO_DEVICE std::uint32_t funnel_shift(std::uint32_t low, std::uint32_t high, int bits) {
   return __funnelshift_r(low, high, bits);
 }

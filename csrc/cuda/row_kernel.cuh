@@ -139,7 +139,7 @@ class RowWorker {
       windows_.wait();
       const SegmentSum<kEntropy> part = sum_segment<T, kEntropy>(
           windows_.at(window(i)), Segment<const T>(x_, logits_.n_cols, segment_number(i)),
-          column_in_segment<T>(token_, segment_number(i)), scale);
+          column_in_segment<T>(token_, segment_number(i)), scale, map_of(stage_));
       if (lane_index() == 0) parts()[segment_number(i)] = part;
       if (!keeps_rows()) {
         pass(i);
@@ -170,9 +170,10 @@ class RowWorker {
     if (Stage::kSums) {
       if (part() == 0 && x_ != nullptr) {
         if constexpr (kEntropy) {
+          const auto target =
+              map_of(stage_).target(problem().column(row()), shared_row(row_in_block()).target);
           const MergedRow merged =
-              merge_peaked(parts(), plan_.n_segments, row_scale(problem(), row()),
-                           shared_row(row_in_block()).target);
+              merge_peaked(parts(), plan_.n_segments, row_scale(problem(), row()), target);
           if (lane_index() == 0) shared_row(row_in_block()).merged = merged;
         } else {
           const RowSum sum = merge_plain(parts(), plan_.n_segments);
@@ -194,12 +195,13 @@ class RowWorker {
   }
   CFPO_DEVICE RowStats stats(const SharedRow& shared) const {
     const float scale = row_scale(problem(), led_row());
+    const auto target = map_of(stage_).target(problem().column(led_row()), shared.target);
     if constexpr (!Stage::kSums) {
-      return stage_.stats(led_row(), shared.target);
+      return stage_.stats(led_row(), target);
     } else if constexpr (kEntropy) {
-      return stats_of(scale, shared.target, shared.merged, problem().sharded);
+      return stats_of(scale, target, shared.merged, problem().sharded);
     } else {
-      return join_target(scale, shared.target, shared.merged.sum, problem().sharded);
+      return join_target(scale, target, shared.merged.sum, problem().sharded);
     }
   }
   CFPO_DEVICE void settle(SharedRow& shared) const {
@@ -233,7 +235,7 @@ class RowWorker {
       write_gradient<T, kLinear>(windows_.at(window(i)), alignment_shift(x_),
                                  Segment<T>(out, logits_.n_cols, segment_number(i)),
                                  column_in_segment<T>(token_, segment_number(i)), g.gradient,
-                                 slope_of(stage_));
+                                 map_of(stage_));
       if (kPeaks && (g.segment == segment_number(i) || g.segment == kAnySegment)) {
         write_peak(windows_.at(window(i)), alignment_shift(x_),
                    Segment<T>(out, logits_.n_cols, segment_number(i)),

@@ -26,7 +26,7 @@ void with_flag(bool flag, Run run) {
 }
 
 // Of a stage that sums, each kernel exists with and without the sums for the entropy; but behind a
-// softcap only with them, which change no bit of anything else.
+// softcap only with them, which change no bit of anything else, and not for clusters.
 template <class Stage, bool kEntropy>
 constexpr bool kExists = Stage::kSums ? kEntropy || !kCapped<Stage> : !kEntropy;
 
@@ -103,9 +103,11 @@ void run_split_kernels(const Stage& stage, const Rows& dlogits, int n_segments,
   grid.threads = kSplitThreads;
   grid.shared_bytes = split_shared_bytes();
   if constexpr (Stage::kSums) {
-    with_flag(stage.entropy(), [&](auto entropy) {
-      launch("split_sums_kernel", split_sums_kernel<T, entropy.value>, grid, execution, problem,
-             workspace);
+    with_flag(with_entropy(stage), [&](auto entropy) {
+      if constexpr (kExists<Stage, entropy.value>) {
+        launch("split_sums_kernel", split_sums_kernel<T, entropy.value, kCapped<Stage>>, grid,
+               execution, problem, workspace);
+      }
     });
   }
   if (dlogits.data == nullptr) grid.blocks_y = 1;
@@ -127,17 +129,17 @@ void run_stage(const Stage& stage, const Rows& dlogits, const Execution& executi
   const RowKernel wanted = execution.row_kernel;
   if constexpr (Stage::kSums && Stage::kGradient) {
     const ClusterPlan plan = plan_clusters(n_segments, limits);
-    if (dlogits.data != nullptr && use_clusters(logits.n_rows, plan, limits, wanted)) {
-      if (run_cluster_kernel<T>(stage, dlogits, plan, limits, execution)) return;
-      if (wanted == RowKernel::kCluster) refuse_clusters("cluster", plan);
-    }
-  }
-  // Behind a softcap there is none of these.
-  if constexpr (Stage::kSums && Stage::kGradient && !kCapped<Stage>) {
-    const TransientPlan plan = plan_transient(n_segments, stage.entropy(), limits);
-    if (dlogits.data != nullptr && use_transient(logits.n_rows, plan, limits, wanted)) {
-      if (run_transient_kernel<T>(stage, dlogits, plan, execution)) return;
-      if (wanted == RowKernel::kTransient) refuse_clusters("transient", plan);
+    [[maybe_unused]] const bool chosen =
+        dlogits.data != nullptr &&
+        use_clusters(logits.n_rows, plan, limits, wanted, kCapped<Stage>);
+    if constexpr (!kCapped<Stage>) {  // behind a softcap there are no clusters
+      if (chosen && run_cluster_kernel<T>(stage, dlogits, plan, limits, execution)) return;
+      if (chosen && wanted == RowKernel::kCluster) refuse_clusters("cluster", plan);
+      const TransientPlan transient = plan_transient(n_segments, stage.entropy(), limits);
+      if (dlogits.data != nullptr && use_transient(logits.n_rows, transient, limits, wanted)) {
+        if (run_transient_kernel<T>(stage, dlogits, transient, execution)) return;
+        if (wanted == RowKernel::kTransient) refuse_clusters("transient", transient);
+      }
     }
   }
   if (split_rows(logits.n_rows, n_segments, limits)) {

@@ -72,24 +72,30 @@ CFPO_DEVICE Real warp_sum(Real x) {
 CFPO_DEVICE float finite_exponent(float u) { return std::fmax(u, -1024.0f); }
 
 // A lane's vectors of the segment in `window`, with -inf for what is not the segment's and for
-// column `skip`, the target, which stays out of all sums.
+// column `skip`, the target, which stays out of all sums. A bit for each of these: behind a map
+// other elements of -inf count.
 template <class T>
-CFPO_DEVICE void load_segment(Vector (&raw)[kLaneVectors], const char* window,
-                              const Segment<const T>& segment, int skip) {
+CFPO_DEVICE std::uint32_t load_segment(Vector (&raw)[kLaneVectors], const char* window,
+                                       const Segment<const T>& segment, int skip) {
   constexpr int kElements = kVectorElements<T>;
   for (int k = 0; k < kLaneVectors; ++k) {
     const int vector = k * kWarpThreads + lane_index();
     raw[k] = load_shifted(window + vector * kVectorBytes, segment.shift);
   }
+  std::uint32_t removed = 0;
   if (skip >= 0 || segment.count < kSegmentColumns<T>) {
     for (int k = 0; k < kLaneVectors; ++k) {
       const int first = (k * kWarpThreads + lane_index()) * kElements;
       const int left = segment.count - first, target = skip - first;
       for (int j = 0; j < kElements; ++j) {
-        if (j >= left || j == target) remove_element<T>(raw[k], j);
+        if (j >= left || j == target) {
+          remove_element<T>(raw[k], j);
+          removed |= 1u << (k * kElements + j);
+        }
       }
     }
   }
+  return removed;
 }
 
 // The warp's largest element; NaNs are passed over.
@@ -114,20 +120,22 @@ CFPO_DEVICE float reference_of(float top, float scale) {
   return std::fmax(std::ceil(top * scale), -kLargestRef);
 }
 
-// A lane's sums of its vectors.
+// A lane's sums of its vectors. `map`: see capped.h; `removed`: what load_segment has returned.
 struct LaneSum {
   float sum, weighted;
 };
-template <class T, bool kEntropy>
-CFPO_DEVICE LaneSum sum_vectors(const Vector (&raw)[kLaneVectors], float scale, float ref) {
+template <class T, bool kEntropy, class Map>
+CFPO_DEVICE LaneSum sum_vectors(const Vector (&raw)[kLaneVectors], std::uint32_t removed,
+                                float scale, float ref, Map map) {
   constexpr int kElements = kVectorElements<T>;
   float sum[kLaneVectors] = {}, weighted[kLaneVectors] = {};
   for (int k = 0; k < kLaneVectors; ++k) {
     float x[kElements];
     unpack<T>(raw[k], x);
     for (int j = 0; j < kElements; ++j) {
-      const float u = std::fma(x[j], scale, -ref);
-      const float e = hw::exp2_approx(u);
+      const float u = std::fma(map(x[j]), scale, -ref);
+      float e = hw::exp2_approx(u);
+      if (Map::kCaps && (removed >> (k * kElements + j) & 1) != 0) e = 0.0f;
       sum[k] += e;
       if (kEntropy) weighted[k] = std::fma(finite_exponent(u), e, weighted[k]);
     }
@@ -136,11 +144,11 @@ CFPO_DEVICE LaneSum sum_vectors(const Vector (&raw)[kLaneVectors], float scale, 
           (weighted[0] + weighted[1]) + (weighted[2] + weighted[3])};
 }
 
-// The same from the window, without the largest element, whose logit is `peak`. Few segments come
-// here: what they would keep in registers, all would.
-template <class T>
+// The same from the window, without the largest element, `peak`. Few segments come here: what they
+// would keep in registers, all would.
+template <class T, class Map>
 CFPO_DEVICE LaneSum sum_without(float peak, const char* window, const Segment<const T>& segment,
-                                int skip, float scale, float ref) {
+                                int skip, float scale, float ref, Map map) {
   constexpr int kElements = kVectorElements<T>;
   LaneSum rest{0.0f, 0.0f};
 #pragma unroll 1
@@ -150,7 +158,7 @@ CFPO_DEVICE LaneSum sum_without(float peak, const char* window, const Segment<co
     for (int j = 0; j < kElements; ++j) {
       const int column = vector * kElements + j;
       const bool stays = column < segment.count && column != skip && x[j] != peak;
-      const float u = std::fma(stays ? x[j] : -INFINITY, scale, -ref);
+      const float u = std::fma(stays ? map(x[j]) : -INFINITY, scale, -ref);
       const float e = hw::exp2_approx(u);
       rest.sum += e;
       rest.weighted = std::fma(finite_exponent(u), e, rest.weighted);
@@ -160,18 +168,20 @@ CFPO_DEVICE LaneSum sum_without(float peak, const char* window, const Segment<co
 }
 
 // The sums of the segment in `window`, in every lane.
-template <class T, bool kEntropy>
+template <class T, bool kEntropy, class Map = LogitMap<false>>
 CFPO_DEVICE SegmentSum<kEntropy> sum_segment(const char* window, const Segment<const T>& segment,
-                                             int skip, float scale) {
+                                             int skip, float scale, Map map = {}) {
   Vector raw[kLaneVectors];
-  load_segment(raw, window, segment, skip);
-  const float top = largest_element<T>(raw), ref = reference_of(top, scale);
-  LaneSum lane = sum_vectors<T, kEntropy>(raw, scale, ref);
+  const std::uint32_t removed = load_segment(raw, window, segment, skip);
+  const float largest = largest_element<T>(raw);
+  const bool none = Map::kCaps && segment.count == 1 && skip == 0;
+  const float top = none ? -INFINITY : map(largest), ref = reference_of(top, scale);
+  LaneSum lane = sum_vectors<T, kEntropy>(raw, removed, scale, ref, map);
   const float sum = warp_sum(lane.sum);
   if constexpr (kEntropy) {
     PeakedPart part{top, sum, 0.0f, sum};
     if (hw::exp2_approx(std::fma(top, scale, -ref)) > 0.875f * sum) {
-      lane = sum_without(top, window, segment, skip, scale, ref);
+      lane = sum_without(largest, window, segment, skip, scale, ref, map);
       part.rest = warp_sum(lane.sum);
     }
     part.weighted = warp_sum(lane.weighted);
@@ -250,8 +260,8 @@ CFPO_DEVICE RowSum merge_plain(Parts parts, int count) {
 }
 
 // The same where an entropy is wanted: `sum` has the same bits. `target`: its logit.
-template <class Parts>
-CFPO_DEVICE MergedRow merge_peaked(Parts parts, int count, float scale, float target) {
+template <class Parts, class Logit>
+CFPO_DEVICE MergedRow merge_peaked(Parts parts, int count, float scale, Logit target) {
   const float top = largest_of(parts, count, [](const PeakedPart& part) { return part.top; });
   const float ref = reference_of(top, scale);
   MergedRow row;
@@ -285,7 +295,8 @@ CFPO_DEVICE MergedRow merge_peaked(Parts parts, int count, float scale, float ta
 }
 
 // Stage 2, by one thread, of a row that was summed for an entropy, in two parts.
-CFPO_DEVICE RowStats stats_of(float scale, float target, const MergedRow& merged, bool sharded) {
+template <class Logit>
+CFPO_DEVICE RowStats stats_of(float scale, Logit target, const MergedRow& merged, bool sharded) {
   RowStats stats = join_target(scale, target, merged.sum, sharded);
   if (merged.peak.at >= 0 && stats.sum > 0.0) merged.peak.apply(stats);
   return stats;
@@ -355,19 +366,22 @@ CFPO_DEVICE float gradient_element(float x, const GradientCoefs& coefs) {
   return e * std::fma(coefs.linear, finite_exponent(u), coefs.constant);
 }
 
-// Of a column with logit x; `slope`: see capped.h.
-template <bool kLinear, class SlopeOf>
-CFPO_DEVICE float gradient_at(float x, int column, int target, const RowGradient& g,
-                              SlopeOf slope) {
-  return (column == target ? g.target : gradient_element<kLinear>(x, g.coefs)) * slope(x);
+// Of a column with element x; `map`: see capped.h.
+template <bool kLinear, class Map = LogitMap<false>>
+CFPO_DEVICE float gradient_at(float x, int column, int target, const RowGradient& g, Map map = {}) {
+  const float y = map(x);
+  return (column == target ? g.target : gradient_element<kLinear>(y, g.coefs)) * map.slope(y);
 }
 
-// x: logits of the columns from `column`, which become their gradients.
-template <class T, bool kLinear, class SlopeOf>
+// x: elements of the columns from `column`, which become their gradients.
+template <class T, bool kLinear, class Map = LogitMap<false>>
 CFPO_DEVICE void gradient_vector(float* x, int column, int target, const RowGradient& g,
-                                 SlopeOf slope) {
+                                 Map map = {}) {
   float slopes[kVectorElements<T>];
-  for (int j = 0; j < kVectorElements<T>; ++j) slopes[j] = slope(x[j]);
+  for (int j = 0; j < kVectorElements<T>; ++j) {
+    x[j] = map(x[j]);
+    slopes[j] = map.slope(x[j]);
+  }
   for (int j = 0; j < kVectorElements<T>; ++j) x[j] = gradient_element<kLinear>(x[j], g.coefs);
   if (target >= column && target < column + kVectorElements<T>) {
     for (int j = 0; j < kVectorElements<T>; ++j) {
@@ -380,20 +394,20 @@ CFPO_DEVICE void gradient_vector(float* x, int column, int target, const RowGrad
 // The gradient of the segment in `window`. `shift` is that of the logits, which may differ from
 // that of `out`; `target`: the column that gets g.target; kLinear may be false where
 // g.coefs.linear is 0.
-template <class T, bool kLinear, class SlopeOf>
+template <class T, bool kLinear, class Map = LogitMap<false>>
 CFPO_DEVICE void write_gradient(const char* window, int shift, const Segment<T>& out, int target,
-                                const RowGradient& g, SlopeOf slope) {
+                                const RowGradient& g, Map map = {}) {
   write_segment(
       out,
       [&](int column, float* x) {
         const int byte = shift + column * static_cast<int>(sizeof(T));
         const int within = byte % kVectorBytes;
         unpack<T>(load_shifted(window + (byte - within), within), x);
-        gradient_vector<T, kLinear>(x, column, target, g, slope);
+        gradient_vector<T, kLinear>(x, column, target, g, map);
       },
       [&](int column) {
         const T* x = reinterpret_cast<const T*>(window + shift) + column;
-        return gradient_at<kLinear>(load_shared_element(x), column, target, g, slope);
+        return gradient_at<kLinear>(load_shared_element(x), column, target, g, map);
       });
 }
 
@@ -402,16 +416,18 @@ struct LanePeak {
   int column = -1;
   float logit = 0.0f;
 
-  // Looks among the logits x of the columns from `first`, of which there are `count`.
-  template <class T>
-  CFPO_DEVICE void look(const Vector& v, int first, int count, int target, float least) {
+  // Looks among the logits of the columns from `first`, of which there are `count`.
+  template <class T, class Map = LogitMap<false>>
+  CFPO_DEVICE void look(const Vector& v, int first, int count, int target, float least,
+                        Map map = {}) {
     float x[kVectorElements<T>];
     unpack<T>(v, x);
     for (int j = 0; j < kVectorElements<T>; ++j) {
       const int at = first + j;
-      if (x[j] >= least && at < count && at != target) {
+      const float y = map(x[j]);
+      if (y >= least && at < count && at != target) {
         column = at;
-        logit = x[j];
+        logit = y;
       }
     }
   }
@@ -423,7 +439,7 @@ struct LanePeak {
       if (peak.at < 0) column = -1;
       value = stage.peak_gradient(row, peak);
     }
-    return value * slope_of(stage)(logit);
+    return value * map_of(stage).slope(logit);
   }
 };
 
@@ -435,7 +451,7 @@ CFPO_DEVICE void write_peak(const char* window, int shift, const Segment<T>& out
 #pragma unroll 1
   for (int vector = lane_index(); vector < kLaneVectors * kWarpThreads; vector += kWarpThreads) {
     peak.look<T>(load_shifted(window + vector * kVectorBytes, shift), vector * kVectorElements<T>,
-                 out.count, target, g.logit);
+                 out.count, target, g.logit, map_of(stage));
   }
   hw::sync_warp();  // another lane has written there
   if (peak.column < 0) return;

@@ -32,8 +32,8 @@ CFPO_DEVICE SegmentSum<kEntropy>* split_parts(const SplitWorkspace& workspace, i
          static_cast<std::int64_t>(row) * n_segments;
 }
 
-// targets[row]: the target's logit; the second kernel may find it overwritten.
-template <class T, bool kEntropy>
+// targets[row]: the target's element; the second kernel may find it overwritten.
+template <class T, bool kEntropy, bool kCaps>
 CFPO_KERNEL(kSplitThreads, 4)
 split_sums_kernel(CFPO_ARGUMENT Problem problem, CFPO_ARGUMENT SplitWorkspace workspace) {
   const Rows& logits = problem.logits;
@@ -50,8 +50,9 @@ split_sums_kernel(CFPO_ARGUMENT Problem problem, CFPO_ARGUMENT SplitWorkspace wo
     workspace.targets[row] = column >= 0 ? load_element(x + column) : problem.absent_logit();
   }
   wait_split();
-  const SegmentSum<kEntropy> part = sum_segment<T, kEntropy>(
-      window, segment, column_in_segment<T>(column, index), row_scale(problem, row));
+  const SegmentSum<kEntropy> part =
+      sum_segment<T, kEntropy>(window, segment, column_in_segment<T>(column, index),
+                               row_scale(problem, row), map_of<kCaps>(problem));
   if (lane_index() == 0) split_parts<kEntropy>(workspace, row, n_segments)[index] = part;
 }
 
@@ -68,10 +69,13 @@ CFPO_DEVICE PeakedGradient split_second_stage(const Stage& stage, int row,
                                               MergedRow* shared) {
   const Problem& problem = stage.p.problem;
   const bool publish = hw::block_index_y() == 0;
+  const std::int64_t column = problem.column(row);
+  const auto map = map_of(stage);
   if constexpr (Stage::kSums) {
-    const float scale = row_scale(problem, row), target = workspace.targets[row];
+    const float scale = row_scale(problem, row);
+    const auto target = map.target(column, workspace.targets[row]);
     MergedRow merged;
-    if (stage.entropy()) {
+    if (kCapped<Stage> || stage.entropy()) {
       merged =
           merge_peaked(split_parts<true>(workspace, row, n_segments), n_segments, scale, target);
     } else {
@@ -86,13 +90,13 @@ CFPO_DEVICE PeakedGradient split_second_stage(const Stage& stage, int row,
   } else {
     if (lane_index() != 0) return {};
     // Only the block that has the target uses it, and has not overwritten it yet.
-    const std::int64_t column = problem.column(row);
     const int warps = hw::block_threads() / kWarpThreads;
     const std::int64_t first =
         static_cast<std::int64_t>(hw::block_index_y()) * warps * kSegmentColumns<T>;
     const bool here = column >= first && column < first + warps * kSegmentColumns<T>;
     const T* x = static_cast<const T*>(problem.logits.row(row));
-    return settle_from_lse(stage, row, stage.stats(row, here ? load_element(x + column) : 0.0f));
+    const float element = here ? load_element(x + column) : 0.0f;
+    return settle_from_lse(stage, row, stage.stats(row, map.target(column, element)));
   }
 }
 
@@ -131,7 +135,7 @@ split_finish_kernel(CFPO_ARGUMENT Stage stage, CFPO_ARGUMENT Rows dlogits,
   if (!mine) return;
   const Segment<T> to(out, dlogits.n_cols, index);
   const int target = column_in_segment<T>(stage.p.problem.token_ids[row], index);
-  write_gradient<T, true>(window, alignment_shift(x), to, target, g.gradient, slope_of(stage));
+  write_gradient<T, true>(window, alignment_shift(x), to, target, g.gradient, map_of(stage));
   if (Stage::kGradient && (g.segment == index || g.segment == kAnySegment)) {
     write_peak(window, alignment_shift(x), to, target, stage, row, g);
   }

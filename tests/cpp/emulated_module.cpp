@@ -19,12 +19,13 @@ PYBIND11_MODULE(emulated_cuda, m) {
   m.def("use_source", [] { emulation::use_ptx(nullptr); });
   m.def("use_ptx", [](emulation::PtxLoader loader) { emulation::use_ptx(std::move(loader)); });
   m.def("set_largest_cluster", [](int blocks) { emulation::largest_cluster() = blocks; });
-  m.def("plan_clusters", [](int n_segments, std::int64_t n_rows, const std::string& row_kernel) {
+  const auto plan_clusters = [](int n_segments, std::int64_t n_rows, const std::string& row_kernel,
+                                bool capped) {
     const cfpo::cuda::ClusterPlan plan = cfpo::cuda::plan_clusters(n_segments, emulation::limits());
     pybind11::dict values;
     values["cluster"] = plan.cluster;
     values["chosen"] = cfpo::cuda::use_clusters(n_rows, plan, emulation::limits(),
-                                                cfpo::cuda::row_kernel(row_kernel));
+                                                cfpo::cuda::row_kernel(row_kernel), capped);
     if (plan.cluster == 0) return values;
     pybind11::list firsts;
     for (int rank = 0; rank <= plan.cluster; ++rank) firsts.append(plan.first_segment(rank));
@@ -40,7 +41,9 @@ PYBIND11_MODULE(emulated_cuda, m) {
       values[name] = offset;
     }
     return values;
-  });
+  };
+  m.def("plan_clusters", plan_clusters, pybind11::arg("n_segments"), pybind11::arg("n_rows"),
+        pybind11::arg("row_kernel"), pybind11::arg("capped") = false);
   m.def("plan_transient",
         [](int n_segments, bool entropy, std::int64_t n_rows, const std::string& row_kernel) {
           const cfpo::cuda::TransientPlan plan =

@@ -60,6 +60,11 @@ def without_softcap(rows: KernelRows) -> KernelRows:
     return rows._replace(softcap=0.0)
 
 
+def without_slope(rows: KernelRows) -> KernelRows:
+    capped = softcaps.capped(rows.logits, rows.softcap)
+    return rows._replace(logits=capped.to(rows.logits.dtype), softcap=0.0)
+
+
 def another_softcap(rows: KernelRows) -> KernelRows:
     return rows._replace(softcap=rows.softcap * 1.001)
 
@@ -68,9 +73,14 @@ def steep_target(rows: KernelRows, dlogits: Tensor) -> None:
     """The target's column without its slope."""
     ids = rows.token_ids[:, None]
     if rows.softcap and not rows.sharded:
-        y = rows.logits.gather(1, ids)
-        slope = softcaps.slope(y, rows.softcap)
+        slope = softcaps.slope(rows.logits.gather(1, ids), rows.softcap)
         dlogits.scatter_(1, ids, (dlogits.gather(1, ids) / slope).to(dlogits.dtype))
+
+
+def with_bans(rows: KernelRows) -> KernelRows:
+    """-inf stays what it is."""
+    banned, logits = rows.logits == -torch.inf, without_slope(rows).logits
+    return rows._replace(logits=torch.where(banned, rows.logits, logits), softcap=0.0)
 
 
 def rounded_twice(rows: KernelRows, dlogits: Tensor) -> None:
@@ -92,13 +102,26 @@ SLOPES = (softcaps.test_gradient_of_log_probs, LOG_PROBS)
 LOSS = {"dtype": FLOAT, "v": 1000, "everything": False, "inplace": False}
 LOSSES = (softcaps.test_gradient_of_a_loss, LOSS)
 FLOAT64 = (softcaps.test_a_loss_against_float64, {"softcap": 4.0})
+CAPPED_SUMS = (softcaps.test_sums, {"v": 1000, "softcap": 30.0})
+VALUES = (softcaps.test_value_of_one_logit, {"softcap": 30.0})
+INFINITIES = (softcaps.test_infinities_and_numbers_that_are_none, {"dtype": FLOAT})
 DEFECTS: dict[str, tuple[Broken, list[tuple[Callable[..., None], dict[str, Any]]]]] = {
     "the low bits of a token": (Broken(before=wrapped), [ELSEWHERE, STORED]),
     "the nearest column": (Broken(before=clamped), [ELSEWHERE, STORED, COLUMNS]),
     "not a number without mass": (Broken(lse=lambda lse: lse - lse + lse), [BANS]),
     "an lse that is a little too large": (Broken(lse=lambda lse: lse + 1e-5), [MERGED, ELSEWHERE]),
-    "no slope": (Broken(before=without_softcap), [SLOPES, LOSSES, FLOAT64]),
-    "another softcap": (Broken(before=another_softcap), [SLOPES, LOSSES, FLOAT64]),
+    "no softcap": (Broken(before=without_softcap), [SLOPES, LOSSES, FLOAT64, VALUES, INFINITIES]),
+    "another softcap": (Broken(before=another_softcap), [SLOPES, LOSSES, FLOAT64, VALUES]),
+    "no slope": (Broken(before=without_slope), [SLOPES, LOSSES, FLOAT64]),
+    "capped and rounded to storage": (
+        Broken(before=without_slope),
+        [(CAPPED_SUMS[0], CAPPED_SUMS[1] | {"dtype": BFLOAT})],
+    ),
+    "bans behind a softcap": (Broken(before=with_bans), [INFINITIES]),
+    "a capped lse that is a little too large": (
+        Broken(lse=lambda lse: lse + 1e-5),
+        [(CAPPED_SUMS[0], CAPPED_SUMS[1] | {"dtype": FLOAT}), VALUES],
+    ),
     "no slope at the target": (Broken(after=steep_target), [SLOPES, LOSSES]),
     "rounded twice": (
         Broken(after=rounded_twice),

@@ -2,4 +2,6 @@
 
 namespace cfpo::cuda {
 template void run_stage<bfloat16, LogpsStage>(const LogpsStage&, const Rows&, const Execution&);
+template void run_stage<bfloat16, Capped<LogpsStage>>(const Capped<LogpsStage>&, const Rows&,
+                                                      const Execution&);
 }  // namespace cfpo::cuda

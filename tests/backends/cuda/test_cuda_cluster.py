@@ -89,8 +89,10 @@ def test_plans_fit(shared: int, module: Any) -> None:
 
 
 def test_when_it_is_chosen(module: Any) -> None:
-    def chosen(n_segments: int, n_rows: int, row_kernel: str = "auto") -> bool:
-        return bool(module.plan_clusters(n_segments, n_rows, row_kernel)["chosen"])
+    def chosen(
+        n_segments: int, n_rows: int, row_kernel: str = "auto", capped: bool = False
+    ) -> bool:
+        return bool(module.plan_clusters(n_segments, n_rows, row_kernel, capped)["chosen"])
 
     assert chosen(126, 17) and not chosen(126, 16), "a slice for every SM"
     assert chosen(28, 132) and not chosen(28, 131)
@@ -100,6 +102,9 @@ def test_when_it_is_chosen(module: Any) -> None:
     with pytest.raises(ValueError, match="too long"):
         chosen(513, 10**6, "cluster")
     assert not chosen(126, 10**6, "portable")
+    assert not chosen(126, 10**6, capped=True)
+    with pytest.raises(ValueError, match="takes no logits with a softcap"):
+        chosen(126, 10**6, "cluster", capped=True)
     with pytest.raises(ValueError, match="is 'fastest'; it takes auto, portable, cluster"):
         chosen(126, 10**6, "fastest")
     module.set_device(*A100)

@@ -93,13 +93,17 @@ def test_every_kernel_is_there(usages: list[Any]) -> None:
     wanted |= {
         f"row_kernel<{dtype}, {rest}, softcap>"
         for dtype in ("float32", "bfloat16", "float16")
-        for rest in ("policy, entropy", "logps_backward")
+        for rest in ("policy, entropy", "logps, entropy", "logps_backward")
     }
     wanted |= {
         f"cluster_kernel<{dtype}, {stage}{entropy}>"
         for dtype in ("float32", "bfloat16", "float16")
         for stage in ("policy",)
-        for entropy in ("", ", entropy", ", entropy, softcap")
+        for entropy in ("", ", entropy")
+    }
+    wanted |= {
+        f"split_sums_kernel<{dtype}, entropy, softcap>"
+        for dtype in ("float32", "bfloat16", "float16")
     }
     wanted |= {
         f"transient_kernel<{dtype}, policy{entropy}>"

@@ -114,6 +114,13 @@ inline float exp2_approx(float x) {
   return power < 0x1p-126 ? 0.0f : static_cast<float>(power);
 }
 
+inline float divide_approx(float a, float b) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &a, sizeof bits);
+  const double error = static_cast<double>(bits * 2654435761u) * 0x1p-31 - 1.0;
+  return static_cast<float>(static_cast<double>(a) / b * (1.0 + error * 0x1p-23));
+}
+
 inline std::uint32_t funnel_shift(std::uint32_t low, std::uint32_t high, int bits) {
   return static_cast<std::uint32_t>(((static_cast<std::uint64_t>(high) << 32) | low) >> bits);
 }

@@ -39,6 +39,7 @@ void add_arithmetic(Table& t) {
   t["div.rn.f32 rrr"] = {binary<f32, Division<false>>};
   t["div.rn.f64 rrr"] = {binary<f64, Division<false>>};
   t["div.full.f32 rrr"] = {divide_approx};
+  t["div.approx.ftz.f32 rrr"] = {divide_approx};
   t["rem.s32 rrr"] = {binary<i32, Division<true>>};
   t["max.s32 rrr"] = {binary<i32, Extreme<true>>};
   t["max.s64 rrr"] = {binary<i64, Extreme<true>>};
@@ -53,6 +54,7 @@ void add_arithmetic(Table& t) {
   t["neg.f64 rr"] = {unary<f64, Neg>};
   t["abs.f32 rr"] = {absolute<f32>};
   t["abs.f64 rr"] = {absolute<f64>};
+  t["copysign.f32 rrr"] = {binary<f32, Copysign>};
   t["copysign.f64 rrr"] = {binary<f64, Copysign>};
   t["rcp.rn.f64 rr"] = {unary<f64, Reciprocal>};
   t["ex2.approx.ftz.f32 rr"] = {exp2_approx};
@@ -226,6 +228,7 @@ void add_other_accesses(Table& t) {
   for (const char* type : {"b32", "u32", "s32", "f32"}) {
     add_load<u32, kParam, 1>(t, ".param", type, "");
   }
+  add_load<u32, kParam, 2>(t, ".param", "f32", "");
   for (const char* type : {"b64", "u64", "f64"}) add_load<u64, kParam, 1>(t, ".param", type, "");
 }
 

@@ -6,9 +6,8 @@
 //   RowDerivatives derivatives(row, stats, publish)
 //                                   `publish`: store the row's scalar outputs
 //   RowGradient operator()(row, stats, publish)   the same as coefficients
-//   kSums                           stage 1 has to sum the row; if not, RowStats stats(row,
-//   target),
-//                                   and may_peak, peak and peak_gradient
+//   kSums                           stage 1 has to sum the row; if not, RowStats stats(row, target)
+//                                   and may_peak, peak, least_peak and peak_gradient
 //   kGradient                       whether a gradient can be wanted
 //   bool entropy()                  the sums must include the one for the entropy
 // It is trivially copyable, because a GPU kernel takes it as an argument. The scalars are float64

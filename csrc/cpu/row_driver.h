@@ -120,8 +120,7 @@ class RowSummer {
   float hint_;
 };
 
-// The likeliest token of a row but its target, if it has most of the mass; where stage 2 has an
-// lse.
+// The likeliest token of a row but its target, if it has most of the mass; from the row's lse.
 template <class Stage2>
 Peak find_peak(const SegmentOps& ops, const Stage2& stage2, std::int64_t row) {
   const Problem& problem = stage2.p.problem;

@@ -228,7 +228,8 @@ class ClusterAccountant : ClusterBlock<T, Stage, kEntropy> {
     const bool publish = leads && hw::cluster_rank() == 0;
     Gradient gradient;
     if constexpr (kEntropy) {
-      gradient = settle_peaked(stage_, row.row, row.scale, target, merged, publish, brought);
+      const RowStats stats = stats_of(row.scale, target, merged, false);
+      gradient = settle_peaked(stage_, row.row, stats, merged, publish, brought);
     } else {
       const RowStats stats = join_target(row.scale, target, merged.sum);
       gradient = stage_(row.row, brought, stats, publish);

@@ -93,6 +93,7 @@ using StageGradient = std::conditional_t<kPeaks, PeakedGradient, RowGradient>;
 // What a block exchanges about each of its rows.
 struct alignas(16) SharedRow {
   MergedRow merged;
+  RowStats stats;
   PeakedGradient gradient;
   float target;  // logit
 };

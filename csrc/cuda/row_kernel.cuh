@@ -181,25 +181,34 @@ class RowWorker {
       }
       hw::sync_block();
     }
-    if (leads()) {
-      if (stage_.skip(led_row())) {
-        stage_.skipped(led_row());
-      } else {
-        settle(shared_row(hw::thread_index()));
-      }
+    const bool settles = leads() && !stage_.skip(led_row());
+    SharedRow& shared = shared_row(hw::thread_index());
+    if (settles) shared.stats = stats(shared);
+    hw::sync_warp();  // so that registers do not keep them
+    if (settles) {
+      settle(shared);
+    } else if (leads()) {
+      stage_.skipped(led_row());
     }
     hw::sync_block();
   }
+  CFPO_DEVICE RowStats stats(const SharedRow& shared) const {
+    const float scale = row_scale(problem(), led_row());
+    if constexpr (!Stage::kSums) {
+      return stage_.stats(led_row(), shared.target);
+    } else if constexpr (kEntropy) {
+      return stats_of(scale, shared.target, shared.merged, problem().sharded);
+    } else {
+      return join_target(scale, shared.target, shared.merged.sum, problem().sharded);
+    }
+  }
   CFPO_DEVICE void settle(SharedRow& shared) const {
     if constexpr (!Stage::kSums) {
-      shared.gradient = settle_from_lse(stage_, led_row(), shared.target);
+      shared.gradient = settle_from_lse(stage_, led_row(), shared.stats);
     } else if constexpr (kEntropy) {
-      shared.gradient = settle_peaked(stage_, led_row(), row_scale(problem(), led_row()),
-                                      shared.target, shared.merged, true);
+      shared.gradient = settle_peaked(stage_, led_row(), shared.stats, shared.merged, true);
     } else {
-      const RowStats stats = join_target(row_scale(problem(), led_row()), shared.target,
-                                         shared.merged.sum, problem().sharded);
-      shared.gradient.gradient = stage_(led_row(), stats);
+      shared.gradient.gradient = stage_(led_row(), shared.stats);
     }
   }
 

@@ -235,6 +235,14 @@ CFPO_DEVICE float largest_of(Parts parts, int count, Number number) {
   return hw::warp_max(top);
 }
 
+CFPO_DEVICE int shuffle_index(int x, int lane) {
+  float bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = hw::shuffle(bits, lane);
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 template <class Parts>
 CFPO_DEVICE RowSum merge_plain(Parts parts, int count) {
   const float ref = largest_of(parts, count, [](const PartialSum& part) { return part.ref; });
@@ -253,7 +261,7 @@ CFPO_DEVICE MergedRow merge_peaked(Parts parts, int count, float scale, float ta
     return row;
   }
   RowSum rest{ref};
-  float segment = -1.0f;
+  int mine = -1;  // the peak's segment, of its lane
 #pragma unroll 1
   for (int i = lane_index(); i < count; i += kWarpThreads) {
     const PeakedPart from = parts[i];
@@ -261,7 +269,7 @@ CFPO_DEVICE MergedRow merge_peaked(Parts parts, int count, float scale, float ta
     if (from.top == top) {
       part.sum = from.rest;
       part.weighted = from.weighted;
-      segment = static_cast<float>(i);
+      mine = i;
     }
     RowSum sum{part.ref, part.sum, part.weighted};
     sum.rebase(ref);
@@ -271,36 +279,38 @@ CFPO_DEVICE MergedRow merge_peaked(Parts parts, int count, float scale, float ta
   rest.sum = warp_sum(rest.sum);
   rest.weighted = warp_sum(rest.weighted);
   row.peak_logit = top;
-  const int at = static_cast<int>(hw::warp_max(segment));
+  const int at = shuffle_index(mine, hw::lowest_bit(hw::ballot(mine >= 0)));
   row.peak = peak_of(scale, target, {rest, static_cast<double>(top) * scale, at}, ref);
   return row;
 }
 
-// Stage 2, by one thread; `inputs`: what a stage takes besides, or nothing. Of a row that was
-// summed for an entropy:
+// Stage 2, by one thread, of a row that was summed for an entropy, in two parts.
+CFPO_DEVICE RowStats stats_of(float scale, float target, const MergedRow& merged, bool sharded) {
+  RowStats stats = join_target(scale, target, merged.sum, sharded);
+  if (merged.peak.at >= 0 && stats.sum > 0.0) merged.peak.apply(stats);
+  return stats;
+}
+// `inputs`: what a stage takes besides, or nothing.
 template <class Stage, class... Inputs>
-CFPO_DEVICE PeakedGradient settle_peaked(const Stage& stage, int row, float scale, float target,
+CFPO_DEVICE PeakedGradient settle_peaked(const Stage& stage, int row, const RowStats& stats,
                                          const MergedRow& merged, bool publish,
                                          const Inputs&... inputs) {
-  RowStats stats = join_target(scale, target, merged.sum, stage.p.problem.sharded);
-  const bool peaked = merged.peak.at >= 0 && stats.sum > 0.0;
-  if (peaked) merged.peak.apply(stats);
   const RowDerivatives d = stage.derivatives(row, inputs..., stats, publish);
   PeakedGradient g;
   if constexpr (Stage::kGradient) {
     g.gradient = row_gradient(stats, d);
-    if (peaked) {
+    if (merged.peak.at >= 0 && stats.sum > 0.0) {
       g.segment = static_cast<int>(merged.peak.at);
       g.logit = merged.peak_logit;
-      g.value = peak_gradient(scale, merged.peak, d);
+      g.value = peak_gradient(stats.scale, merged.peak, d);
     }
   }
   return g;
 }
 // Of one whose sums another call has left, as its lse:
 template <class Stage>
-CFPO_DEVICE PeakedGradient settle_from_lse(const Stage& stage, int row, float target) {
-  PeakedGradient g{stage(row, stage.stats(row, target))};
+CFPO_DEVICE PeakedGradient settle_from_lse(const Stage& stage, int row, const RowStats& stats) {
+  PeakedGradient g{stage(row, stats)};
   if (stage.may_peak(row)) {
     g.segment = kAnySegment;
     g.logit = stage.least_peak(row);

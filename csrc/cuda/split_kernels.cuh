@@ -55,10 +55,17 @@ split_sums_kernel(CFPO_ARGUMENT Problem problem, CFPO_ARGUMENT SplitWorkspace wo
   if (lane_index() == 0) split_parts<kEntropy>(workspace, row, n_segments)[index] = part;
 }
 
+// What the blocks of the second kernel keep behind their windows.
+struct SplitShared {
+  MergedRow merged;
+  PeakedGradient gradient;
+};
+
 // Stage 2 by one thread; the first block of a row publishes its scalars.
 template <class T, class Stage>
 CFPO_DEVICE PeakedGradient split_second_stage(const Stage& stage, int row,
-                                              const SplitWorkspace& workspace, int n_segments) {
+                                              const SplitWorkspace& workspace, int n_segments,
+                                              MergedRow* shared) {
   const Problem& problem = stage.p.problem;
   const bool publish = hw::block_index_y() == 0;
   if constexpr (Stage::kSums) {
@@ -70,8 +77,12 @@ CFPO_DEVICE PeakedGradient split_second_stage(const Stage& stage, int row,
     } else {
       merged.sum = merge_plain(split_parts<false>(workspace, row, n_segments), n_segments);
     }
+    // From where registers do not have to keep it.
+    if (lane_index() == 0) *shared = merged;
+    hw::sync_warp();
     if (lane_index() != 0) return {};
-    return settle_peaked(stage, row, scale, target, merged, publish);
+    return settle_peaked(stage, row, stats_of(scale, target, *shared, problem.sharded), *shared,
+                         publish);
   } else {
     if (lane_index() != 0) return {};
     // Only the block that has the target uses it, and has not overwritten it yet.
@@ -81,7 +92,7 @@ CFPO_DEVICE PeakedGradient split_second_stage(const Stage& stage, int row,
         static_cast<std::int64_t>(hw::block_index_y()) * warps * kSegmentColumns<T>;
     const bool here = column >= first && column < first + warps * kSegmentColumns<T>;
     const T* x = static_cast<const T*>(problem.logits.row(row));
-    return settle_from_lse(stage, row, here ? load_element(x + column) : 0.0f);
+    return settle_from_lse(stage, row, stage.stats(row, here ? load_element(x + column) : 0.0f));
   }
 }
 
@@ -107,26 +118,27 @@ split_finish_kernel(CFPO_ARGUMENT Stage stage, CFPO_ARGUMENT Rows dlogits,
   if (mine) {
     window = fetch_split(Segment<const T>(x, logits.n_cols, index), hw::read_once());
   }
-  PeakedGradient* gradient = reinterpret_cast<PeakedGradient*>(
+  SplitShared* shared = reinterpret_cast<SplitShared*>(
       hw::shared_memory() + hw::block_threads() / kWarpThreads * kWindowBytes);
+  const PeakedGradient& g = shared->gradient;
   if (warp_index() == 0) {
-    const PeakedGradient first = split_second_stage<T>(stage, row, workspace, n_segments);
-    if (lane_index() == 0) *gradient = first;
+    const PeakedGradient first =
+        split_second_stage<T>(stage, row, workspace, n_segments, &shared->merged);
+    if (lane_index() == 0) shared->gradient = first;
   }
   hw::wait_copies(0);
   hw::sync_block();
   if (!mine) return;
   const Segment<T> to(out, dlogits.n_cols, index);
   const int target = column_in_segment<T>(stage.p.problem.token_ids[row], index);
-  write_gradient<T, true>(window, alignment_shift(x), to, target, gradient->gradient,
-                          slope_of(stage));
-  if (Stage::kGradient && (gradient->segment == index || gradient->segment == kAnySegment)) {
-    write_peak(window, alignment_shift(x), to, target, stage, row, *gradient);
+  write_gradient<T, true>(window, alignment_shift(x), to, target, g.gradient, slope_of(stage));
+  if (Stage::kGradient && (g.segment == index || g.segment == kAnySegment)) {
+    write_peak(window, alignment_shift(x), to, target, stage, row, g);
   }
 }
 
 constexpr int split_shared_bytes() {
-  return kSplitThreads / kWarpThreads * kWindowBytes + static_cast<int>(sizeof(PeakedGradient));
+  return kSplitThreads / kWarpThreads * kWindowBytes + static_cast<int>(sizeof(SplitShared));
 }
 
 }  // namespace cfpo::cuda

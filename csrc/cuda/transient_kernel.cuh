@@ -11,10 +11,10 @@
 // Nothing hides the exchange within a cluster. What hides it are the blocks of other rows on the
 // same SM, at other points of their lives: registers and slices are few enough for several.
 //
-// Two mbarriers: sums_came() of the first block counts all sums of the row, coefs_came() of each its
-// coefficients. The one cluster barrier makes them known before the first message. None is needed
-// at the end: a block leaves when it has its coefficients, for which the first has all its sums,
-// and nobody writes to it any more.
+// Two mbarriers: sums_came() of the first block counts all sums of the row, coefs_came() of each
+// its coefficients. The one cluster barrier makes them known before the first message. None is
+// needed at the end: a block leaves when it has its coefficients, for which the first has all its
+// sums, and nobody writes to it any more.
 #pragma once
 
 #include "cuda/segment.cuh"
@@ -126,7 +126,8 @@ class TransientWarp {
     Gradient sent;
     if constexpr (kEntropy) {
       const MergedRow merged = merge_peaked(sums, plan_.n_segments, scale, target);
-      sent = {settle_peaked(stage_, row_, scale, target, merged, publish, inputs)};
+      const RowStats stats = stats_of(scale, target, merged, problem().sharded);
+      sent = {settle_peaked(stage_, row_, stats, merged, publish, inputs)};
     } else {
       const RowSum sum = merge_plain(sums, plan_.n_segments);
       sent = {stage_(row_, inputs, join_target(scale, target, sum, problem().sharded), publish)};

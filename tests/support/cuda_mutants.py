@@ -27,6 +27,9 @@ UNFENCED = "over bytes whose reader has not fenced them"
 RAGGED_ENDS = """\
     if (begin_ == 0) write_elements(columns, out, 0, head, column, g);
     if (end_ == count_) write_elements(columns, out, tail, x.count, column, g);
+    if constexpr (kEntropy) {
+      if (g.segment >= 0) replace_peak(bytes, x, peak, g);
+    }
 """
 FENCE = """\
     // For the bulk store, and for the load of another row: after all that is read here.
@@ -76,6 +79,22 @@ MUTANTS = {
     ),
     "the target summed twice": Mutant(
         SEGMENT, "if (j >= left || j == target)", "if (j >= left)"
+    ),
+    "a peak summed with the others": Mutant(
+        SEGMENT, "column != skip && x[j] != peak;", "column != skip;"
+    ),
+    "a row's peak merged with its others": Mutant(
+        SEGMENT, "      part.sum = from.rest;\n", ""
+    ),
+    "a peak's gradient left to the sweep": Mutant(ROW, "if (kPeaks && (", "if (false && ("),
+    "split: a peak's gradient left to the sweep": Mutant(
+        SPLIT, "if (Stage::kGradient && (", "if (false && ("
+    ),
+    "cluster: a peak's gradient left to the sweep": Mutant(
+        CLUSTER, "if (g.segment >= 0) replace_peak(bytes, x, peak, g);", ""
+    ),
+    "cluster: a peak in the next chunk's first vector": Mutant(
+        CLUSTER, "segment >= begin_ - 1 &&", "segment >= begin_ &&"
     ),
     "a shift by 4 bytes forgotten": Mutant(ELEMENTS, "if (shift & 4)", "if (false)"),
     "cluster: sums merged before all have come": Mutant(
@@ -143,11 +162,11 @@ MUTANTS = {
         found=f"a bulk load {UNFENCED}",
     ),
     "cluster: the next chunk, read for the target, is not fenced": Mutant(
-        CLUSTER, "      if (target >= 0) send(number, plan_.n_segments, {{logit,",
+        CLUSTER, "      if (target >= 0) send(number, plan_.n_segments, sent_logit(",
         """      if (target >= 0) {
         logit = load_shared_element(reinterpret_cast<const T*>(window + x.shift) + target);
       }
-      if (target >= 0) send(number, plan_.n_segments, {{logit,""",
+      if (target >= 0) send(number, plan_.n_segments, sent_logit(""",
         found=f"a bulk load {UNFENCED}",
     ),
     "cluster: the next chunk, read for a gradient, is not fenced": Mutant(

@@ -45,6 +45,7 @@ void add_arithmetic(Table& t) {
   t["max.f32 rrr"] = {binary<f32, Extreme<true>>};
   t["max.f64 rrr"] = {binary<f64, Extreme<true>>};
   t["min.f32 rrr"] = {binary<f32, Extreme<false>>};
+  t["min.f64 rrr"] = {binary<f64, Extreme<false>>};
   t["min.s32 rrr"] = {binary<i32, Extreme<false>>};
   t["min.s64 rrr"] = {binary<i64, Extreme<false>>};
   t["neg.s32 rr"] = {unary<i32, Neg>};
@@ -104,7 +105,8 @@ void add_comparisons(Table& t) {
   add_setp<i64>(t, "s64", {"eq", "ne", "lt", "le", "gt", "ge"});
   add_setp<u32>(t, "u32", {"lt", "gt", "ge"});
   add_setp<u64>(t, "u64", {"lt"});
-  add_setp<f32>(t, "f32", {"eq", "lt", "le", "gt", "neu", "leu", "geu", "num", "nan"});
+  add_setp<f32>(t, "f32",
+                {"eq", "lt", "le", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
   add_setp<f64>(t, "f64",
                 {"eq", "ne", "lt", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
   add_setp<f64>(t, "f64", {"le"});
@@ -215,7 +217,7 @@ void add_other_accesses(Table& t) {
     add_access<u32, kShared, 4>(t, ".shared", type);
   }
   for (const char* type : {"b64", "u64", "f64"}) add_access<u64, kShared>(t, ".shared", type);
-  add_access<u64, kShared, 2>(t, ".shared", "f64");
+  for (const char* type : {"u64", "f64"}) add_access<u64, kShared, 2>(t, ".shared", type);
   add_access<u32, kShared>(t, ".volatile.shared", "u32");
   add_access<u32, Space::kGeneric>(t, "", "u32");
   add_load<i8, kParam, 1>(t, ".param", "s8", "");

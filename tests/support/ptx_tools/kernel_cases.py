@@ -53,7 +53,12 @@ def memory_kernels() -> dict[str, Kernel]:
     forms += [("global", kind, 4) for kind in ("b32", "u32", "f32")]
     forms += [("shared", kind, 1) for kind in ("u16", "b32", "u32", "f32", "b64", "u64", "f64")]
     forms += [("shared", kind, n) for kind in ("b32", "u32", "f32") for n in (2, 4)]
-    forms += [("shared", "f64", 2), ("volatile.global", "u32", 1), ("volatile.shared", "u32", 1)]
+    forms += [
+        ("shared", "u64", 2),
+        ("shared", "f64", 2),
+        ("volatile.global", "u32", 1),
+        ("volatile.shared", "u32", 1),
+    ]
     forms += [("", "u32", 1)]
     stores = [("global.cs", "u16", 1), ("global.cs", "f32", 1), ("global.cs", "u32", 4)]
     for space, kind, n in forms + stores:

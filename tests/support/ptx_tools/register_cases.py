@@ -102,9 +102,10 @@ same("rcp.rn.f64 rr", "f64", (3.0, 0.3333333333333333), (-0.0, -INF), (2.0**1023
 for kind in ("f32", "f64"):
     same(f"max.{kind} rrr", kind, (NAN, -1.0, -1.0), (2.0, NAN, 2.0), (-0.0, 0.0, 0.0))
     same(f"max.{kind} rrr", kind, (0.0, -0.0, 0.0), (-3.0, 2.0, 2.0))
+    same(f"min.{kind} rrr", kind, (NAN, -1.0, -1.0), (2.0, NAN, 2.0), (0.0, -0.0, -0.0))
+    same(f"min.{kind} rrr", kind, (-3.0, 2.0, -3.0))
     same(f"neg.{kind} rr", kind, (0.0, -0.0), (-2.5, 2.5))
     same(f"abs.{kind} rr", kind, (-0.0, 0.0), (-2.5, 2.5), (-INF, INF))
-same("min.f32 rrr", "f32", (NAN, -1.0, -1.0), (2.0, NAN, 2.0), (0.0, -0.0, -0.0), (-3.0, 2.0, -3.0))
 same("copysign.f64 rrr", "f64", (-0.0, 3.0, -3.0), (2.0, -3.0, 3.0))  # the first one's sign
 # Without error, as the test asks for; subnormals, also results, are zeros.
 same(
@@ -160,7 +161,8 @@ TRUE = {
 OF_TYPE = {
     "b16": "ne", "b32": "eq ne", "b64": "eq ne", "s16": "eq ne",
     "s32": "eq ne lt le gt ge", "s64": "eq ne lt le gt ge", "u32": "lt gt ge", "u64": "lt",
-    "f32": "eq lt le gt neu leu geu num nan", "f64": "eq ne lt gt ge neu ltu leu gtu geu num nan",
+    "f32": "eq lt le gt ge neu ltu leu gtu geu num nan",
+    "f64": "eq ne lt gt ge neu ltu leu gtu geu num nan",
 }  # fmt: skip
 for kind, names in OF_TYPE.items():
     top = 1 << (int(kind[1:]) - 1)

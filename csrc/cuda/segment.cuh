@@ -448,10 +448,12 @@ template <class T, class Stage>
 CFPO_DEVICE void write_peak(const char* window, int shift, const Segment<T>& out, int target,
                             const Stage& stage, int row, const PeakedGradient& g) {
   LanePeak peak;
+  const T* const columns = reinterpret_cast<const T*>(window + shift);
+  const auto map = map_of(stage);
 #pragma unroll 1
-  for (int vector = lane_index(); vector < kLaneVectors * kWarpThreads; vector += kWarpThreads) {
-    peak.look<T>(load_shifted(window + vector * kVectorBytes, shift), vector * kVectorElements<T>,
-                 out.count, target, g.logit, map_of(stage));
+  for (int column = lane_index(); column < out.count; column += kWarpThreads) {
+    const float x = map(load_shared_element(columns + column));
+    if (x >= g.logit && column != target) peak = {column, x};
   }
   hw::sync_warp();  // another lane has written there
   if (peak.column < 0) return;

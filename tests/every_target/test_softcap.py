@@ -205,7 +205,7 @@ def test_a_loss_against_float64(softcap: float) -> None:
 def test_what_was_scored_has_a_ratio_of_1(dtype: torch.dtype, v: int) -> None:
     case = uncapped(make_case(8, v, dtype), 4.0)
     rows = rows_of(case.logits, case.token_ids, torch.ones(1), softcap=4.0)
-    scored = sums(rows, with_entropy=False).logps
+    scored = sums(rows, with_entropy=False).logps.float()
     on_policy, logps = policy_gradient(rows, case, old_logps=scored)
     assert torch.equal(logps, scored) and (scored <= 0).all()
     case.old_logps = None

@@ -9,8 +9,8 @@
 #pragma once
 
 #include "core/row_math.h"
-#include "cuda/capped.h"
 #include "cuda/elements.cuh"
+#include "cuda/logit_map.cuh"
 #include "cuda/plan.h"
 
 namespace cfpo::cuda {

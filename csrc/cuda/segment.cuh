@@ -120,7 +120,7 @@ CFPO_DEVICE float reference_of(float top, float scale) {
   return std::fmax(std::ceil(top * scale), -kLargestRef);
 }
 
-// A lane's sums of its vectors. `map`: see capped.h; `removed`: what load_segment has returned.
+// A lane's sums of its vectors. `map`: see logit_map.cuh; `removed`: what load_segment has returned.
 struct LaneSum {
   float sum, weighted;
 };
@@ -366,7 +366,7 @@ CFPO_DEVICE float gradient_element(float x, const GradientCoefs& coefs) {
   return e * std::fma(coefs.linear, finite_exponent(u), coefs.constant);
 }
 
-// Of a column with element x; `map`: see capped.h.
+// Of a column with element x; `map`: see logit_map.cuh.
 template <bool kLinear, class Map = LogitMap<false>>
 CFPO_DEVICE float gradient_at(float x, int column, int target, const RowGradient& g, Map map = {}) {
   const float y = map(x);

@@ -1,4 +1,5 @@
-"""Triton kernels (installed as ``cfpo_kernels.triton_kernels``). Not yet verified on a GPU.
+"""Triton kernels (installed as ``cfpo_kernels.triton_kernels``). docs/triton.md says where
+they have run.
 
     scalar_math   expm1 and logarithms of one number
     objective     the policy objectives and KL estimators

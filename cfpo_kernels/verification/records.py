@@ -8,6 +8,7 @@ were checked before a release, from the package.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -221,8 +222,10 @@ def _driver(device: torch.device) -> str:
     """The CUDA version that the driver supports, such as "13000"; of other devices nothing."""
     if device.type != "cuda" or torch.version.hip is not None:
         return str(torch.version.hip or "")
-    query = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return str(query()) if query is not None else ""
+    found = ctypes.c_int()
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    return str(found.value) if found.value else ""
 
 
 def identity_of(device: torch.device) -> Identity:
@@ -235,7 +238,9 @@ def identity_of(device: torch.device) -> Identity:
         properties = torch.get_device_module(device).get_device_properties(device)
         name = properties.name
         major, minor = getattr(properties, "major", ""), getattr(properties, "minor", "")
-        capability = getattr(properties, "gcnArchName", "") or f"{major}.{minor}"
+        # torch for NVIDIA has this attribute too, and the device's name in it.
+        architecture = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+        capability = architecture or f"{major}.{minor}"
     return Identity(
         version_of("cfpo-kernels"),
         code_hash(),

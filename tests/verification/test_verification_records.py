@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,3 +240,25 @@ def test_the_table_in_the_readme_is_made_from_the_records() -> None:
     claimed = verified_table.table([make_record("right", "wrong", "wrong")]).splitlines()
     assert "verified on A GPU (SXM) (bfloat16)" in next(x for x in claimed if "`cuda`" in x)
     assert verified_table.NOT_YET in next(x for x in claimed if "`triton`" in x)
+
+
+def test_the_identity_of_an_nvidia_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11 describes an H200: AMD's attribute is there, and has the name in it."""
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, gcnArchName="NVIDIA H200")
+    module = SimpleNamespace(get_device_properties=lambda device: properties)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    library = SimpleNamespace(cuDriverGetVersion=lambda found: setattr(found._obj, "value", 13000))
+    monkeypatch.setattr(records.ctypes, "CDLL", lambda name: library)
+    identity = records.identity_of(torch.device("cuda"))
+    assert (identity.device, identity.capability, identity.driver) == (
+        "NVIDIA H200",
+        "9.0",
+        "13000",
+    )
+
+
+def test_shipped_records_are_of_devices_that_ran() -> None:
+    """They are read, and say of some kernels that they are right."""
+    found = records.shipped()
+    assert found and all(record.verdicts for record in found)
+    assert "NVIDIA H200" in {record.identity.device for record in found}

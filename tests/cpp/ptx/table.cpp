@@ -102,7 +102,7 @@ void add_comparisons(Table& t) {
   add_setp<u16>(t, "b16", {"ne"});
   add_setp<u32>(t, "b32", {"eq", "ne"});
   add_setp<u64>(t, "b64", {"eq", "ne"});
-  add_setp<i16>(t, "s16", {"eq", "ne"});
+  add_setp<i16>(t, "s16", {"eq", "ne", "gt"});
   add_setp<i32>(t, "s32", {"eq", "ne", "lt", "le", "gt", "ge"});
   add_setp<i64>(t, "s64", {"eq", "ne", "lt", "le", "gt", "ge"});
   add_setp<u32>(t, "u32", {"lt", "gt", "ge"});

@@ -543,7 +543,7 @@ def _softcap(value: object, scale: float) -> float:
         raise ValueError(
             f"softcap / logit_scale must be between 1e-30 and 1e30, got {softcap} / {scale}"
         )
-    return float(torch.tensor(softcap / scale, dtype=torch.float32))
+    return torch.tensor(softcap / scale, dtype=torch.float32, device="cpu").item()
 
 
 def _of_all(

@@ -329,7 +329,7 @@ def cfpo_loss(
         token_ids,
         advantages,
         old_logps,
-        objective=CFPO(epsilon, epsilon_high=epsilon_high),
+        objective=CFPO(epsilon=epsilon, epsilon_high=epsilon_high),
         mask=mask,
         reduction=reduction,
         normalizer=normalizer,
@@ -435,7 +435,7 @@ class CFPOLoss(nn.Module):
     def __init__(self, epsilon: float = 0.2, **settings: Any) -> None:
         super().__init__()
         # Refused now rather than at the first step.
-        CFPO(epsilon, epsilon_high=settings.get("epsilon_high"))
+        CFPO(epsilon=epsilon, epsilon_high=settings.get("epsilon_high"))
         unknown = settings.keys() - _CFPO_KEYWORDS
         if unknown:
             raise TypeError(f"CFPOLoss got unknown arguments: {', '.join(sorted(unknown))}")

@@ -164,7 +164,7 @@ class TokenLogpsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = KernelRows(logits, token_ids, weights, temperature)
         logps, lse, entropy = ops.run_token_logps(rows, with_entropy, backend)
-        save(ctx, *rows[:4], lse, entropy)
+        save(ctx, *rows.tensors(), lse, entropy)
         ctx.inplace = inplace
         ctx.backend = backend
         ctx.mark_non_differentiable(lse)

@@ -213,7 +213,7 @@ def cfpo_loss_from_logps(
         logps,
         advantages,
         old_logps,
-        objective=CFPO(epsilon, epsilon_high=epsilon_high),
+        objective=CFPO(epsilon=epsilon, epsilon_high=epsilon_high),
         entropy=entropy,
         mask=mask,
         reduction=reduction,

@@ -30,7 +30,8 @@ from .shapes import Shape
 
 
 def flat(settings: LossSettings) -> tuple[str, list[float], str, bool, float, float]:
-    return settings.shape.kind, settings.shape.numbers, *settings[1:]
+    shape, estimator, weighted, kl_coef, entropy_coef = settings
+    return shape.kind, shape.numbers, estimator, weighted, kl_coef, entropy_coef
 
 
 def unflat(kind: str, numbers: Sequence[float], *others: Any) -> LossSettings:
@@ -273,7 +274,7 @@ def run_policy_loss(
     What is not wanted may be None or anything.
     """
     logits = rows.logits
-    if is_plain(*rows[:4], *terms.inputs, terms.grad_scale):
+    if is_plain(*rows.tensors(), *terms.inputs, terms.grad_scale):
         with _shown("policy_loss_" if inplace else "policy_loss"):
             dlogits = logits if inplace else new_gradient(logits) if with_gradient else None
             found = _policy_loss_into(dlogits, rows, terms, with_entropy, backend)
@@ -282,18 +283,18 @@ def run_policy_loss(
             return *found, dlogits
     flat_terms = (list(terms.inputs), *flat(terms.settings), terms.grad_scale)
     if inplace:
-        return *policy_loss_(*rows[:4], with_entropy, backend, *flat_terms), logits
-    return policy_loss(*rows[:4], with_entropy, with_gradient, backend, *flat_terms)
+        return *policy_loss_(*rows.tensors(), with_entropy, backend, *flat_terms), logits
+    return policy_loss(*rows.tensors(), with_entropy, with_gradient, backend, *flat_terms)
 
 
 def run_token_logps(
     rows: KernelRows, with_entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (logps, lse, entropy); the first two in float64."""
-    if is_plain(*rows[:4]):
+    if is_plain(*rows.tensors()):
         with _shown("token_logps"):
             return _token_logps(rows, with_entropy, backend)
-    return token_logps(*rows[:4], with_entropy, backend)
+    return token_logps(*rows.tensors(), with_entropy, backend)
 
 
 def run_token_logps_backward(
@@ -308,7 +309,7 @@ def run_token_logps_backward(
 ) -> Tensor:
     """Returns dlogits, which are the logits with `inplace`."""
     logits, arguments = rows.logits, (backend, lse, entropy, dlogps, dentropy)
-    if is_plain(*rows[:4], lse, entropy, dlogps, dentropy):
+    if is_plain(*rows.tensors(), lse, entropy, dlogps, dentropy):
         with _shown("token_logps_backward_" if inplace else "token_logps_backward"):
             dlogits = logits if inplace else new_gradient(logits)
             _token_logps_backward_into(dlogits, rows, *arguments)
@@ -316,9 +317,9 @@ def run_token_logps_backward(
                 torch.autograd.graph.increment_version(logits)
             return dlogits
     if inplace:
-        token_logps_backward_(*rows[:4], *arguments)
+        token_logps_backward_(*rows.tensors(), *arguments)
         return logits
-    return token_logps_backward(*rows[:4], *arguments)
+    return token_logps_backward(*rows.tensors(), *arguments)
 
 
 def run_multiply_rows_(x: Tensor, factors: Tensor, backend: str) -> None:

@@ -45,7 +45,8 @@ class Shape(NamedTuple):
 
     @property
     def numbers(self) -> list[float]:
-        return list(map(float, self[1:]))
+        _, *numbers = self  # KernelRows.tensors says why not by a slice
+        return list(map(float, numbers))
 
 
 NUMBERS = Shape._fields[1:]

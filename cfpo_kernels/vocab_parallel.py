@@ -350,7 +350,7 @@ class ShardedLogpsFunction(torch.autograd.Function):
         rows = KernelRows(logits.detach(), token_ids, weights, temperature, sharded=True)
         logps, lse, entropy = shards.score(tiles, rows, with_entropy)()
         entropy = weights.new_empty(0) if entropy is None else entropy
-        save(ctx, logits, *rows[1:4], logps, lse, entropy)
+        save(ctx, logits, *rows.tensors()[1:], logps, lse, entropy)
         ctx.inplace, ctx.tiles = inplace, tiles
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)

@@ -23,6 +23,10 @@ class KernelRows(NamedTuple):
     # z. A float32 number between 1e-30 and 1e30, or 0: the logits are what is there.
     softcap: float = 0.0
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first four. torch.compile cannot slice a NamedTuple before torch 2.9."""
+        return self.logits, self.token_ids, self.weights, self.temperature
+
     def check_whole(self) -> None:
         if self.sharded:
             raise ValueError("a policy loss takes whole rows, not columns of them (sharded=True)")

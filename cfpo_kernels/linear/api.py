@@ -297,7 +297,7 @@ def linear_cfpo_loss(
         token_ids,
         advantages,
         old_logps,
-        objective=CFPO(epsilon, epsilon_high=epsilon_high),
+        objective=CFPO(epsilon=epsilon, epsilon_high=epsilon_high),
         bias=bias,
         lora=lora,
         mask=mask,

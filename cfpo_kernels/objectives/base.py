@@ -47,8 +47,10 @@ class Objective:
     needs_bounds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        # Of numpy's kinds of numbers, and of others, Python's are made.
-        for name, value in vars(self).items():
+        # Of numpy's kinds of numbers, and of others, Python's are made. Not by vars(), which
+        # torch.compile does not follow here before torch 2.10.
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
             if type(value) not in _AS_THEY_ARE and (number := as_float(value)) is not None:
                 object.__setattr__(self, name, number)
         require_number("drift", self.drift, least=0.0)

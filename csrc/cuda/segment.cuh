@@ -120,7 +120,8 @@ CFPO_DEVICE float reference_of(float top, float scale) {
   return std::fmax(std::ceil(top * scale), -kLargestRef);
 }
 
-// A lane's sums of its vectors. `map`: see logit_map.cuh; `removed`: what load_segment has returned.
+// A lane's sums of its vectors. `map`: see logit_map.cuh; `removed`: what load_segment has
+// returned.
 struct LaneSum {
   float sum, weighted;
 };

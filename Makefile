@@ -17,7 +17,7 @@ NATIVE_OPTIONS := $(CFPO_KERNELS_CUDA)|$(CFPO_KERNELS_CUDA_ARCHS)|$(CFPO_KERNELS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test test-all test-triton lint lint-workflows format docs bench study bench-micro gpu-check wheel dist clean distclean FORCE
+.PHONY: help demo examples test test-all test-triton test-matrix lint lint-workflows format docs bench study bench-micro gpu-check wheel dist clean distclean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ test-triton: $(STAMPS)/native $(STAMPS)/test ## Run the tests of the Triton kern
 	TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -n auto tests/every_target \
 	  tests/backends/triton/test_triton_interpreted.py tests/backends/triton/test_triton_tools.py \
 	  tests/linear/test_linear_triton.py $(ARGS)
+
+test-matrix: ## Test with other versions of Python, torch, numpy and Triton (ARGS=--list: which)
+	$(PYTHON) tools/test_matrix.py $(ARGS)
 
 lint: $(STAMPS)/torch $(STAMPS)/dev ## Check style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -48,7 +48,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         # Of numpy's kinds of numbers, and of others, Python's are made. Not by vars(), which
-        # torch.compile does not follow here before torch 2.10.
+        # torch.compile does not follow here up to torch 2.9.
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
             if type(value) not in _AS_THEY_ARE and (number := as_float(value)) is not None:

@@ -254,6 +254,9 @@ def test_compile_without_graph_breaks(compiler: str, name: str) -> None:
     torch.testing.assert_close(gradients(got_loss, hidden, head), want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 11), reason="torch.compile of torch 2.10 and older refuses them"
+)
 def test_compiled_call_takes_changing_numbers() -> None:
     """A number that changes between calls becomes symbolic in the graph."""
     torch._dynamo.reset()

@@ -33,7 +33,13 @@ from cfpo_kernels.inputs import LossSettings, TokenInputs
 pytestmark = [
     pytest.mark.not_on("reference", reason="it has no kernels; test_the_reference"),
     pytest.mark.not_on("*-cluster", reason="not for softcaps: test_when_it_is_chosen"),
+    pytest.mark.nightly_on("*-transient", reason="softcaps take the row kernel there"),
+    pytest.mark.nightly_on("cuda-ptx-*", reason="rows in one block run on every commit"),
+    pytest.mark.nightly_on("triton-ptx*", reason="minutes of compilations; interpreted they run"),
 ]
+INTERPRETED = pytest.mark.nightly_on(
+    "triton-interpreted", reason="a minute; losses against float64 run on every commit"
+)
 
 SOFTCAPS = (4.0, 30.0)  # the logits have a spread of 4.5: some far above 4, none near 30
 
@@ -56,6 +62,7 @@ def slope(logits: Tensor, softcap: float) -> Tensor:
     return 1 - (capped(logits, softcap) / softcap) ** 2
 
 
+@INTERPRETED
 @pytest.mark.parametrize(("v", "softcap"), [(1, 4.0), (7, 4.0), (1000, 30.0), (20001, 4.0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums(dtype: torch.dtype, v: int, softcap: float) -> None:
@@ -103,6 +110,7 @@ def test_value_of_one_logit(softcap: float) -> None:
         assert worst <= 1, f"{worst * units:.2f} units"
 
 
+@INTERPRETED
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(("v", "softcap"), [(1, 4.0), (7, 4.0), (1000, 30.0), (20001, 4.0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -156,6 +164,7 @@ def policy_gradient(
     return dlogits, logps
 
 
+@INTERPRETED
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("v", [1, 7, 1000, 20001])
@@ -244,6 +253,7 @@ def test_infinities_and_numbers_that_are_none(dtype: torch.dtype) -> None:
         assert (flat <= 1e-6).all()
 
 
+@INTERPRETED
 @pytest.mark.parametrize("v", [1000, 20001])
 def test_entropy_of_confident_rows(v: int) -> None:
     """Of a token that is not the target: its element is left out of sums, and written apart."""

@@ -80,7 +80,7 @@ def test_advantages_are_of_their_group() -> None:
     assert advantages[8].item() == pytest.approx(2.475, abs=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_learns_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     try:

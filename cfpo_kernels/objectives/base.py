@@ -50,7 +50,7 @@ class Objective:
         # Of numpy's kinds of numbers, and of others, Python's are made. Not by vars(), which
         # torch.compile does not follow here up to torch 2.9.
         for name in self.__dataclass_fields__:
-            value = getattr(self, name)
+            value = getattr(self, name, None)  # class variables are among the names
             if type(value) not in _AS_THEY_ARE and (number := as_float(value)) is not None:
                 object.__setattr__(self, name, number)
         require_number("drift", self.drift, least=0.0)

@@ -166,7 +166,7 @@ bool run(const Case& c) {
   std::vector<float> loss(c.n_rows, NAN), logps(c.n_rows, NAN), entropy(c.n_rows, NAN);
   const float temperature = 1.0f;
   PolicyLossParams params{};
-  params.problem = {logits.rows, ids.data(), &temperature, 0, weights.data()};
+  params.problem = {logits.rows, ids.data(), &temperature, 0, weights.data(), false, {}};
   params.dlogits = gradient.rows;
   params.columns.advantages = advantages.data();
   params.columns.old_logps = old.data();

@@ -167,7 +167,7 @@ def test_two_processes_agree_with_trl(tmp_path: Path) -> None:
         ({"epsilon": -0.1}, {}, "epsilon must be a positive"),
         ({}, {"objective": "cfpo"}, "objective must be CFPO"),
         ({}, {"logits_tokens": 0}, "logits_tokens must be at least 1"),
-        ({}, {"logits_tokens": 2.0}, "logits_tokens must be an int or None"),
+        ({}, {"logits_tokens": 2.0}, "logits_tokens must be an int"),
         ({}, {"backend": "nope"}, "backend must be one of"),
         ({}, {"backend": "reference", "inplace": True}, "inplace=True needs a backend"),
     ],
@@ -337,13 +337,14 @@ class Products(TorchDispatchMode):
 
 
 # Of the 19 tokens of make_inputs, 16 at a time are two products of 16 rows, and all one of 32.
+# 19 rows in two chunks of 16; the gradient of the head sums over those that there are.
 PRODUCTS: dict[str, tuple[dict[str, Any], int]] = {
-    "one pass": ({}, 3 * 32),
-    "means of sequences, KL": ({"loss_type": "grpo", "beta": 0.3}, 3 * 32),
-    "sequence ratios": ({"importance_sampling_level": "sequence"}, 4 * 32 - 16),
-    "vespo": ({"loss_type": "vespo"}, 4 * 32 - 16),
-    "entropy quantile": ({"top_entropy_quantile": 0.5}, 4 * 32 - 16),
-    "off-policy mask": ({"off_policy_mask_threshold": 0.1}, 4 * 32 - 16),
+    "one pass": ({}, 2 * 32 + 19),
+    "means of sequences, KL": ({"loss_type": "grpo", "beta": 0.3}, 2 * 32 + 19),
+    "sequence ratios": ({"importance_sampling_level": "sequence"}, 3 * 32 - 16 + 19),
+    "vespo": ({"loss_type": "vespo"}, 3 * 32 - 16 + 19),
+    "entropy quantile": ({"top_entropy_quantile": 0.5}, 3 * 32 - 16 + 19),
+    "off-policy mask": ({"off_policy_mask_threshold": 0.1}, 3 * 32 - 16 + 19),
 }
 
 
@@ -359,7 +360,7 @@ def test_rows_that_are_multiplied(tmp_path: Path, name: str, kind: str) -> None:
     inputs = trl_setup.make_inputs(trainer)
     inputs["advantages"][:] = torch.tensor([1.0, -1.0, 2.0, -2.0])  # no row is without a gradient
     assert inputs["completion_mask"].sum() == 19
-    for logits_tokens, wanted in ((16, of_chunks), (1024, 3 * 32)):
+    for logits_tokens, wanted in ((16, of_chunks), (1024, 2 * 32 + 19)):
         with Products() as products:
             loss = compute_cfpo_loss(trainer, trainer.model, inputs, logits_tokens=logits_tokens)
             loss.backward()
@@ -375,7 +376,7 @@ def test_tokens_without_an_advantage_are_scored_and_no_more(tmp_path: Path) -> N
     inputs["advantages"][:] = torch.tensor([1.0, 0.0, 0.0, -2.0])
     with Products() as products:
         compute_cfpo_loss(trainer, trainer.model, inputs, logits_tokens=16).backward()
-    assert sorted(products.rows) == [16] * 4
+    assert sorted(products.rows) == [10, 16, 16, 16]
 
 
 def test_a_compiled_model_gives_the_logits_of_completions(

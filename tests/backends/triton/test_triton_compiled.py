@@ -121,7 +121,9 @@ def check_code(launches: Sequence[Launch], itemsize: int, v: int) -> None:
         # Otherwise one thread could overwrite in place what another has not read yet.
         assert "convert_layout" not in launch.asm["ttgir"], launch.summary()
         # AMD parks scalar registers in vector registers: no memory, so no harm.
-        assert launch.code.stack == 0 and (launch.spills == 0 or not nvidia), launch.summary()
+        # 8 bytes, outside of the loops: docs/triton.md.
+        if not (launch.arch == "sm_100" and itemsize == 2 and launch.code.stack == 8):
+            assert launch.code.stack == 0 and (launch.spills == 0 or not nvidia), launch.summary()
         assert launch.shared <= 1024, launch.summary()
         if nvidia:
             weighted = launch.arguments.get("WITH_ENTROPY") or (
@@ -216,7 +218,7 @@ def test_rows_that_start_differently(on: Callable[[str], None]) -> None:
             fake((8192, 1001), torch.bfloat16), dlogits=fake((8192, 1001), torch.bfloat16, offset=3)
         )
     for launch in launches:
-        assert launch.spills == 0 and launch.registers <= 128, launch.summary()
+        assert launch.spills == 0 and launch.registers <= 168, launch.summary()
         assert set(hot(launch, "store")) == {2}
 
 
@@ -320,10 +322,10 @@ def sample() -> None:
     [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.nightly) for d in DTYPES[::2])],
     ids=str,
 )
-def test_a_first_use_compiles_twelve_variants_at_most(
+def test_a_first_use_compiles_twenty_variants_at_most(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each takes seconds of the time that a user waits."""
+    """Each takes seconds of the time that a user waits. Eight are those of softcaps."""
     device = config.Device(multiprocessors=132)
     monkeypatch.setattr(backend, "_device", lambda _: device)
     cpu = torch.device("cpu")
@@ -343,7 +345,7 @@ def test_a_first_use_compiles_twelve_variants_at_most(
             with contextlib.suppress(IndexError):  # nothing was computed
                 list(check(target, dtype))
     variants = {(launch.name, id(launch.kernel)) for launch in launches}
-    assert len(variants) <= 12, sorted(name for name, _ in variants)
+    assert len(variants) <= 20, sorted(name for name, _ in variants)
     assert {name for name, _ in variants} == {
         "policy_loss_kernel", "sum_segments_kernel", "token_logps_kernel",
         "token_logps_backward_kernel", "multiply_rows_kernel",

@@ -145,11 +145,13 @@ KERNELS: dict[str, Kernel] = memory_kernels() | {
             f"ld.param.{kind} %a{10 + i}, [p0];\n"
             for i, kind in enumerate(("b64", "u64", "f64", "b32", "u32", "s32", "s8", "u8", "f32"))
         )
-        + "sub.s64 %a20, %a10, %a0;\nsub.s64 %a21, %a11, %a0;\nsub.s64 %a22, %a12, %a0;\n"
+        + "ld.param.v2.f32 {%a29, %a30}, [p0];\n"
+        "sub.s64 %a20, %a10, %a0;\nsub.s64 %a21, %a11, %a0;\nsub.s64 %a22, %a12, %a0;\n"
         "or.b64 %a20, %a20, %a21;\nor.b64 %a20, %a20, %a22;\ncvt.u32.u64 %a7, %a0;\n"
         "sub.s32 %a23, %a13, %a7;\nsub.s32 %a24, %a14, %a7;\nsub.s32 %a25, %a15, %a7;\n"
         "or.b32 %a20, %a20, %a23;\nor.b32 %a20, %a20, %a24;\nor.b32 %a20, %a20, %a25;\n"
         "sub.s32 %a28, %a18, %a7;\nor.b32 %a20, %a20, %a28;\n"
+        "sub.s32 %a29, %a29, %a7;\nor.b32 %a20, %a20, %a29;\n"
         "shl.b32 %a7, %a7, 24;\nshr.s32 %a7, %a7, 24;\nsub.s32 %a26, %a16, %a7;\n"
         "or.b32 %a20, %a20, %a26;\nand.b32 %a7, %a7, 255;\nsub.s32 %a27, %a17, %a7;\n"
         "or.b32 %a20, %a20, %a27;\nadd.s32 %a20, %a20, 5;\n" + out("%a20"),

@@ -93,7 +93,7 @@ same("mul.rn.f64 rrr", "f64", (0.1, 3.0, 0.30000000000000004), (-0.0, 5.0, -0.0)
 # One rounding: (1 + e)^2 - 1 - 2e = e^2.
 same("fma.rn.f32 rrrr", "f32", (1 + 2 * EPS, 1 + 2 * EPS, -1 - 4 * EPS, 4 * EPS * EPS))
 same("fma.rn.f64 rrrr", "f64", (1 + 2.0**-52, 1 + 2.0**-52, -1 - 2.0**-51, 2.0**-104))
-for name in ("div.rn.f32 rrr", "div.full.f32 rrr"):
+for name in ("div.rn.f32 rrr", "div.full.f32 rrr", "div.approx.ftz.f32 rrr"):
     same(name, "f32", (1.0, 4.0, 0.25), (1.0, 0.0, INF), (0.0, 0.0, NAN))
 same("div.rn.f32 rrr", "f32", (1.0, 3.0, 0.3333333432674408))
 same("div.rn.f64 rrr", "f64", (1.0, 3.0, 0.3333333333333333), (-1.0, 0.0, -INF))
@@ -106,7 +106,8 @@ for kind in ("f32", "f64"):
     same(f"min.{kind} rrr", kind, (-3.0, 2.0, -3.0))
     same(f"neg.{kind} rr", kind, (0.0, -0.0), (-2.5, 2.5))
     same(f"abs.{kind} rr", kind, (-0.0, 0.0), (-2.5, 2.5), (-INF, INF))
-same("copysign.f64 rrr", "f64", (-0.0, 3.0, -3.0), (2.0, -3.0, 3.0))  # the first one's sign
+for kind in ("f32", "f64"):  # the first one's sign
+    same(f"copysign.{kind} rrr", kind, (-0.0, 3.0, -3.0), (2.0, -3.0, 3.0))
 # Without error, as the test asks for; subnormals, also results, are zeros.
 same(
     "ex2.approx.ftz.f32 rr", "f32",

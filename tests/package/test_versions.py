@@ -89,8 +89,8 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """One that is this Python's, whose checkout is one file of tests."""
     monkeypatch.setattr(matrix, "FOLDER", tmp_path)
     monkeypatch.setattr(matrix, "RESULTS", tmp_path / "versions.json")
-    monkeypatch.setattr(matrix, "SOME_TESTS", ("test_some.py",))
-    monkeypatch.setattr(matrix, "TRITON_TESTS", ("test_some.py",))
+    monkeypatch.setattr(matrix, "SOME_TESTS", ("some.py",))
+    monkeypatch.setattr(matrix, "TRITON_TESTS", ("some.py",))
     monkeypatch.setattr(matrix, "IMPORT", "import json")
     monkeypatch.setattr(matrix, "first_loss", lambda: "import json")
     monkeypatch.setattr(matrix, "install", lambda *of: None)
@@ -102,7 +102,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     versions = {"python": f"{here}.0", "torch": "9.9.9", "numpy": "2.0.0", "triton": "3.6.0"}
     monkeypatch.setattr(matrix, "VERSIONS", f"print({json.dumps(json.dumps(versions))})")
     made.checkout.mkdir(parents=True)
-    (made.checkout / "test_some.py").write_text(TESTS)
+    (made.checkout / "some.py").write_text(TESTS)
     (made.checkout / "conftest.py").write_text(OPTION)
     (made.checkout / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow\n")
     return made
@@ -131,7 +131,7 @@ def test_an_environment_is_examined_and_deleted(environment: Any) -> None:
     ("name", "value", "part"),
     (
         ("IMPORT", "raise ImportError('no such symbol')", "failed first"),
-        ("SOME_TESTS", ("test_none.py",), "cpu"),
+        ("SOME_TESTS", ("none.py",), "cpu"),
     ),
 )
 def test_what_does_not_start_has_failed(

@@ -52,8 +52,6 @@ def plant(mutant: Mutant, folder: Path) -> Path:
 
 # A known fault, to be found: the address sanitizer reports a read in the clusters that stay.
 UNKNOWN_READ = pytest.mark.xfail(reason="the address sanitizer reports a read of shared memory")
-    reason="the address sanitizer reports a read in a cluster's memory"
-)
 
 
 @pytest.mark.parametrize(

@@ -50,13 +50,7 @@ def plant(mutant: Mutant, folder: Path) -> Path:
     return folder
 
 
-# A known fault, to be found: the address sanitizer reports a read in the clusters that stay.
-UNKNOWN_READ = pytest.mark.xfail(reason="the address sanitizer reports a read of shared memory")
-
-
-@pytest.mark.parametrize(
-    "flags", [[], pytest.param(SANITIZE, marks=UNKNOWN_READ)], ids=["plain", "sanitized"]
-)
+@pytest.mark.parametrize("flags", [[], SANITIZE], ids=["plain", "sanitized"])
 def test_the_kernels_pass(flags: list[str], tmp_path: Path) -> None:
     done = run(build(tmp_path, ROOT, flags))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "emulation/machine.h"
 
@@ -23,25 +24,30 @@ namespace emulation {
 inline void close_to_others(const void* p, std::size_t bytes) {
   __asan_poison_memory_region(p, bytes);
 }
-// Lets the functions here touch whole vectors, and closes them again.
+// Lets the functions here touch whole vectors, and closes again what was closed: of a vector that
+// is half beyond the memory, or beside a closed one, only that part.
 class Opened {
  public:
   Opened(const void* p, std::size_t bytes) {
     const auto address = reinterpret_cast<std::uintptr_t>(p);
-    begin_ = reinterpret_cast<void*>(address / 16 * 16);
+    begin_ = reinterpret_cast<char*>(address / 16 * 16);
     bytes_ = (address % 16 + bytes + 15) / 16 * 16;
-    closed_ = __asan_region_is_poisoned(begin_, bytes_) != nullptr;
-    if (closed_) __asan_unpoison_memory_region(begin_, bytes_);
+    for (std::size_t at = 0; at < bytes_; at += kGranule) {
+      if (__asan_address_is_poisoned(begin_ + at) != 0) closed_.push_back(at);
+    }
+    if (!closed_.empty()) __asan_unpoison_memory_region(begin_, bytes_);
   }
   Opened(const Opened&) = delete;
   ~Opened() {
-    if (closed_) close_to_others(begin_, bytes_);
+    for (const std::size_t at : closed_) close_to_others(begin_ + at, kGranule);
   }
 
  private:
-  void* begin_;
+  static constexpr std::size_t kGranule = 8;  // of the address sanitizer
+
+  char* begin_;
   std::size_t bytes_;
-  bool closed_;
+  std::vector<std::size_t> closed_;
 };
 #else
 inline void close_to_others(const void*, std::size_t) {}

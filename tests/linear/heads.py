@@ -49,6 +49,18 @@ class HeadCase:
 Leaves = dict[str, Tensor]
 
 
+def regularizers(case: HeadCase, g: torch.Generator) -> dict[str, Any]:
+    """Options: a KL term, a bonus, weights of tokens."""
+    assert case.old_logps is not None
+    n = len(case.token_ids)
+    return {
+        "ref_logps": case.old_logps + 0.3 * torch.randn(n, generator=g),
+        "token_weights": 0.5 + torch.rand(n, generator=g),
+        "kl_coef": 0.1,
+        "entropy_coef": 0.05,
+    }
+
+
 @dataclass
 class Found:
     """What a call gave: detached, gradients by the names of the parameters."""

@@ -19,6 +19,7 @@ from heads import (
     logps64,
     make,
     planted,
+    regularizers,
     relative,
     split,
 )
@@ -82,15 +83,8 @@ def test_kl_entropy_weights_and_temperatures(
 ) -> None:
     g = torch.Generator().manual_seed(3)
     case = make(mask_every=6, temperature=0.7 + 0.6 * torch.rand(37, generator=g))
-    assert case.old_logps is not None
-    case.options |= {
-        "ref_logps": case.old_logps + 0.3 * torch.randn(37, generator=g),
-        "token_weights": 0.5 + torch.rand(37, generator=g),
-        "kl_coef": 0.1,
-        "entropy_coef": 0.05,
-        "kl_estimator": estimator,
-        "kl_ratio_weighted": ratio_weighted,
-    }
+    case.options |= regularizers(case, g)
+    case.options |= {"kl_estimator": estimator, "kl_ratio_weighted": ratio_weighted}
     compare(case, **WAYS[way])
 
 

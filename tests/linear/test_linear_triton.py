@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import HeadCase, check, linear, logps64, make, whole
+from heads import HeadCase, check, linear, logps64, make, regularizers, whole
 from targets import Target
 
 import cfpo_kernels
@@ -36,14 +36,7 @@ def everything() -> HeadCase:
     case = make(
         mask_every=6, bias=True, rank=2, temperature=0.7 + 0.6 * torch.rand(37, generator=g)
     )
-    assert case.old_logps is not None
-    case.options |= {
-        "ref_logps": case.old_logps + 0.3 * torch.randn(37, generator=g),
-        "token_weights": 0.5 + torch.rand(37, generator=g),
-        "kl_coef": 0.1,
-        "entropy_coef": 0.05,
-        "cu_seqlens": torch.tensor([0, 12, 21, 37]),
-    }
+    case.options |= regularizers(case, g) | {"cu_seqlens": torch.tensor([0, 12, 21, 37])}
     return case
 
 

@@ -93,6 +93,7 @@ class EmulatedBackend(CudaBackend):
 
 
 H100 = (132, 227 * 1024, 228 * 1024)
+HOPPER = (*H100, True)  # with clusters
 A100 = (108, 163 * 1024, 164 * 1024)
 RTX4090 = (128, 99 * 1024, 100 * 1024)
 ONE_SM = (1, 227 * 1024, 228 * 1024)  # few rows are no reason to split them, blocks take many

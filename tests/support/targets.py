@@ -25,7 +25,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from emulation import CXX, H100, ONE_SM, EmulatedBackend
+from emulation import CXX, H100, HOPPER, ONE_SM, EmulatedBackend
 from on_device import OnDevice
 from ptx_tools import nvcc
 
@@ -268,12 +268,12 @@ TARGETS = {
                 ("", None, ONE_SM, 2**31, of_the_longest_bfloat16, of_bfloat16),
                 ("-split", None, H100, 2**31, of_the_longest_bfloat16, of_bfloat16),
                 # 512 KiB are its longest rows.
-                ("-cluster", "cluster", (*H100, True), 130_000, of_bfloat16, of_bfloat16),
+                ("-cluster", "cluster", HOPPER, 130_000, of_bfloat16, of_bfloat16),
                 # What it sums and writes with is the others'.
                 (
                     "-transient",
                     "transient",
-                    (*H100, True),
+                    HOPPER,
                     400_000,
                     of_short_bfloat16,
                     never,  # test_cuda_transient.py runs some

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulation import A100, H100, ONE_SM, RTX4090
+from emulation import A100, H100, HOPPER, ONE_SM, RTX4090
 from oracle import (
     DTYPES,
     assert_same,
@@ -18,26 +18,19 @@ from oracle import (
     run,
     with_everything,
 )
-from targets import Target
 from triton_tools.memory import sparse
 
 import cfpo_kernels
 from cfpo_kernels import CFPO, PPOClip
 
-pytestmark = pytest.mark.only_on(
-    "cuda-source", "cuda-ptx", reason="each test has devices of its own, with clusters"
-)
+pytestmark = [
+    pytest.mark.only_on(
+        "cuda-source", "cuda-ptx", reason="each test has devices of its own, with clusters"
+    ),
+    pytest.mark.usefixtures("module"),
+]
 
-HOPPER = (*H100, True)
 VECTOR, LINE, SEGMENT = 16, 128, 2048
-
-
-@pytest.fixture(autouse=True)
-def module(target: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.delenv("CFPO_KERNELS_CUDA_KERNEL", raising=False)
-    target.module.set_device(*HOPPER)
-    target.module.set_largest_cluster(8)
-    return target.module
 
 
 @pytest.mark.parametrize(

@@ -7,29 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from emulation import A100, H100, ONE_SM, RTX4090, EmulatedBackend
+from emulation import A100, H100, HOPPER, ONE_SM, RTX4090, EmulatedBackend
 from oracle import DTYPES, assert_same, check, make_case, run, with_everything
 from stages import rows_of
-from targets import Target
 
 from cfpo_kernels import CFPO
 from cfpo_kernels.backends.base import KernelTerms
 from cfpo_kernels.inputs import LossSettings, TokenInputs
 
-pytestmark = pytest.mark.only_on(
-    "cuda-source", "cuda-ptx", reason="each test has devices of its own, with clusters"
-)
+pytestmark = [
+    pytest.mark.only_on(
+        "cuda-source", "cuda-ptx", reason="each test has devices of its own, with clusters"
+    ),
+    pytest.mark.usefixtures("module"),
+]
 
-HOPPER = (*H100, True)
 SEGMENT, WINDOW = 2048, 2064
-
-
-@pytest.fixture(autouse=True)
-def module(target: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.delenv("CFPO_KERNELS_CUDA_KERNEL", raising=False)
-    target.module.set_device(*HOPPER)
-    target.module.set_largest_cluster(8)
-    return target.module
 
 
 def segments(v: int, element: int) -> int:

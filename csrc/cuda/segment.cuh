@@ -418,17 +418,15 @@ struct LanePeak {
   float logit = 0.0f;
 
   // Looks among the logits of the columns from `first`, of which there are `count`.
-  template <class T, class Map = LogitMap<false>>
-  CFPO_DEVICE void look(const Vector& v, int first, int count, int target, float least,
-                        Map map = {}) {
+  template <class T>
+  CFPO_DEVICE void look(const Vector& v, int first, int count, int target, float least) {
     float x[kVectorElements<T>];
     unpack<T>(v, x);
     for (int j = 0; j < kVectorElements<T>; ++j) {
       const int at = first + j;
-      const float y = map(x[j]);
-      if (y >= least && at < count && at != target) {
+      if (x[j] >= least && at < count && at != target) {
         column = at;
-        logit = y;
+        logit = x[j];
       }
     }
   }

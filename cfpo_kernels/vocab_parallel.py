@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 import zlib
 from collections.abc import Callable
@@ -289,11 +288,9 @@ def _in_common(group: Any, mine: str, others: set[str], device: torch.device) ->
             f"{described}"
         )
     agreed = max(common, key=chosen.count)  # the first of those that most have chosen
-    warnings.warn(
-        f"cfpo_kernels: the processes of a VocabParallel group would run {described}; all run "
-        f"{agreed}, for the bits of their losses have to be the same",
-        UserWarning,
-        stacklevel=2,
+    choice.warn(
+        f"the processes of a VocabParallel group would run {described}; all run {agreed}, for the "
+        "bits of their losses have to be the same"
     )
     return agreed
 

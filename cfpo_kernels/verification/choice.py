@@ -108,7 +108,7 @@ def kernels_for(
         _tell(device, dtype, REFERENCE, table.reason(dtype))
     if kind or inplace:
         without = "; inplace=True is not used" if inplace else ""
-        _warn(f"plain torch computes the loss on {device}{without}: {table.reason(dtype)}")
+        warn(f"plain torch computes the loss on {device}{without}: {table.reason(dtype)}")
     return REFERENCE
 
 
@@ -269,7 +269,8 @@ def _tell(
         print(line, file=sys.stderr, flush=True)
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """Once each, as of whoever called this package."""
     if text not in _warned:
         _warned.add(text)
         warnings.warn(f"cfpo_kernels: {text}", UserWarning, stacklevel=_caller())

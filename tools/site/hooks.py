@@ -47,7 +47,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return markdown
     text = _to_site(markdown, f"docs/{here}", here, config)
     text = README_SECTION.sub(lambda found: _readme(found[1], here, config), text)
-    return text.replace(OBJECTIVES, drawn.sections())
+    return text.replace(OBJECTIVES, drawn.sections()) if OBJECTIVES in text else text
 
 
 def _readme(heading: str, here: str, config: Any) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,14 +71,41 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert "rl_engine" in case["skipped"]["rl-kernel"]
 
 
-def test_the_costs_of_products() -> None:
-    """Few rows at a time cost more, rows that are left out nothing."""
+def test_the_costs_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each line of the tables does, counted: times are a quiet machine's to tell."""
+
+    def count(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, int]:
+        found = {}
+        for name, call in calls.items():
+            with linear.ProductCount() as products:
+                call()
+            found[name] = products.count
+        return found
+
+    monkeypatch.setattr(linear_costs, "cpu_seconds", count)
     found = linear_costs.by_rows("f32", 1, (64, 4096), 64)
-    assert list(found) == ["8", "16", "32", "64"]
-    assert found["8"] > found["64"]
-    assert len(linear_costs.upcast(1, (16, 512), 128)) == 2
+    assert found == dict.fromkeys(("8", "16", "32", "64"), 3 * 64 * 64 * 4096)
+    found = linear_costs.upcast(1, (16, 512), 128)
+    assert found == dict.fromkeys(("float32", "bfloat16, upcast"), 3 * 128 * 16 * 512)
     found = linear_costs.without_advantages(2, (64, 4096), 512)
-    assert found["60% without an advantage"] < found["all rows"]
+    assert found["all rows"] == 3 * 512 * 64 * 4096
+    # 205 rows in two tiles of 128; the head's gradient sums over those that there are.
+    assert found["60% without an advantage"] == (2 * 256 + 205) * 64 * 4096
+
+
+def test_the_least_time_of_calls_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, made = 0.0, []
+    times = {"a": iter((9.0, 3.0, 2.0)), "b": iter((9.0, 4.0, 5.0))}
+
+    def call(name: str) -> None:
+        nonlocal clock
+        made.append(name)
+        clock += next(times[name])
+
+    monkeypatch.setattr(linear_costs.time, "process_time", lambda: clock)
+    found = linear_costs.cpu_seconds({name: partial(call, name) for name in "ab"}, 2)
+    assert found == {"a": 2.0, "b": 4.0}  # the first is for warming up
+    assert made == ["a", "b"] * 3
 
 
 def test_exact_is_autograd_in_float64() -> None:

@@ -42,9 +42,8 @@ class LinearCFPOLoss(nn.Module):
         self, epsilon: float = 0.2, *, head: nn.Linear | None = None, **settings: Any
     ) -> None:
         super().__init__()
-        CFPO(
-            epsilon=epsilon, epsilon_high=settings.get("epsilon_high")
-        )  # refused now, not at a step
+        # Refused now, not at a step.
+        CFPO(epsilon=epsilon, epsilon_high=settings.get("epsilon_high"))
         unknown = settings.keys() - _KEYWORDS
         if unknown:
             raise TypeError(f"LinearCFPOLoss got unknown arguments: {', '.join(sorted(unknown))}")

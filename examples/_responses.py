@@ -104,7 +104,14 @@ def parser(description: str) -> argparse.ArgumentParser:
 def on_all_ranks(run: Callable[[int, argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Calls run(rank, args) in processes that share a CPU."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_on_rank, args=(run, args, f"{folder}/meeting-point"), nprocs=args.ranks)
+        mp.start_processes(
+            _on_rank,
+            args=(run, args, f"{folder}/meeting-point"),
+            nprocs=args.ranks,
+            # Its processes end without taking Python down, where a thread of gloo's that holds the
+            # last tensor still would abort; destroy_process_group does not end that thread.
+            start_method="forkserver",
+        )
 
 
 def _on_rank(
@@ -118,6 +125,5 @@ def _on_rank(
         "gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=args.ranks
     )
     run(rank, args)
-    # Without it gloo's thread may hold the last tensor still when the interpreter ends, and abort.
-    dist.barrier()
+    dist.barrier()  # nobody leaves whom another still waits for
     dist.destroy_process_group()

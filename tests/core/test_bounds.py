@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import random
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 from mpmath import mp, mpf  # torch needs it
 from naive_bapo import OPTIONS, naive_bapo
 from plain_torch import Refusal, check_refused, planted, refused, run_examples, works_everywhere
+from ranks import found_by_ranks
 from repository import GOLDEN
 
 from cfpo_kernels import bounds
@@ -295,14 +294,10 @@ def test_bapo_works_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     works_everywhere(monkeypatch, bounds.bapo, x, advantages, x > -1, target=torch.tensor(1.3))
 
 
-def _rank(rank: int, meeting_point: str, results: Any) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2
-    )
+def _on_rank(rank: int) -> list[float]:
     x, advantages = _halves()[rank]
     both = torch.distributed.group.WORLD
-    results.put((rank, *(b.item() for b in bounds.bapo(x, advantages, target=0.75, group=both))))
-    torch.distributed.destroy_process_group()
+    return [b.item() for b in bounds.bapo(x, advantages, target=0.75, group=both)]
 
 
 def _halves() -> list[Any]:
@@ -311,15 +306,8 @@ def _halves() -> list[Any]:
     return list(zip(0.5 * x, advantages + double(0.3, -0.5)[:, None], strict=True))
 
 
-def test_bapo_over_two_processes(tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    results = spawn.Queue()
-    ranks = [spawn.Process(target=_rank, args=(i, str(tmp_path / "m"), results)) for i in (0, 1)]
-    for process in ranks:
-        process.start()
-    got = {rank: found for rank, *found in (results.get(timeout=300) for _ in ranks)}
-    for process in ranks:
-        process.join(timeout=60)
+def test_bapo_over_two_processes() -> None:
+    got = found_by_ranks(_on_rank, n=2)
     halves = _halves()
     whole = bounds.bapo(*(torch.cat(both) for both in zip(*halves, strict=True)), target=0.75)
     assert got[0] == got[1] == [b.item() for b in whole]

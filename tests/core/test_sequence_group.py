@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from oracle import logps64
+from ranks import found_by_ranks
 from torch import Tensor
 
 import cfpo_kernels
@@ -50,26 +49,19 @@ def loss_of(given: dict[str, Tensor], leaf: Tensor, **options: Any) -> Tensor:
     return loss
 
 
-def part_of_a_batch(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    try:
-        found = []
-        for options in SETTINGS:
-            given = {name: x[:, PARTS[rank]].contiguous() for name, x in batch().items()}
-            leaf = given["logits"].clone().requires_grad_()
-            loss = loss_of(given, leaf, sequence_group=dist.group.WORLD, **options)
-            loss.backward()
-            found.append((loss.detach(), leaf.grad))
-        torch.save(found, f"{folder}/{rank}")
-    finally:
-        dist.destroy_process_group()
+def part_of_a_batch(rank: int) -> list[tuple[Tensor, Tensor]]:
+    found = []
+    for options in SETTINGS:
+        given = {name: x[:, PARTS[rank]].contiguous() for name, x in batch().items()}
+        leaf = given["logits"].clone().requires_grad_()
+        loss = loss_of(given, leaf, sequence_group=dist.group.WORLD, **options)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad))
+    return found
 
 
-def test_two_processes_have_the_parts_of_one(tmp_path: Path) -> None:
-    mp.spawn(part_of_a_batch, args=(str(tmp_path),), nprocs=2)
-    parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+def test_two_processes_have_the_parts_of_one() -> None:
+    parts = found_by_ranks(part_of_a_batch, n=2)
     for options, first, second in zip(SETTINGS, *parts, strict=True):
         given = batch()
         leaf = given["logits"].clone().requires_grad_()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.context
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -274,18 +272,3 @@ def pretend_speed(patch: pytest.MonkeyPatch, fast: bool) -> None:
     """A CPU with instructions for low precision, or without: its products are right either way."""
     for module in (products, support):
         patch.setattr(module, "is_fast", lambda dtype, device: fast or dtype == torch.float32)
-
-
-def forkserver() -> multiprocessing.context.ForkServerContext:
-    """Processes of it are forked from one that has imported what takes seconds, and computed
-    nothing.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cfpo_kernels", "torch.distributed.tensor"])
-    return context
-
-
-def in_processes(run: Callable[..., None], *arguments: Any, n: int) -> None:
-    """run(rank, *arguments) in `n` processes."""
-    forkserver()
-    torch.multiprocessing.start_processes(run, arguments, nprocs=n, start_method="forkserver")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from heads import in_processes, relative
+from heads import relative
+from ranks import found_by_ranks
 from torch import Tensor, nn
 
 import cfpo_kernels
@@ -98,10 +98,7 @@ def whole(x: Any) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x.detach().clone()
 
 
-def run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+def run(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name in WRAPPED:
         start, model = wrapped(name)
@@ -127,9 +124,7 @@ def run(rank: int, folder: str) -> None:
         )
     except ValueError as error:
         results["outside"] = str(error)
-    torch.save(results, f"{folder}/{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 def wrapped_start(name: str) -> dict[str, Tensor]:
@@ -139,10 +134,8 @@ def wrapped_start(name: str) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("fsdp")
-    in_processes(run, str(folder), n=WORLD)
-    return [torch.load(Path(folder) / str(rank)) for rank in range(WORLD)]
+def results() -> list[dict[str, Any]]:
+    return found_by_ranks(run, n=WORLD)
 
 
 @pytest.mark.parametrize("name", WRAPPED)

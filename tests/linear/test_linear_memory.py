@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import forkserver
+from ranks import forkserver
 
 import cfpo_kernels
 from bench.memory import can_measure_cpu, cpu_extra_bytes

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ import torch
 import torch.distributed as dist
 from heads import (
     HeadCase,
-    in_processes,
     linear,
     logits_of,
     logps64,
@@ -27,6 +25,7 @@ from heads import (
     use_slices,
     whole,
 )
+from ranks import found_by_ranks
 from torch import Tensor
 
 import cfpo_kernels
@@ -400,11 +399,7 @@ def compared(process: Process) -> dict[str, str]:
     return said
 
 
-def run(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
+def run(rank: int, world: int) -> dict[str, Any]:
     process, results = Process(rank, world), {}
     with pytest.MonkeyPatch.context() as patch:
         use_slices(patch, 64)
@@ -439,17 +434,13 @@ def run(rank: int, world: int, folder: str) -> None:
         results["refused"] = refusals(process)
         results["kernels"] = kernels_of_ranks(process)
         results["compared"] = compared(process)
-    torch.save(results, f"{folder}/{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def group(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What each process of a group found."""
-    folder = tmp_path_factory.mktemp(f"group-{request.param}")
-    in_processes(run, request.param, str(folder), n=request.param)
-    return [torch.load(Path(folder) / str(rank)) for rank in range(request.param)]
+    return found_by_ranks(run, request.param, n=request.param)
 
 
 def joined(group: list[Any], name: str, x: str) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from heads import in_processes
+from ranks import found_by_ranks
 from torch import Tensor
 
 from cfpo_kernels import CFPO, VocabParallel, policy_loss, sequences, token_logps, vocab_parallel
@@ -91,10 +90,7 @@ def found_by(groups: dict[int, Any], rank: int) -> dict[str, Any]:
     return found
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+def worker(rank: int) -> dict[str, Any]:
     groups = {size: dist.new_group(list(range(size))) for size in (1, 2, 4)}
     found = found_by(groups, rank)
     # Whole shards in place of blocks: the bits then tell where a shard ends.
@@ -113,16 +109,12 @@ def worker(rank: int, folder: str) -> None:
             )
         except ValueError as error:
             found[f"error {start}"] = str(error)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        in_processes(worker, folder, n=WORLD)
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
+    return found_by_ranks(worker, n=WORLD)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import found_by_ranks
 from torch import Tensor, nn
 
 from cfpo_kernels import linear_token_logps
@@ -100,35 +99,28 @@ def test_gradients_come_through_the_models_outputs(tied: bool) -> None:
     assert "forward" not in vars(model.head)
 
 
-def under_fsdp2(rank: int, folder: str) -> None:
+def under_fsdp2(rank: int) -> dict[bool, dict[str, Tensor]]:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    try:
-        found = {}
-        for tied in (False, True):
-            model = Model(tied)
-            for part in [model.layer] if tied else [model.layer, model.head]:
-                fully_shard(part)
-            fully_shard(model)
-            rows = slice(2 * rank, 2 * rank + 2)
-            for _ in range(2):  # a weight that was left whole, or stale, would show
-                for p in model.parameters():
-                    p.grad = None
-                loss_of(logps_in_head(model, IDS[rows]), rows).backward()
-            found[tied] = {n: p.grad.full_tensor() * 2 for n, p in model.named_parameters()}
-        torch.save(found, f"{folder}/{rank}")
-    finally:
-        dist.destroy_process_group()
+    found = {}
+    for tied in (False, True):
+        model = Model(tied)
+        for part in [model.layer] if tied else [model.layer, model.head]:
+            fully_shard(part)
+        fully_shard(model)
+        rows = slice(2 * rank, 2 * rank + 2)
+        for _ in range(2):  # a weight that was left whole, or stale, would show
+            for p in model.parameters():
+                p.grad = None
+            loss_of(logps_in_head(model, IDS[rows]), rows).backward()
+        found[tied] = {n: p.grad.full_tensor() * 2 for n, p in model.named_parameters()}
+    return found
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed")
-def test_fsdp2_shards_and_gathers_the_head_around_it(tmp_path: Path) -> None:
+def test_fsdp2_shards_and_gathers_the_head_around_it() -> None:
     """Its own group, and with tied embeddings the root's; log-probs multiply by it in backward."""
-    mp.spawn(under_fsdp2, args=(str(tmp_path),), nprocs=2)
-    found = torch.load(tmp_path / "0")
+    found, _ = found_by_ranks(under_fsdp2, n=2)
     for tied in (False, True):
         check(found[tied], whole(tied)[1])
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import found_by_ranks
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
 
@@ -71,47 +71,40 @@ def in_one_process() -> list[Tensor]:
     return [old, loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def on_rank(rank: int, folder: str, old_logps: Tensor) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=TP)
-    try:
-        given, found = case(), {}
-        for sequence_parallel in (False, True):
-            for tied in (False, True):
-                layer = ColumnParallelLinear(given["weight"], given["bias"], rank)
-                weight = layer.weight
-                if tied:  # Megatron's output layer has no weight then
-                    layer.weight = None
-                hidden = given["hidden"]
-                if sequence_parallel:
-                    hidden = hidden.chunk(TP)[rank]
-                hidden = hidden.clone().requires_grad_()
-                loss = recipe()(
-                    hidden,
-                    layer,
-                    weight if tied else None,
-                    dist.group.WORLD,
-                    V,
-                    sequence_parallel,
-                    *(given[name] for name in ("token_ids", "advantages")),
-                    old_logps,
-                    given["mask"],
-                    chunk_tokens=8,
-                )
-                loss.backward()
-                assert layer.bias is not None and layer.bias.grad is not None
-                results = [loss.detach(), hidden.grad, weight.grad, layer.bias.grad]
-                found[sequence_parallel, tied] = results
-        torch.save(found, f"{folder}/{rank}")
-    finally:
-        dist.destroy_process_group()
+def on_rank(rank: int, old_logps: Tensor) -> dict[tuple[bool, bool], Any]:
+    given, found = case(), {}
+    for sequence_parallel in (False, True):
+        for tied in (False, True):
+            layer = ColumnParallelLinear(given["weight"], given["bias"], rank)
+            weight = layer.weight
+            if tied:  # Megatron's output layer has no weight then
+                layer.weight = None
+            hidden = given["hidden"]
+            if sequence_parallel:
+                hidden = hidden.chunk(TP)[rank]
+            hidden = hidden.clone().requires_grad_()
+            loss = recipe()(
+                hidden,
+                layer,
+                weight if tied else None,
+                dist.group.WORLD,
+                V,
+                sequence_parallel,
+                *(given[name] for name in ("token_ids", "advantages")),
+                old_logps,
+                given["mask"],
+                chunk_tokens=8,
+            )
+            loss.backward()
+            assert layer.bias is not None and layer.bias.grad is not None
+            results = [loss.detach(), hidden.grad, weight.grad, layer.bias.grad]
+            found[sequence_parallel, tied] = results
+    return found
 
 
-def test_the_recipe_is_one_process_split_in_two(tmp_path: Path) -> None:
+def test_the_recipe_is_one_process_split_in_two() -> None:
     old, loss, *want = in_one_process()
-    mp.spawn(on_rank, args=(str(tmp_path), old.float()), nprocs=TP)
-    first, second = (torch.load(tmp_path / str(rank)) for rank in range(TP))
+    first, second = found_by_ranks(on_rank, old.float(), n=TP)
     for way, (of_first, *gradients) in first.items():
         of_second, *others = second[way]
         assert torch.equal(of_first, of_second)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import found_by_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -250,27 +249,18 @@ def sharded_case() -> dict[str, Tensor]:
     }
 
 
-def part_of_a_head(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    try:
-        case = sharded_case()
-        hidden = case["hidden"].requires_grad_()
-        weight = case["weight"][rank * V : (rank + 1) * V].clone().requires_grad_()
-        found = ours.linear_cross_entropy(
-            hidden, weight, case["labels"], T, "none", dist.group.WORLD
-        )
-        weighted(*found).backward()
-        torch.save([*(x.detach() for x in found), hidden.grad, weight.grad], f"{folder}/{rank}")
-    finally:
-        dist.destroy_process_group()
+def part_of_a_head(rank: int) -> list[Tensor]:
+    case = sharded_case()
+    hidden = case["hidden"].requires_grad_()
+    weight = case["weight"][rank * V : (rank + 1) * V].clone().requires_grad_()
+    found = ours.linear_cross_entropy(hidden, weight, case["labels"], T, "none", dist.group.WORLD)
+    weighted(*found).backward()
+    return [*(x.detach() for x in found), hidden.grad, weight.grad]
 
 
-def test_megatrons_parts_of_a_head(tmp_path: Path) -> None:
+def test_megatrons_parts_of_a_head() -> None:
     """The parts of hidden's gradient are summed by Megatron, as after verl's kernels."""
-    mp.spawn(part_of_a_head, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    first, second = found_by_ranks(part_of_a_head, n=2)
     case = sharded_case()
     hidden, weight = (case[name].double().requires_grad_() for name in ("hidden", "weight"))
     log_p = torch.log_softmax(hidden[:, 0] @ weight.T / T, -1)

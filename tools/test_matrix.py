@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from marked import with_part
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "matrix"
 RESULTS = ROOT / "docs" / "versions.json"
 PAGE = ROOT / "docs" / "versions.md"
-BEGIN, END = "<!-- versions: begin -->\n", "<!-- versions: end -->\n"
 
 OLDEST_TRITON = (3, 6)  # as in pyproject.toml
 OLDEST_TRITON_TEXT = ".".join(map(str, OLDEST_TRITON))
@@ -377,15 +378,6 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return text + ("\nWhat failed first:\n\n" + "\n".join(notes) + "\n" if notes else "")
 
 
-def with_table(text: str, made: str) -> str:
-    """The page with the table in its place."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{PAGE.name} has no place for the table: {BEGIN.strip()}")
-    return before + BEGIN + made + END + after
-
-
 # --- The command -------------------------------------------------------------------------------
 
 
@@ -429,7 +421,7 @@ def main(arguments: list[str]) -> int:
     if options.table or options.write:
         made = table(read_results())
         if options.write:
-            PAGE.write_text(with_table(PAGE.read_text(), made))
+            PAGE.write_text(with_part(PAGE.read_text(), "versions", made))
         else:
             print(made, end="")
         return 0

@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from marked import with_part
+
 from cfpo_kernels.verification import records, targets
 from cfpo_kernels.verification.records import RIGHT, VerifyRecord
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- verified: begin -->\n", "<!-- verified: end -->\n"
 NOT_YET = "**not yet verified on GPU**"
 
 # (backend, what it runs on, what every commit shows of it)
@@ -72,19 +73,10 @@ def table(found: list[VerifyRecord]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(text: str, made: str) -> str:
-    """The README with the table in its place."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not after:
-        raise SystemExit(f"README.md has no place for the table: {BEGIN.strip()}")
-    return before + BEGIN + made + END + after
-
-
 def main(arguments: list[str]) -> None:
     made = table(records.shipped())
     if arguments == ["--write"]:
-        README.write_text(with_table(README.read_text(), made))
+        README.write_text(with_part(README.read_text(), "verified", made))
     else:
         print(made, end="")
 

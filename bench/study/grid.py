@@ -54,7 +54,7 @@ LABELS = {
     "ppo-0.1": "PPO 0.1",
     "cfpo-0.4": "CFPO 0.4",
     "cfpo-1.0": "CFPO 1.0",
-    "cfpo-0.2-bounded": "CFPO 0.2, |log r| <= 1",
+    "cfpo-0.2-bounded": "CFPO 0.2, bounded",
 }
 RATES = (1e-4, 3e-4, 1e-3)
 SEEDS = range(5)

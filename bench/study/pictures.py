@@ -46,7 +46,7 @@ def heat_map(report: dict[str, Any], path: Path) -> None:
                     colour = "white" if value < 0.45 else "black"
                     text = f"{value:.2f}".lstrip("0")
                     text += f"\n{broke}/{len(seeds)} broke" if broke else ""
-                    axis.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
+                    axis.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
             image = axis.imshow(
                 shown, origin="lower", cmap="viridis", vmin=0, vmax=0.8, aspect="auto"
             )

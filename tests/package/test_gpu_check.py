@@ -7,11 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_check
 import pytest
-from repository import ROOT, load_tool
+import sanitizer_case
+from repository import ROOT
 from targets import GPUS
-
-gpu_check = load_tool("gpu_check")
 
 
 def test_every_file_with_gpu_tests_is_run() -> None:
@@ -88,10 +88,9 @@ def test_the_sanitizer_case_has_whole_vectors(pitch: int) -> None:
     """The kernels read rows by aligned vectors; what lies in the last is initialised too."""
     import torch
 
-    case = load_tool("sanitizer_case")
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(3, 5).to(dtype)
-        rows = case.rows_in_whole_vectors(x, pitch, "cpu")
+        rows = sanitizer_case.rows_in_whole_vectors(x, pitch, "cpu")
         assert torch.equal(rows, x) and rows.stride() == (pitch, 1)
         storage = rows.untyped_storage()
         assert storage.nbytes() % 16 == 0 and storage.nbytes() >= 3 * pitch * dtype.itemsize

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import study_tables
 import torch
 
 from bench.study import __main__ as program
@@ -130,3 +131,13 @@ def test_pictures(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 10_000 for path in written)
     quick = {"runs": {run.key: result(0.5) for run in grid.quick()}}
     assert len(pictures.save(quick, tmp_path / "quick.png")) == 1
+
+
+def test_the_page_is_made_from_the_runs_that_ship() -> None:
+    report = json.loads(study_tables.RESULTS.read_text())
+    assert report["runs"].keys() == {run.key for run in grid.full()}
+    text = study_tables.PAGE.read_text()
+    assert study_tables.with_tables(text, report) == text, "run tools/study_tables.py --write"
+    for drawn in ("heat-map", "length"):
+        picture = study_tables.RESULTS.with_name(f"{study_tables.RESULTS.stem}-{drawn}.png")
+        assert picture.exists() and f"bench/results/{picture.name}" in text

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from repository import load_tool
+import verified_table
+from marked import with_part
 
 from cfpo_kernels.verification import choice, records, run
 from cfpo_kernels.verification.records import Identity, Timing, Verdict, VerifyRecord
@@ -231,10 +232,9 @@ def test_of_eight_ranks_one_verifies(tmp_path: Path) -> None:
 
 
 def test_the_table_in_the_readme_is_made_from_the_records() -> None:
-    verified_table = load_tool("verified_table")
     text = verified_table.README.read_text()
     made = verified_table.table(records.shipped())
-    assert verified_table.with_table(text, made) == text, "run tools/verified_table.py --write"
+    assert with_part(text, "verified", made) == text, "run tools/verified_table.py --write"
     cuda = next(line for line in made.splitlines() if line.startswith("| `cuda`"))
     assert verified_table.NOT_YET in cuda or "verified on" in cuda
     claimed = verified_table.table([make_record("right", "wrong", "wrong")]).splitlines()

@@ -1,10 +1,12 @@
 """What a head's products cost by their number of rows, and what ours cost beside each other.
 
     python -m bench.linear_costs [--rounds 7] [--threads 2]
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m bench.linear_costs
 
 Three tables, of CPU seconds: the three plain products of 512 rows, so many rows at a time; a
-bfloat16 head on a CPU without instructions for it beside a float32 head; and a batch of which 60%
-of the rows have no advantage beside one in which all have.
+bfloat16 head on a CPU without instructions for it beside a float32 head, and beside plain PyTorch,
+which is on such a CPU only where the variables say so; and a batch of which 60% of the rows have no
+advantage beside one in which all have.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from bench.linear import LinearCase, LinearProblem, make_problem, ours, plain_products, step
+from bench.linear import LinearCase, LinearProblem, make_problem, naive, ours, plain_products, step
 from bench.machine import cpu_model
 from bench.report import print_table
 from cfpo_kernels.linear import products
@@ -56,6 +58,7 @@ def upcast(rounds: int, sizes: tuple[int, int] = SMALL, rows: int = 256) -> Tabl
         {
             "float32": partial(step, problem("f32", rows, sizes), ours()),
             "bfloat16, upcast": partial(without_instructions, problem("bf16", rows, sizes)),
+            "bfloat16, eager": partial(step, problem("bf16", rows, sizes), naive),
         },
         rounds,
     )

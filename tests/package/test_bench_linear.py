@@ -86,7 +86,8 @@ def test_the_costs_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     found = linear_costs.by_rows("f32", 1, (64, 4096), 64)
     assert found == dict.fromkeys(("8", "16", "32", "64"), 3 * 64 * 64 * 4096)
     found = linear_costs.upcast(1, (16, 512), 128)
-    assert found == dict.fromkeys(("float32", "bfloat16, upcast"), 3 * 128 * 16 * 512)
+    names = ("float32", "bfloat16, upcast", "bfloat16, eager")
+    assert found == dict.fromkeys(names, 3 * 128 * 16 * 512)
     found = linear_costs.without_advantages(2, (64, 4096), 512)
     assert found["all rows"] == 3 * 512 * 64 * 4096
     # 205 rows in two tiles of 128; the head's gradient sums over those that there are.

@@ -399,6 +399,56 @@ def compared(process: Process) -> dict[str, str]:
     return said
 
 
+def collectives_of(call: Callable[[], object]) -> int:
+    """How often a call gathers what all processes have."""
+    original, n = dist.all_gather, 0
+
+    def counted(*arguments: Any, **how: Any) -> Any:
+        nonlocal n
+        n += 1
+        return original(*arguments, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", counted)
+        call()
+    return n
+
+
+def even_split(process: Process) -> dict[str, Any]:
+    """A VocabParallel that is made anew for each call; the last process's rows end in padding."""
+    case, group = case_of(), dist.group.WORLD
+    each = -(-V // process.world) + 3
+    weight = torch.nn.functional.pad(case.weight, (0, 0, 0, each * process.world - V), value=50.0)
+    part = weight[process.rank * each : (process.rank + 1) * each]
+
+    def logps(where: VocabParallel, rows: Tensor = part) -> Tensor:
+        hidden, ids = case.hidden[:16], case.token_ids[:16]
+        scores = cfpo_kernels.linear_token_logps(hidden, rows, ids, vocab_parallel=where)
+        assert isinstance(scores, Tensor)
+        return scores
+
+    def anew() -> VocabParallel:
+        return VocabParallel.even(group, each, V)
+
+    asked = logps(VocabParallel(group, process.rank * each, V))  # and which kernels all run
+    found = {
+        "even": collectives_of(lambda: logps(anew())),
+        "asking": collectives_of(lambda: logps(VocabParallel(group, process.rank * each, V))),
+        "same": torch.equal(logps(anew()), asked),
+    }
+    try:
+        logps(anew(), part[:5])
+    except ValueError as error:
+        found["said"] = str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CFPO_KERNELS_DEBUG", "1")
+        try:
+            logps(VocabParallel.even(group, each + process.rank, V), weight[: each + process.rank])
+        except ValueError as error:
+            found["debugging"] = str(error)
+    return found
+
+
 def run(rank: int, world: int) -> dict[str, Any]:
     process, results = Process(rank, world), {}
     with pytest.MonkeyPatch.context() as patch:
@@ -432,6 +482,7 @@ def run(rank: int, world: int) -> dict[str, Any]:
         again.advantages[::2] = 0.0
         results["again"] = of_linear(process.part(again), vocab_parallel=process.split())
         results["refused"] = refusals(process)
+        results["even"] = even_split(process)
         results["kernels"] = kernels_of_ranks(process)
         results["compared"] = compared(process)
     return results
@@ -616,6 +667,16 @@ def test_what_is_refused_is_refused_on_each_process(group: list[Any]) -> None:
         for name, said in REFUSED.items():
             with pytest.raises(AssertionError, match=said):
                 raise AssertionError(results["refused"][name])
+
+
+def test_an_even_split_is_known_without_asking(group: list[Any]) -> None:
+    for results in group:
+        found = results["even"]
+        assert found["even"] == 1, "one tile is exchanged, and nothing else"
+        assert found["asking"] == 2, "the control"
+        assert found["same"]
+        assert "was told n_rows=" in found["said"]
+        assert "must be the vocabulary" in found["debugging"]
 
 
 def test_all_processes_run_the_same_kernels(group: list[Any]) -> None:

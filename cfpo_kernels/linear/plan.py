@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..validation import values
 
-# A product of 128 rows costs 1.3 times as much a row as one of 512 on a CPU (docs/linear.md), and a
+# A product of 128 rows costs 1.2 times as much a row as one of 512 on a CPU (docs/linear.md), and a
 # call with few rows costs one product.
 CPU_ROWS, GPU_ROWS = 128, 1024
 # With fewer rows MKL's products in float32 depend on where in the tile a row is.

@@ -3,10 +3,10 @@
     python -m bench.linear_costs [--rounds 7] [--threads 2]
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m bench.linear_costs
 
-Three tables, of CPU seconds: the three plain products of 512 rows, so many rows at a time; a
-bfloat16 head on a CPU without instructions for it beside a float32 head, and beside plain PyTorch,
-which is on such a CPU only where the variables say so; and a batch of which 60% of the rows have no
-advantage beside one in which all have.
+Tables of CPU seconds: the three plain products of 512 rows, so many rows at a time; a bfloat16 head
+on a CPU without instructions for it beside a float32 head, and beside plain PyTorch, which is on
+such a CPU only where the variables say so; a batch of which 60% of the rows have no advantage beside
+one in which all have; and both schedules by the rows of a tile.
 """
 
 import argparse
@@ -77,6 +77,16 @@ def without_advantages(rounds: int, sizes: tuple[int, int] = SMALL, rows: int = 
     )
 
 
+def schedules(rounds: int, sizes: tuple[int, int] = (512, 32768), rows: int = 512) -> Table:
+    """R, and S, which keeps the last tile: more of it the larger a tile is."""
+    calls: dict[str, Callable[[], object]] = {}
+    for n in (n for n in (128, 256, 512) if n <= rows):
+        for name, low_memory in (("R", False), ("S", True)):
+            loss = ours(low_memory=low_memory)
+            calls[f"{name}, {n}"] = partial(step, problem("f32", rows, sizes, n), loss)
+    return cpu_seconds(calls, rounds)
+
+
 def problem(dtype_name: str, rows: int, sizes: tuple[int, int], chunk: int = 128) -> LinearProblem:
     return make_problem(LinearCase("cpu", rows, *sizes, dtype_name, chunk))
 
@@ -102,6 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
     show(f"loss and gradients of 256 rows, {size}", upcast(options.rounds), "float32")
     title = f"loss and gradients of 512 rows, {size}, float32"
     show(title, without_advantages(options.rounds), "all rows")
+    title = "loss and gradients of 512 rows, 512 x 32768, float32: schedule, rows of a tile"
+    show(title, schedules(options.rounds), "R, 128")
 
 
 if __name__ == "__main__":

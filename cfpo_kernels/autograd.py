@@ -11,22 +11,19 @@ from . import ops
 from .backends.base import KernelRows, KernelTerms
 from .plain import is_plain
 
-TWICE = "backend='reference' is differentiable twice"
-FROM_LOGITS = f"from whole logits, {TWICE}"
 
-
-def refuse_create_graph(instead: str) -> None:
+def refuse_create_graph() -> None:
     # While torch.compile traces a backward, grad mode says nothing about create_graph.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "cfpo_kernels: double backward (create_graph=True) is not supported by the fused "
-            f"kernels; {instead}"
+            "kernels; from whole logits, backend='reference' is differentiable twice"
         )
 
 
-def begin_only_backward(ctx: Any, instead: str = TWICE) -> None:
+def begin_only_backward(ctx: Any) -> None:
     """Refuses what a backward that gives its buffers away cannot do; `ctx.spent` starts False."""
-    refuse_create_graph(instead)
+    refuse_create_graph()
     if not torch.compiler.is_compiling():
         if ctx.spent:
             raise RuntimeError(
@@ -176,7 +173,7 @@ class TokenLogpsFunction(torch.autograd.Function):
         ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, _: Any
     ) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 7
-        refuse_create_graph(TWICE)
+        refuse_create_graph()
         logits, token_ids, weights, temperature, lse, entropy = saved(ctx)
         if dlogps is None and (dentropy is None or dentropy.numel() == 0):
             return None, *nothing

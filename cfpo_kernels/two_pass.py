@@ -118,6 +118,20 @@ def _refuse_other_gradients(name: str, loss: Tensor, terms: TokenTerms) -> None:
         waiting += [following for following, _ in node.next_functions]
 
 
+class _AllReduced(torch.autograd.Function):
+    """The sum over processes, each of which uses it: so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group, total = group, x.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return _AllReduced.apply(dx, ctx.group), None
+
+
 @dataclass(frozen=True)
 class SequenceRatio:
     """The mean log-ratio of a token's sequence in the place of its own (GSPO, arXiv 2507.18071)."""
@@ -155,9 +169,7 @@ class SequenceRatio:
             [sequence_totals(values, *where), sequence_totals(active.double(), *where)]
         )
         if self.group is not None:
-            from torch.distributed.nn.functional import all_reduce
-
-            sums = all_reduce(sums, group=self.group)
+            sums = _AllReduced.apply(sums, self.group)
         means = sums[0] / sums[1].clamp(min=1)
         return torch.where(active, means[self.index].to(log_ratio.dtype), 0)
 

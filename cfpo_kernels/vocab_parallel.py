@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import FROM_LOGITS, refuse_create_graph, save, saved
+from .autograd import refuse_create_graph, save, saved
 from .backends.base import KernelRows
 from .reference import capped
 from .tiles import Scores, Tiles
 from .validation import LossTerms, Rows, values
 from .validation.errors import type_error
-from .validation.scalars import whole_number
+from .validation.scalars import positive_int, whole_number
 from .verification import choice
 
 REDUCTIONS = ("all_reduce", "reduce_scatter", "none")
@@ -29,7 +29,7 @@ class VocabParallel:
     """How the vocabulary is split over a process group.
 
     Make it once: the first call with it asks the other processes for their parts, and waits for
-    the device.
+    the device. Where all have as many rows, :meth:`even` needs no question, at any call.
 
     Args:
         group: of ``torch.distributed``; all of its processes make the same calls with the same
@@ -61,7 +61,31 @@ class VocabParallel:
     vocab_size: int
     reduce_hidden_grad: str = "all_reduce"
     # Not by value: another process's part may differ where this one's is the same.
-    known: dict[Any, Shards] = field(default_factory=dict, init=False, repr=False, compare=False)
+    known: dict[int, Shards] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # Of each process, by `even`: what the others have is then known without asking.
+    rows: int | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def even(
+        cls, group: Any, n_rows: int, vocab_size: int, reduce_hidden_grad: str = "all_reduce"
+    ) -> VocabParallel:
+        """Each process has `n_rows` rows of the head, in the order of its ranks, as Megatron's.
+
+        Nothing is asked of the others, so that it costs nothing to make one in each call. That all
+        have as many rows is the caller's word: with CFPO_KERNELS_DEBUG=1 they are asked.
+
+        Args:
+            n_rows: of each process's weight, padding included.
+            group, vocab_size, reduce_hidden_grad: see above.
+        """
+        n_rows = positive_int("n_rows", n_rows)
+        found = cls(group, group.rank() * n_rows, vocab_size, reduce_hidden_grad)
+        object.__setattr__(found, "rows", n_rows)
+        return found
+
+    def kept(self, n_cols: int) -> int:
+        """Columns of the vocabulary, of so many with padding."""
+        return max(0, min(n_cols, self.vocab_size - self.start))
 
     def __post_init__(self) -> None:
         for name in ("start", "vocab_size"):
@@ -89,8 +113,7 @@ class Shards:
     Attributes:
         block: columns of a block; blocks are summed one by one and merged in order.
         counts: how many blocks each rank has.
-        order: (blocks,) int64, where each block of the vocabulary, in order, stands among those of
-            all ranks, of which each brings as many as the one that has most.
+        order: the ranks, in the order of their columns.
     """
 
     group: Any
@@ -99,26 +122,33 @@ class Shards:
     vocab_size: int
     block: int
     counts: tuple[int, ...]
-    order: Tensor
+    order: tuple[int, ...]
 
     @staticmethod
     def of(given: object, n_cols: int, device: torch.device) -> Shards:
         """Of a VocabParallel, and as many columns as this process has with padding.
 
-        All processes of the group have to call this: they tell each other their columns.
+        All processes of the group have to call this: they tell each other their columns, unless
+        these are even.
         """
         if not isinstance(given, VocabParallel):
             raise type_error("vocab_parallel", given, "a VocabParallel")
-        kept = max(0, min(n_cols, given.vocab_size - given.start))
-        if (kept, device) not in given.known:
-            ranges = _ranges(given.group, given.start, kept, device)
-            given.known[kept, device] = Shards._from_ranges(given, kept, ranges, device)
-        return given.known[kept, device]
+        kept, rows = given.kept(n_cols), given.rows
+        if rows is not None and kept != given.kept(rows):
+            raise ValueError(
+                f"VocabParallel.even was told n_rows={rows} of each process, got {n_cols} columns"
+            )
+        if kept not in given.known:
+            if rows is None or values.is_debugging():
+                ranges = _ranges(given.group, given.start, kept, device)
+            else:
+                starts = (rank * rows for rank in range(given.group.size()))
+                ranges = [(s, max(0, min(rows, given.vocab_size - s))) for s in starts]
+            given.known[kept] = Shards._from_ranges(given, kept, ranges)
+        return given.known[kept]
 
     @staticmethod
-    def _from_ranges(
-        given: VocabParallel, kept: int, ranges: list[tuple[int, int]], device: torch.device
-    ) -> Shards:
+    def _from_ranges(given: VocabParallel, kept: int, ranges: list[tuple[int, int]]) -> Shards:
         end = 0
         for start, size in sorted(ranges):
             if start != end or size == 0:
@@ -134,13 +164,8 @@ class Shards:
         aligned = all(start % BLOCK == 0 for start, _ in ranges)
         block = BLOCK if aligned else max(size for _, size in ranges)
         counts = tuple(-(-size // block) for _, size in ranges)
-        order = [
-            rank * max(counts) + i
-            for rank in sorted(range(len(ranges)), key=lambda r: ranges[r])
-            for i in range(counts[rank])
-        ]
-        where = torch.tensor(order, dtype=torch.int64, device=device)
-        return Shards(given.group, given.start, kept, given.vocab_size, block, counts, where)
+        order = tuple(sorted(range(len(ranges)), key=lambda rank: ranges[rank]))
+        return Shards(given.group, given.start, kept, given.vocab_size, block, counts, order)
 
     def agree(self, name: str, resolved: str, device: torch.device, dtype: torch.dtype) -> str:
         """The kernels that all processes run: those that `resolved` is everywhere, else some that
@@ -204,13 +229,16 @@ class Shards:
         def merged() -> Scores:
             work.wait()
             most = max(self.counts)
-            of_blocks = torch.stack([x[:-1].unflatten(0, (-1, most)) for x in everyone], 1)
-            lses, *entropies = of_blocks.flatten(1, 2)[:, self.order]
+            found = torch.stack(everyone)
+            # A rank brings as many blocks as the one that has most.
+            of_ranks = found[:, :-1].unflatten(1, (-1, most))
+            in_order = [of_ranks[rank][:, : self.counts[rank]] for rank in self.order]
+            lses, *entropies = torch.cat(in_order, 1)
             highest = lses.amax(0)
             # A NaN or an infinity is all that counts, and a row of -inf is nothing.
             above = torch.where(highest.isfinite(), lses - highest, lses)
             lse = highest + _in_order(above.exp()).log()
-            logps = torch.stack([x[-1] for x in everyone]).amax(0) - lse
+            logps = found[:, -1].amax(0) - lse
             known = (ids >= 0) & (ids < self.vocab_size)
             logps = torch.where(active, torch.where(known, logps, torch.nan), 0.0)
             entropy = None
@@ -360,7 +388,7 @@ class ShardedLogpsFunction(torch.autograd.Function):
         dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy
         if dlogps is None and dentropy is None:
             return (None,) * 9
-        refuse_create_graph(FROM_LOGITS)
+        refuse_create_graph()
         logits, token_ids, weights, temperature, logps, lse, entropy = saved(ctx)
         dlogps = torch.zeros_like(logps) if dlogps is None else dlogps
         dlogps = dlogps.to(weights.dtype).contiguous()
@@ -456,12 +484,7 @@ def from_dtensors(
             f"weight must have rows on each of {mesh.size()} processes, got {vocab_size} in all"
         )
     local = of_columns("weight", weight)
-    start = mesh.get_local_rank() * each
-    given = VocabParallel(mesh.get_group(), start, vocab_size, "none")
-    # Known without asking.
-    ranges = [(s, min(each, vocab_size - s)) for s in range(0, vocab_size, each)]
-    found = Shards._from_ranges(given, local.shape[0], ranges, local.device)
-    given.known[local.shape[0], local.device] = found
+    given = VocabParallel.even(mesh.get_group(), each, vocab_size, "none")
     return (
         of_tokens("hidden", hidden),
         local,

@@ -70,13 +70,15 @@ def padded_sequence_index(shape: torch.Size, device: torch.device) -> tuple[Tens
     """The sequence of each token of a padded batch (..., T): one a row."""
     n_sequences = shape[:-1].numel()
     index = torch.arange(n_sequences, dtype=torch.int64, device=device)
-    return index[:, None].expand(n_sequences, shape[-1]).reshape(-1), n_sequences
+    index = index[:, None].expand(n_sequences, shape[-1]).reshape(-1)
+    return index.contiguous(), n_sequences  # searchsorted warns; of one sequence it is a view
 
 
 def packed_sequence_index(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, int]:
     """The sequence of each token of a packed batch (N,), from the bounds (B + 1,)."""
     positions = torch.arange(n_tokens, dtype=torch.int64, device=cu_seqlens.device)
-    index = torch.searchsorted(cu_seqlens.to(torch.int64), positions, right=True) - 1
+    bounds = cu_seqlens.to(torch.int64).contiguous()
+    index = torch.searchsorted(bounds, positions, right=True) - 1
     n_sequences = cu_seqlens.shape[0] - 1
     # Bounds that cannot be checked without a device sync must at least not index out of range.
     return index.clamp(0, n_sequences - 1), n_sequences

@@ -2,8 +2,8 @@
 
 `parallelize_module` with ColwiseParallel splits the head over the vocabulary: each rank has some
 rows of its weight, a DTensor. With hidden states that are a DTensor of the same mesh the loss needs
-nothing else: a rank has a tile of its part of the logits, ranks exchange three numbers a token, and
-gradients have the placements of what they belong to.
+nothing else: a rank has a tile of its part of the logits, ranks exchange sums over their columns
+and the logits of tokens, and gradients have the placements of what they belong to.
 
 The example checks that loss and gradient are those of one process, and the loss equal in bits on
 all ranks, then trains on a toy reward: even tokens are good.

@@ -146,7 +146,13 @@ def from_hidden_states(
 
 
 def _products(mask: Tensor, *, most: int) -> dict[str, Any]:
-    """Unmasked tokens are multiplied in parts of one size, of which no more than `most` each."""
+    """Unmasked tokens are multiplied in parts of one size, of which no more than `most` each.
+
+    So a row's bits depend on the micro-batch, as they do in no call that chooses its chunk_tokens
+    by itself. There they make r = 1 for the policy that scored; here TRL's own forward scores, from
+    the logits of a whole batch, whose bits no size of a part would give. Parts of `most` rows would
+    cost a micro-batch of few tokens many times its products, and bring nothing.
+    """
     n_tokens = max(1, int(mask.sum()))  # waits for the device, as TRL does to leave out the others
     parts = -(-n_tokens // most)
     even = -(-n_tokens // parts)

@@ -16,6 +16,7 @@ from .. import validation
 from ..from_logps import policy_loss_from_logps
 from ..linear import linear_token_logps
 from ..objectives import CFPO
+from ..validation import values
 from ..vocab_parallel import VocabParallel
 from ._logps import entropy_of_rows, logps_of_labels, replace_everywhere
 
@@ -154,15 +155,22 @@ _entropy_grad = True
 
 
 class _ForTheLog(torch.autograd.Function):
-    """Entropies that were computed without a gradient, and refuse one."""
+    """Entropies that were computed without a gradient, and refuse one.
+
+    verl multiplies them by an entropy_coeff of 0 too: only the numbers tell. Where looking at them
+    would wait for the device, the log-probs' gradient becomes NaN instead.
+    """
 
     @staticmethod
     def forward(ctx: Any, entropy: Tensor, logps: Tensor) -> Tensor:
         return entropy.view_as(entropy)
 
     @staticmethod
-    def backward(ctx: Any, dentropy: Tensor) -> tuple[None, None]:
-        if dentropy.any():  # an entropy_coeff of 0 gives zeros
+    def backward(ctx: Any, dentropy: Tensor) -> tuple[None, Tensor | None]:
+        wanted = dentropy.any()
+        if not values.can_be_checked(wanted):
+            return None, torch.where(wanted, torch.nan, torch.zeros_like(dentropy))
+        if wanted:
             raise RuntimeError(
                 "the loss depends on entropies, which use_fused_logprobs(entropy_grad=False) "
                 "computes without a gradient: set actor.entropy_coeff to 0, or "
@@ -238,10 +246,8 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be 'none', got {reduction!r}")
     parts = None
     if dist_process_group is not None:
-        n_rows, rank = weight.shape[0], dist_process_group.rank()
-        parts = VocabParallel(
-            dist_process_group, rank * n_rows, n_rows * dist_process_group.size(), "none"
-        )
+        n_rows, group = weight.shape[0], dist_process_group
+        parts = VocabParallel.even(group, n_rows, n_rows * group.size(), "none")
     return _fused(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

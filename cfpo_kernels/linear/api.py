@@ -26,7 +26,16 @@ from ..vocab_parallel import Shards, VocabParallel, from_dtensors, shared_by_all
 from .arguments import check_parameters, is_dtensor, precision
 from .batch import Batch, Parameters
 from .fused import fused_loss
-from .plan import LEAST_ROWS, Chunk, Selection, by_sequence, default_chunk, in_order, select
+from .plan import (
+    LEAST_ROWS,
+    MOST_ROWS,
+    Chunk,
+    Selection,
+    by_sequence,
+    default_chunk,
+    in_order,
+    select,
+)
 from .scores import scores_of
 from .support import check_support, positions, support_logits
 
@@ -256,7 +265,8 @@ def linear_cfpo_loss(
             :class:`VocabParallel`.
         chunk_tokens: rows of each product. The last one is filled up with zeros (and all to 16), so
             that a token's bits do not depend on the others: use one number for scoring and for
-            training. None: from V, dtype and kind of device, 128 on a CPU.
+            training, and none much larger than the tokens that there are, for a tile has all of
+            its rows. At most 2^24. None: from V, dtype and kind of device, 128 on a CPU.
         active_tokens: at least as many tokens as are unmasked, where the mask is on a GPU: only so
             many are multiplied, without waiting for the device. More unmasked tokens than that make
             the loss, or the log-probs, NaN. None: on a GPU all tokens are multiplied.
@@ -466,11 +476,13 @@ class _Head:
         self.chunk = default_chunk(widest, self.dtypes.logits, device)
         if chunk_tokens is not None:
             self.chunk = positive_int("chunk_tokens", chunk_tokens)
+            if self.chunk > MOST_ROWS:
+                raise ValueError(f"chunk_tokens must be at most {MOST_ROWS}, got {self.chunk}")
 
     def rows(self, token_ids: object, mask: object, temperature: object) -> Rows:
-        rows = check_hidden_rows(self.hidden, token_ids, mask=mask, temperature=temperature)
-        if self.scale != 1.0:
-            rows.temperature = rows.temperature / self.scale
+        rows = check_hidden_rows(
+            self.hidden, token_ids, mask=mask, temperature=temperature, logit_scale=self.scale
+        )
         if values.can_be_checked(rows.token_ids):
             n_cols = self.n_cols if self.shards is None else self.shards.vocab_size
             values.check_token_range(rows.token_ids, rows.active, n_cols, rows.shape)
@@ -495,7 +507,7 @@ class _Head:
         if self.softcap:
             logits = torch.where(ids < 0, logits, capped(logits, self.softcap))
         chosen = positions(ids, rows.token_ids).reshape(rows.shape)
-        return logits.reshape(*rows.shape, -1), chosen
+        return logits.reshape(*rows.shape, logits.shape[-1]), chosen
 
     def batch(self, rows: Rows, selection: Selection, wanted: list[Chunk] | None) -> Batch:
         if wanted is None:

@@ -49,17 +49,14 @@ def check_parameters(
     if not isinstance(hidden, Tensor):
         raise type_error("hidden", hidden, accepted)
     _check_local("hidden", hidden)
-    dtypes = (*KERNEL_DTYPES, torch.float64) if takes_float64 else KERNEL_DTYPES
-    if hidden.dtype not in dtypes:
-        more = "; float64 needs backend='reference'" if hidden.dtype == torch.float64 else ""
-        raise TypeError(f"hidden must be {accepted}, got a tensor of {hidden.dtype}{more}")
+    _check_dtype("hidden", hidden, accepted, takes_float64)
     if hidden.layout != torch.strided:
         raise TypeError(f"hidden must be {accepted}, got one of layout {hidden.layout}")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(
             f"hidden must have shape (..., H) with H >= 1, got shape {tuple(hidden.shape)}"
         )
-    checked = check_weight(weight, hidden.device)
+    checked = check_weight(weight, hidden.device, takes_float64)
     n_cols, size = checked.shape
     if hidden.shape[-1] != size:
         raise ValueError(
@@ -67,7 +64,7 @@ def check_parameters(
             f"got shape {tuple(hidden.shape)}"
         )
     rows = hidden.reshape(-1, size)
-    one = None if bias is None else _matrix("bias", bias, (n_cols,), hidden.device)
+    one = None if bias is None else _matrix("bias", bias, (n_cols,), hidden.device, takes_float64)
     if lora is None:
         return Parameters(rows, checked, one), hidden.shape[:-1]
     if not isinstance(lora, (tuple, list)) or len(lora) != 2:
@@ -75,12 +72,12 @@ def check_parameters(
             "lora", lora, "a pair (u, B): u = scale * dropout(hidden) A^T (..., r), B (V, r)"
         )
     rank = lora[0].shape[-1] if isinstance(lora[0], Tensor) and lora[0].dim() else 0
-    u = _matrix("lora[0]", lora[0], (*hidden.shape[:-1], rank), hidden.device)
-    b = _matrix("lora[1]", lora[1], (n_cols, rank), hidden.device)
-    return Parameters(rows, checked, one, u.reshape(-1, rank), b), hidden.shape[:-1]
+    u = _matrix("lora[0]", lora[0], (*hidden.shape[:-1], rank), hidden.device, takes_float64)
+    b = _matrix("lora[1]", lora[1], (n_cols, rank), hidden.device, takes_float64)
+    return Parameters(rows, checked, one, u.reshape(rows.shape[0], rank), b), hidden.shape[:-1]
 
 
-def check_weight(weight: object, device: torch.device) -> Tensor:
+def check_weight(weight: object, device: torch.device, takes_float64: bool) -> Tensor:
     accepted = "a float32, bfloat16 or float16 tensor of shape (V, H)"
     if not isinstance(weight, Tensor):
         raise type_error("weight", weight, accepted)
@@ -93,10 +90,12 @@ def check_weight(weight: object, device: torch.device) -> Tensor:
         raise ValueError(f"weight must be {accepted}, got shape {tuple(weight.shape)}: {EMPTY}")
     if weight.dim() != 2:
         raise ValueError(f"weight must have shape (V, H), got shape {tuple(weight.shape)}")
-    return _matrix("weight", weight, tuple(weight.shape), device)
+    return _matrix("weight", weight, tuple(weight.shape), device, takes_float64)
 
 
-def _matrix(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _matrix(
+    name: str, value: object, shape: tuple[int, ...], device: torch.device, takes_float64: bool
+) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise type_error(name, value, "a floating-point tensor")
     _check_local(name, value)
@@ -104,7 +103,17 @@ def _matrix(name: str, value: object, shape: tuple[int, ...], device: torch.devi
         raise ValueError(f"{name} must be on the device of hidden, {device}, got {value.device}")
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    accepted = f"a float32, bfloat16 or float16 tensor of shape {shape}"
+    _check_dtype(name, value, accepted, takes_float64)
     return value
+
+
+def _check_dtype(name: str, value: Tensor, accepted: str, takes_float64: bool) -> None:
+    """Of what kernels scale the gradient of, or read the product of."""
+    if value.dtype in KERNEL_DTYPES or (takes_float64 and value.dtype == torch.float64):
+        return
+    more = "; float64 needs backend='reference'" if value.dtype == torch.float64 else ""
+    raise TypeError(f"{name} must be {accepted}, got a tensor of {value.dtype}{more}")
 
 
 def _check_local(name: str, value: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import FROM_LOGITS, begin_only_backward
+from ..autograd import begin_only_backward
 from ..backends.base import KernelTerms
 from ..tiles import Scores, loss_and_slopes
 from ..validation import LossTerms
@@ -144,7 +144,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 8
-        begin_only_backward(ctx, FROM_LOGITS)
+        begin_only_backward(ctx)
         grad_scale, weights, *gradients = ctx.saved_tensors
         factor = dloss if grad_scale is None else dloss / grad_scale
         # What masked rows gave stays 0, also for inf and NaN.
@@ -152,7 +152,7 @@ class _FusedLoss(torch.autograd.Function):
         of_rows = torch.where(weights == 0, 1.0, factor)
         for name, gradient in zip(Parameters._fields, gradients, strict=True):
             if gradient is not None:
-                rows = gradient.detach().reshape(-1, gradient.shape[-1])
+                rows = torch.atleast_2d(gradient.detach())
                 factors = of_rows if name in ("hidden", "u") else factor.expand(rows.shape[0])
                 ctx.tiles.multiply_rows_(rows, factors)
         return None, None, None, *gradients

@@ -22,14 +22,17 @@ class LinearCFPOLoss(nn.Module):
         epsilon: see :func:`cfpo_loss`.
         head: an ``nn.Linear``, such as a model's ``lm_head``. The loss is then computed inside its
             forward, where wrappers that shard or offload weights (FSDP2, ZeRO-3) have it whole.
-            It does not become a submodule.
-        **settings: any keyword argument of :func:`linear_cfpo_loss`; a call may override them.
+            It does not become a submodule. ``copy.deepcopy`` of this module alone copies the head
+            too, which the copy then trains: copy the model that both are parts of, or make another
+            one.
+        **settings: any keyword argument of :func:`linear_cfpo_loss`; a call may override them. With
+            a head no bias, which is the head's own.
 
     A call takes ``(hidden, weight, token_ids, advantages, old_logps)``, or with a head
     ``(hidden, token_ids, advantages, old_logps)``, and returns what :func:`linear_cfpo_loss` does.
 
     Raises:
-        TypeError: an unknown setting, or a head that is no plain linear layer.
+        TypeError: an unknown setting, a head that is no plain linear layer, or a bias beside one.
 
     Example:
         >>> lm_head = torch.nn.Linear(16, 1000, bias=False)
@@ -49,6 +52,7 @@ class LinearCFPOLoss(nn.Module):
             raise TypeError(f"LinearCFPOLoss got unknown arguments: {', '.join(sorted(unknown))}")
         if head is not None:
             check_head(head)
+            _refuse_bias(settings)
         # In a tuple, so that its parameters are not this module's too.
         self._head = (head,)
         self.settings = {"epsilon": epsilon, **settings}
@@ -61,6 +65,8 @@ class LinearCFPOLoss(nn.Module):
         if head is None:
             return _loss(hidden, *arguments, **settings)
 
+        _refuse_bias(overrides)
+
         def loss(given: Tensor) -> Any:
             return _loss(given, head.weight, *arguments, bias=head.bias, **settings)
 
@@ -70,6 +76,11 @@ class LinearCFPOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def _refuse_bias(settings: dict[str, Any]) -> None:
+    if "bias" in settings:
+        raise TypeError("bias must not be given beside head=, whose own bias is used")
 
 
 def check_head(head: object) -> None:

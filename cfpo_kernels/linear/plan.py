@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..validation import values
 
-# A product of 128 rows costs 1.3 times as much a row as one of 512 on a CPU (docs/linear.md), and a
+# A product of 128 rows costs 1.2 times as much a row as one of 512 on a CPU (docs/linear.md), and a
 # call with few rows costs one product.
 CPU_ROWS, GPU_ROWS = 128, 1024
 # With fewer rows MKL's products in float32 depend on where in the tile a row is.
 LEAST_ROWS = 16
+MOST_ROWS = 1 << 24  # a tile of more would have a size that overflows before memory ends
 TILE_BYTES = 1 << 30
 
 
@@ -122,6 +123,7 @@ def select(
     wanted = active if idle is None else active & ~idle
     none = torch.empty(0, dtype=torch.int64, device=active.device)
     if active_tokens is not None:
+        active_tokens = min(active_tokens, active.shape[0])
         kept = active if with_scores else wanted
         first = torch.argsort(~kept, stable=True)[:active_tokens]
         return Selection(first.sort().values, none, True, kept.sum() > active_tokens)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import FROM_LOGITS, begin_only_backward, save, saved
+from ..autograd import begin_only_backward, save, saved
 from ..tiles import Scores
 from .batch import Batch, Parameters, Sums
 from .head import SLICE, Head
@@ -71,7 +71,7 @@ class _Scores(torch.autograd.Function):
         dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy
         if dlogps is None and dentropy is None:
             return (None,) * 8
-        begin_only_backward(ctx, FROM_LOGITS)
+        begin_only_backward(ctx)
         logps, lse, entropy, *given = saved(ctx)
         batch, parameters = ctx.batch, Parameters(*given)
         tile, ctx.tile = ctx.tile, None
@@ -158,7 +158,7 @@ class _LateScores(torch.autograd.Function):
     def backward(ctx: Any, dlogps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dlogps is None:
             return (None,) * 8
-        begin_only_backward(ctx, FROM_LOGITS)
+        begin_only_backward(ctx)
         active, *gradients = ctx.saved_tensors
         dlogps = dlogps.to(ctx.dtype)
         factors = torch.where(active, dlogps, 1.0)  # a masked row's zeros, also for inf and NaN

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import FROM_LOGITS, refuse_create_graph, save, saved
+from ..autograd import refuse_create_graph, save, saved
 from ..validation import Rows, values
 from ..validation.errors import type_error
 from ..validation.tensors import check_tensor
@@ -87,7 +87,7 @@ class _SupportLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_create_graph(FROM_LOGITS)
+        refuse_create_graph()
         active, support, *given = saved(ctx)
         parameters, needs = Parameters(*given), Parameters(*ctx.needs_input_grad[4:])
 

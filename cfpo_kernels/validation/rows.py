@@ -47,11 +47,15 @@ def check_hidden_rows(
     *,
     mask: object,
     temperature: object,
+    logit_scale: float,
 ) -> Rows:
-    """The same from hidden states (..., H), which were checked before."""
+    """The same from hidden states (..., H), which were checked before, as was the scale of the
+    logits: the rows' temperature is that of logits before it.
+    """
     ids = _token_ids(token_ids, hidden, "hidden", "H")
     active = active_rows(mask, PerToken("hidden", hidden))
-    return Rows("hidden", hidden, ids, _temperature(temperature, hidden, active), active)
+    divisor = _temperature(temperature, hidden, active, logit_scale)
+    return Rows("hidden", hidden, ids, divisor, active)
 
 
 def check_logps(logps: object, *, entropy: object | None, mask: object) -> Logps:
@@ -107,14 +111,19 @@ def _token_ids(token_ids: object, like: Tensor, name: str = "logits", columns: s
     return flat(ids, torch.int64)
 
 
-def _temperature(value: object, logits: Tensor, mask: Tensor | None) -> Tensor:
+def _temperature(
+    value: object, logits: Tensor, mask: Tensor | None, logit_scale: float = 1.0
+) -> Tensor:
+    """(1,) or (N,): over the scale of the logits, which kernels divide by it. Both are in range."""
     shape = logits.shape[:-1]
     dtype = wide(logits.dtype)
     if not isinstance(value, Tensor):
         number = positive_number("temperature", value)
-        if not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:
-            raise ValueError(f"temperature must be {TEMPERATURES}, got {number}")
-        return filled(1, number, dtype, logits.device)
+        for scale in (1.0, logit_scale):
+            if not MIN_TEMPERATURE <= number / scale <= MAX_TEMPERATURE:
+                raise ValueError(_out_of_range(number, scale))
+        found = filled(1, number, dtype, logits.device)
+        return found if logit_scale == 1.0 else found / logit_scale
     if value.dim() == 0:
         value = scalar_tensor("temperature", value, logits).reshape(1)
     elif not value.is_floating_point():
@@ -127,13 +136,26 @@ def _temperature(value: object, logits: Tensor, mask: Tensor | None) -> Tensor:
     else:
         check_tensor("temperature", value, logits, "a floating-point tensor")
     temperature = flat(saveable(value).detach(), dtype)
+    divisor = temperature if logit_scale == 1.0 else temperature / logit_scale
     if values.can_be_checked(temperature):
-        wrong = ~((temperature >= MIN_TEMPERATURE) & (temperature <= MAX_TEMPERATURE))
-        wrong = wrong.expand(shape.numel()) if mask is None else wrong & mask
-        if wrong.any():
-            position, got = values.first_wrong(wrong, temperature.expand(wrong.shape), shape)
-            raise ValueError(f"temperature must be {TEMPERATURES}, got {got} at {position}")
-    return temperature
+        for found, scale in ((temperature, 1.0), (divisor, logit_scale)):
+            wrong = ~((found >= MIN_TEMPERATURE) & (found <= MAX_TEMPERATURE))
+            wrong = wrong.expand(shape.numel()) if mask is None else wrong & mask
+            if wrong.any():
+                position, got = values.first_wrong(wrong, temperature.expand(wrong.shape), shape)
+                raise ValueError(f"{_out_of_range(got, scale)} at {position}")
+            if divisor is temperature:
+                break
+    return divisor
+
+
+def _out_of_range(temperature: float, logit_scale: float) -> str:
+    if logit_scale == 1.0:
+        return f"temperature must be {TEMPERATURES}, got {temperature}"
+    return (
+        f"temperature / logit_scale must be {TEMPERATURES}, "
+        f"got {temperature:g} / {logit_scale:g} = {temperature / logit_scale:g}"
+    )
 
 
 def _rows_overlap(x: Tensor) -> bool:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import statistics
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -487,3 +488,19 @@ def test_refused(case: Refusal) -> None:
 def test_examples() -> None:
     run_examples(sequences)
     assert cfpo_kernels.sequences is sequences
+
+
+def test_torch_warns_of_no_bounds() -> None:
+    """One padded sequence, and bounds with gaps: searchsorted copies such, and says so."""
+    logits, old = torch.randn(1, 3, 20), torch.full((1, 3), -3.0)
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    torch.set_warn_always(True)  # rather than once a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            cfpo_kernels.cfpo_loss(logits, ids, torch.ones(1), old, ratio_level="sequence")
+            cu_seqlens = torch.tensor([0, 9, 2, 9, 3])[::2]
+            packed = logits[0], ids[0], torch.ones(2), old[0]
+            cfpo_kernels.cfpo_loss(*packed, cu_seqlens=cu_seqlens, ratio_level="sequence")
+    finally:
+        torch.set_warn_always(False)

@@ -6,6 +6,8 @@ The kernels are called as the parallel losses call them: below the operators.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,10 +26,12 @@ from stages import (
     temperatures,
 )
 from targets import GPUS, Target
+from torch import Tensor
 
-from cfpo_kernels import CFPO, reference
+from cfpo_kernels import CFPO, VocabParallel, reference, vocab_parallel
 from cfpo_kernels.backends.base import KernelTerms
 from cfpo_kernels.inputs import LossSettings, TokenInputs
+from cfpo_kernels.vocab_parallel import BLOCK, Shards
 
 pytestmark = pytest.mark.not_on("reference", reason="it has no kernels; test_the_reference")
 
@@ -95,6 +99,37 @@ def test_shards_merge_into_the_row(shards: int, peak: float) -> None:
     torch.testing.assert_close(got.logps, want.logps, rtol=2e-6, atol=0)
     torch.testing.assert_close(got.lse, want.lse, rtol=1e-7, atol=1e-6)
     torch.testing.assert_close(got.entropy, want.entropy, rtol=3e-6, atol=3e-6)
+
+
+def of_blocks(logits: Tensor, ids: Tensor, t: Tensor, starts: tuple[int, ...]) -> list[Tensor]:
+    """Sums and entropies of the vocabulary's blocks, which shards that begin there have found."""
+    v, found = logits.shape[1], []
+    ranges = [(first, last - first) for first, last in pairwise((*starts, v))]
+    for first, size in ranges:
+        shards = Shards._from_ranges(VocabParallel(None, first, v), size, ranges)
+        part = logits[:, first : first + size].clone()
+        rows = rows_of(part, ids - first, t, sharded=True)
+        its = shards._of_blocks(SimpleNamespace(score=sums), rows, True)  # type: ignore[arg-type]
+        found.append([x[: -(-size // shards.block)] for x in its])
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_have_the_bits_of_any_split(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    v = 3 * BLOCK + 517
+    ids = torch.tensor([0, BLOCK - 1, BLOCK, 3 * BLOCK, v - 1])
+    logits, t = make_case(len(ids), v, dtype, seed=v).logits, temperatures(len(ids))
+    splits = ((0,), (0, 2 * BLOCK), (0, BLOCK), (0, BLOCK, 2 * BLOCK, 3 * BLOCK))
+
+    def same_bits() -> bool:
+        one, *others = (of_blocks(logits, ids, t, starts) for starts in splits)
+        return all(x.equal(y) for found in others for x, y in zip(one, found, strict=True))
+
+    assert same_bits()
+    monkeypatch.setattr(vocab_parallel, "BLOCK", 1 << 20)
+    assert not same_bits(), "the control: of whole shards"
 
 
 @pytest.mark.parametrize("v", [7, 1000, 20001])

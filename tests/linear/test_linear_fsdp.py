@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 import cfpo_kernels
 from cfpo_kernels import LinearCFPOLoss
+from cfpo_kernels.linear import module
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed")
 
@@ -116,6 +119,8 @@ def run(rank: int) -> dict[str, Any]:
         ]
         moved = [relative(want[0][n], x) for n, x in wrapped_start(name).items()]
         results[f"{name}-moved"] = max(moved)
+    results["ddp-outside"] = ddp_with_the_loss_outside(rank)
+    results["own-unhooked"] = said_without_the_heads_hooks(rank)
     _, model = wrapped("root")
     batch = batch_of(rank, 0)
     try:
@@ -125,6 +130,37 @@ def run(rank: int) -> dict[str, Any]:
     except ValueError as error:
         results["outside"] = str(error)
     return results
+
+
+def ddp_with_the_loss_outside(rank: int) -> float:
+    """The mistake: the model's own forward is called, which DDP knows nothing of."""
+    start, model = wrapped("ddp")
+    (model.module(batch_of(rank, 0))[0] * FACTOR).backward()
+    for rank_of_batch in range(WORLD):
+        (start(batch_of(rank_of_batch, 0))[0] * FACTOR / WORLD).backward()
+    got, want = model.module.head.weight.grad, start.head.weight.grad
+    assert got is not None and want is not None
+    return relative(got, want)
+
+
+def said_without_the_heads_hooks(rank: int) -> str:
+    """The mistake: the module calls no forward of the head's, whose hooks would have gathered."""
+
+    @contextmanager
+    def in_no_forward(head: nn.Module, function: Any) -> Iterator[None]:
+        with forward_of(head, function), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(head), "__call__", lambda self, given: function(given))
+            yield
+
+    forward_of = module.forward_of
+    _, model = wrapped("own")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "forward_of", in_no_forward)
+        try:
+            model(batch_of(rank, 0))
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 def wrapped_start(name: str) -> dict[str, Tensor]:
@@ -149,3 +185,14 @@ def test_outside_of_the_heads_forward_it_says_where_to_go(results: Any) -> None:
     for found in results:
         assert "sharded over processes (FSDP): only inside the head's forward" in found["outside"]
         assert "LinearCFPOLoss(head=lm_head)" in found["outside"]
+
+
+def test_a_loss_outside_of_ddps_forward_is_noticed(results: Any) -> None:
+    """The head's gradient stays the process's own, at which the tests above would fail."""
+    for found in results:
+        assert found["ddp-outside"] > 0.1
+
+
+def test_a_module_that_passes_the_heads_hooks_by_is_noticed(results: Any) -> None:
+    for found in results:
+        assert "sharded over processes (FSDP)" in found["own-unhooked"]

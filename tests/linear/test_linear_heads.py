@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -462,3 +463,119 @@ def test_settings_of_the_module() -> None:
         LinearCFPOLoss(-0.1)
     with pytest.raises(TypeError, match="missing"):
         LinearCFPOLoss(head=nn.Linear(16, 203))(torch.zeros(2, 16))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "u", "lora", "hidden and weight"])
+def test_float64_is_right_or_refused_by_name(name: str, low_memory: bool, backend: str) -> None:
+    case = make(bias=True, rank=3, low_memory=low_memory, backend=backend, chunk_tokens=16)
+    if name in ("hidden", "weight"):  # which of the two says what operands are
+        case.options["logits_dtype"] = torch.float64
+    for parameter in name.split(" and "):
+        setattr(case, parameter, getattr(case, parameter).double())
+    if backend == "reference" and name != "hidden":
+        case.options.pop("backend")
+        check(linear(case, backend=backend), whole(case))
+        return
+    said = "logits_dtype" if backend == "reference" else "float64 needs backend='reference'"
+    shown = {"u": r"lora\[0\]", "lora": r"lora\[1\]"}.get(name, name.split()[0])
+    with pytest.raises((TypeError, ValueError), match=said) as error:
+        linear(case)
+    assert backend == "reference" or error.match(f"^{shown} must be")
+
+
+@pytest.mark.parametrize(
+    ("temperature", "scale", "got"),
+    [
+        (1e30, 1e-9, r"1e\+30 / 1e-09 = 1e\+39"),
+        (1e-6, 1e4, r"1e-06 / 10000 = 1e-10"),
+        (torch.tensor(1e-6), 1e4, r"= 1e-10 at \[0\]"),
+        (torch.tensor([1.0, 1e-6, 1e-6]), 1e4, r"= 1e-10 at \[1\]"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("support", [None, torch.tensor([[0, 1]] * 3)], ids=["all", "support"])
+def test_temperature_and_scale_together(
+    temperature: Any, scale: float, got: str, support: Tensor | None
+) -> None:
+    ids, mask = torch.tensor([0, 1, 0]), torch.tensor([1, 1, 0])
+    how: dict[str, Any] = {"temperature": temperature, "logit_scale": scale, "support": support}
+    said = f"temperature / logit_scale must be from 1e-06 to 1e\\+30, got .*{got}"
+    with pytest.raises(ValueError, match=said):
+        cfpo_kernels.linear_token_logps(torch.ones(3, 8), torch.ones(5, 8), ids, mask=mask, **how)
+    # Where it is masked the temperature may be anything, and where it is 1 the scale does no harm.
+    if isinstance(temperature, Tensor) and temperature.dim():
+        mask[1] = 0
+    else:
+        how["temperature"] = 1.0
+    found = cfpo_kernels.linear_token_logps(
+        torch.ones(3, 8), torch.ones(5, 8), ids, mask=mask, **how
+    )
+    want = -torch.tensor(5.0 if support is None else 2.0).log() * mask
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("support", [False, True])
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize(("n_tokens", "rank"), [(0, 2), (3, 0), (0, 0)])
+def test_no_tokens_and_adapters_of_rank_0(
+    n_tokens: int, rank: int, low_memory: bool, support: bool
+) -> None:
+    shapes = ((n_tokens, 8), (5, 8), (n_tokens, rank), (5, rank))
+    hidden, weight, u, b = (torch.randn(shape).requires_grad_() for shape in shapes)
+    ids = torch.zeros(n_tokens, dtype=torch.int64)
+    how = {"support": torch.tensor([0, 3]).expand(n_tokens, 2)} if support else {}
+    adapted = cfpo_kernels.linear_token_logps(hidden, weight, ids, lora=(u, b), **how)
+    plain = cfpo_kernels.linear_token_logps(hidden, weight, ids, **how)
+    assert isinstance(adapted, Tensor) and isinstance(plain, Tensor)
+    assert adapted.shape == (n_tokens,) and torch.equal(adapted, plain)
+    if not support:
+        how["low_memory"] = low_memory
+    loss = cfpo_kernels.linear_cfpo_loss(
+        hidden, weight, ids, torch.ones(n_tokens), lora=(u, b), **how
+    )
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    for x in (hidden, weight, u, b):
+        assert x.grad is not None and x.grad.shape == x.shape
+    assert bool(weight.grad.any()) is bool(n_tokens)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_double_backward_of_a_support_says_what_is_true(backend: str) -> None:
+    """From hidden states no backend can; from whole logits one can."""
+    hidden = torch.randn(2, 8, requires_grad=True)
+    ids, support = torch.tensor([0, 1]), torch.tensor([[0, 1], [1, 2]])
+    loss = cfpo_kernels.linear_cfpo_loss(
+        hidden, torch.randn(5, 8), ids, torch.ones(2), support=support, backend=backend
+    )
+    with pytest.raises(RuntimeError, match="from whole logits, backend='reference'"):
+        torch.autograd.grad(loss, hidden, create_graph=True)  # type: ignore[arg-type]
+
+
+def test_sizes_of_tiles_beyond_memory() -> None:
+    given = torch.ones(2, 8), torch.ones(5, 8), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="chunk_tokens must be at most 16777216, got 4611686"):
+        cfpo_kernels.linear_token_logps(*given, chunk_tokens=2**62)
+    # No more than there are tokens are ever picked.
+    found = cfpo_kernels.linear_token_logps(*given, active_tokens=2**70)
+    assert torch.equal(found, cfpo_kernels.linear_token_logps(*given))  # type: ignore[arg-type]
+
+
+def test_the_module_takes_no_bias_beside_a_head() -> None:
+    with pytest.raises(TypeError, match="bias must not be given beside head="):
+        LinearCFPOLoss(head=nn.Linear(8, 5), bias=torch.zeros(5))
+    criterion = LinearCFPOLoss(head=nn.Linear(8, 5))
+    with pytest.raises(TypeError, match="bias must not be given beside head="):
+        criterion(torch.ones(2, 8), torch.tensor([0, 1]), torch.ones(2), bias=torch.zeros(5))
+
+
+def test_a_copy_of_the_model_has_a_loss_of_its_own_head() -> None:
+    """And a copy of the loss alone has a head of its own, as its docstring says."""
+    model = nn.Module()
+    model.head = nn.Linear(8, 5)
+    model.criterion = LinearCFPOLoss(head=model.head)
+    copied = copy.deepcopy(model)
+    assert copied.criterion._head[0] is copied.head is not model.head
+    assert copy.deepcopy(model.criterion)._head[0] is not model.head

@@ -6,10 +6,12 @@ Each group of processes runs all scenarios once; the tests look at what they fou
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +19,13 @@ import torch
 import torch.distributed as dist
 from heads import (
     HeadCase,
+    is_noticed,
     linear,
     logits_of,
     logps64,
     make,
     relative,
+    split,
     use_slices,
     whole,
 )
@@ -31,6 +35,9 @@ from torch import Tensor
 import cfpo_kernels
 from cfpo_kernels import CFPO, PPOClip, VocabParallel, backends, token_logps
 from cfpo_kernels.backends.cpu import CpuBackend
+from cfpo_kernels.linear import fused
+from cfpo_kernels.linear.batch import Batch
+from cfpo_kernels.linear.head import Head
 from cfpo_kernels.verification import choice
 from cfpo_kernels.vocab_parallel import Shards
 
@@ -233,13 +240,15 @@ def scores_of_logits(process: Process, case: HeadCase) -> dict[str, Any]:
     return {"values": [x.detach() for x in values], "gradient": leaf.grad, "loss": loss}
 
 
-def of_dtensors(process: Process, case: HeadCase, by_tokens: bool) -> dict[str, Any]:
+def of_dtensors(process: Process, case: HeadCase, dim: int | None) -> dict[str, Any]:
+    """`dim`: along which hidden states are split over the processes; None: whole on each."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
     mesh = init_device_mesh("cpu", (process.world,))
     leaves = {}
     for name, x in case.leaves().items():
-        place = Shard(0) if name in OF_COLUMNS or by_tokens else Replicate()
+        place = Replicate() if dim is None else Shard(dim)
+        place = Shard(0) if name in OF_COLUMNS else place
         leaves[name] = distribute_tensor(x.detach(), mesh, [place]).requires_grad_()
     result = linear(case, leaves=leaves, stats=True, upstream=2.0)
     assert result.stats is not None
@@ -247,6 +256,44 @@ def of_dtensors(process: Process, case: HeadCase, by_tokens: bool) -> dict[str, 
     assert placements == {name: x.placements for name, x in leaves.items()}
     whole_again = {name: x.full_tensor() for name, x in result.gradients.items()}
     return found(result.loss, result.stats, whole_again)
+
+
+def in_sequences() -> HeadCase:
+    """(B, T, H), of which each process has some tokens of every sequence."""
+    case = split(everything(), 4, N // 4)
+    case.advantages = case.advantages.reshape(4, N // 4)
+    return case
+
+
+DTENSORS: dict[str, tuple[Callable[[], HeadCase], int | None]] = {
+    "dtensors-whole": (everything, None),
+    "dtensors-tokens": (everything, 0),
+    "dtensors-sequences": (in_sequences, 1),
+}
+
+
+def gradient_that_is_taken_for_whole(patch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    original = DTensor.to_local
+
+    def to_local(self: Any, *, grad_placements: Any = None) -> Tensor:
+        if grad_placements is not None:
+            grad_placements = [Replicate()]
+        return original(self, grad_placements=grad_placements)
+
+    patch.setattr(DTensor, "to_local", to_local)
+
+
+def gradient_that_is_summed_twice(patch: pytest.MonkeyPatch) -> None:
+    even = VocabParallel.even
+    patch.setattr(VocabParallel, "even", lambda *arguments: even(*arguments[:3], "all_reduce"))
+
+
+DTENSOR_MISTAKES = {
+    "dtensors-not-partial": gradient_that_is_taken_for_whole,
+    "dtensors-twice": gradient_that_is_summed_twice,
+}
 
 
 def near_the_bounds(case: HeadCase, logps: Tensor) -> HeadCase:
@@ -399,6 +446,56 @@ def compared(process: Process) -> dict[str, str]:
     return said
 
 
+def collectives_of(call: Callable[[], object]) -> int:
+    """How often a call gathers what all processes have."""
+    original, n = dist.all_gather, 0
+
+    def counted(*arguments: Any, **how: Any) -> Any:
+        nonlocal n
+        n += 1
+        return original(*arguments, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", counted)
+        call()
+    return n
+
+
+def even_split(process: Process) -> dict[str, Any]:
+    """A VocabParallel that is made anew for each call; the last process's rows end in padding."""
+    case, group = case_of(), dist.group.WORLD
+    each = -(-V // process.world) + 3
+    weight = torch.nn.functional.pad(case.weight, (0, 0, 0, each * process.world - V), value=50.0)
+    part = weight[process.rank * each : (process.rank + 1) * each]
+
+    def logps(where: VocabParallel, rows: Tensor = part) -> Tensor:
+        hidden, ids = case.hidden[:16], case.token_ids[:16]
+        scores = cfpo_kernels.linear_token_logps(hidden, rows, ids, vocab_parallel=where)
+        assert isinstance(scores, Tensor)
+        return scores
+
+    def anew() -> VocabParallel:
+        return VocabParallel.even(group, each, V)
+
+    asked = logps(VocabParallel(group, process.rank * each, V))  # and which kernels all run
+    found = {
+        "even": collectives_of(lambda: logps(anew())),
+        "asking": collectives_of(lambda: logps(VocabParallel(group, process.rank * each, V))),
+        "same": torch.equal(logps(anew()), asked),
+    }
+    try:
+        logps(anew(), part[:5])
+    except ValueError as error:
+        found["said"] = str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CFPO_KERNELS_DEBUG", "1")
+        try:
+            logps(VocabParallel.even(group, each + process.rank, V), weight[: each + process.rank])
+        except ValueError as error:
+            found["debugging"] = str(error)
+    return found
+
+
 def run(rank: int, world: int) -> dict[str, Any]:
     process, results = Process(rank, world), {}
     with pytest.MonkeyPatch.context() as patch:
@@ -420,8 +517,12 @@ def run(rank: int, world: int) -> dict[str, Any]:
         for inplace in (False, True):
             results[f"logits-{inplace}"] = of_logits(process, everything(), inplace)
         results["scores"] = scores_of_logits(process, case_of())
-        for by_tokens in (False, True):
-            results[f"dtensors-{by_tokens}"] = of_dtensors(process, everything(), by_tokens)
+        for name, (case, dim) in DTENSORS.items():
+            results[name] = of_dtensors(process, case(), dim)
+        for name, mistake in DTENSOR_MISTAKES.items():
+            with pytest.MonkeyPatch.context() as planted_here:
+                mistake(planted_here)
+                results[name] = of_dtensors(process, everything(), None)
         close = near_the_bounds(case_of(), scored(process, case_of()))
         results["close"] = of_linear(process.part(close), vocab_parallel=process.split())
         patch.setattr(Shards, "score", own_part_unrounded)
@@ -432,6 +533,7 @@ def run(rank: int, world: int) -> dict[str, Any]:
         again.advantages[::2] = 0.0
         results["again"] = of_linear(process.part(again), vocab_parallel=process.split())
         results["refused"] = refusals(process)
+        results["even"] = even_split(process)
         results["kernels"] = kernels_of_ranks(process)
         results["compared"] = compared(process)
     return results
@@ -517,16 +619,24 @@ def test_hidden_states_that_are_split_by_tokens(group: list[Any]) -> None:
     assert group[0]["scattered"]["loss"].item() == pytest.approx(want.loss.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("by_tokens", [False, True])
-def test_dtensors(group: list[Any], by_tokens: bool) -> None:
-    name = f"dtensors-{by_tokens}"
-    want = whole(everything(), upstream=2.0)
+@pytest.mark.parametrize("name", DTENSORS)
+def test_dtensors(group: list[Any], name: str) -> None:
+    check_dtensors(group, name, DTENSORS[name][0]())
+    assert same_bits(group, name)
+
+
+@pytest.mark.parametrize("name", DTENSOR_MISTAKES)
+def test_mistakes_with_dtensors_are_noticed(group: list[Any], name: str) -> None:
+    is_noticed(lambda: check_dtensors(group, name, everything()))
+
+
+def check_dtensors(group: list[Any], name: str, case: HeadCase) -> None:
+    want = whole(case, upstream=2.0)
     for results in group:
         got = results[name]
         assert got["loss"].item() == pytest.approx(want.loss.item(), rel=1e-5)
         for x in NAMES:
             assert relative(got["gradients"][x], want.gradients[x]) < 3e-6, x
-    assert same_bits(group, name)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -618,6 +728,16 @@ def test_what_is_refused_is_refused_on_each_process(group: list[Any]) -> None:
                 raise AssertionError(results["refused"][name])
 
 
+def test_an_even_split_is_known_without_asking(group: list[Any]) -> None:
+    for results in group:
+        found = results["even"]
+        assert found["even"] == 1, "one tile is exchanged, and nothing else"
+        assert found["asking"] == 2, "the control"
+        assert found["same"]
+        assert "was told n_rows=" in found["said"]
+        assert "must be the vocabulary" in found["debugging"]
+
+
 def test_all_processes_run_the_same_kernels(group: list[Any]) -> None:
     world = len(group)
     # As most have chosen; and what each has, where the choice is another's only.
@@ -639,6 +759,96 @@ def test_numbers_that_differ_are_named_when_debugging(group: list[Any]) -> None:
             shown = "the objective or a coefficient" if name == "kl_coef" else name
             assert f"{shown} on ranks {len(group) - 1}" in said[name], said[name]
             assert name == "mask" or ";" not in said[name].split("are ")[1]
+
+
+Event = tuple[str, int]
+
+
+def events_of(run_case: Callable[[VocabParallel], object]) -> list[Event]:
+    """Products, and what is sent and waited for, of a group of this process alone, in order."""
+    events: list[Event] = []
+
+    def note(what: str) -> Event:
+        events.append((what, sum(name == what for name, _ in events)))
+        return events[-1]
+
+    gather, project = dist.all_gather, Head.project
+
+    def noted_gather(*arguments: Any, async_op: bool = False, **how: Any) -> Any:
+        work = gather(*arguments, async_op=async_op, **how)
+        if not async_op:
+            return work
+        _, i = note("sent")
+
+        def wait() -> None:
+            events.append(("waited for", i))
+            work.wait()
+
+        return SimpleNamespace(wait=wait)
+
+    def noted_project(*arguments: Any) -> None:
+        note("product")
+        project(*arguments)
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            patch.setattr(dist, "all_gather", noted_gather)
+            patch.setattr(Head, "project", noted_project)
+            run_case(VocabParallel(dist.group.WORLD, 0, V))
+        finally:
+            dist.destroy_process_group()
+    return events
+
+
+def check_overlap(run_case: Callable[[VocabParallel], object]) -> None:
+    """What a tile sends is under way while the next one is multiplied, and waited for after it."""
+    events = events_of(run_case)
+    tiles = sum(what == "sent" for what, _ in events)
+    assert tiles == 3
+    for i in range(tiles):
+        product, sent, waited = (
+            events.index((what, i)) for what in ("product", "sent", "waited for")
+        )
+        following = events.index(("product", i + 1)) if i + 1 < tiles else waited
+        assert product < sent < following <= waited
+
+
+def trained(where: VocabParallel) -> None:
+    linear(case_of(), vocab_parallel=where)
+
+
+def only_scored(where: VocabParallel) -> None:
+    case = case_of()
+    given = case.hidden, case.weight, case.token_ids
+    cfpo_kernels.linear_token_logps(*given, vocab_parallel=where, chunk_tokens=16)
+
+
+@pytest.mark.parametrize("run_case", [trained, only_scored])
+def test_shards_are_exchanged_while_the_next_tile_is_multiplied(
+    run_case: Callable[[VocabParallel], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_overlap(run_case)
+
+    def at_once(self: Shards, *arguments: Any) -> Callable[[], Any]:
+        scores = score(self, *arguments)()
+        return lambda: scores
+
+    monkeypatch.setattr(Shards, "score", at_once)
+    is_noticed(lambda: check_overlap(run_case))
+
+
+def test_one_tile_in_the_place_of_two_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a tile is finished before the next one is multiplied."""
+    new_tile = Batch.new_tile
+
+    def run_one_by_one(self: Any) -> None:
+        tile = new_tile(self.batch, self.head.n_cols)
+        for chunk in self.batch.wanted:
+            self.finish(self.project(tile, chunk))
+
+    monkeypatch.setattr(fused._Fused, "run", run_one_by_one)
+    is_noticed(lambda: check_overlap(trained))
 
 
 @pytest.mark.parametrize(

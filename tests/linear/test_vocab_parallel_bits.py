@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import tempfile
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import found_by_ranks
+from targets import LEVELS
 from torch import Tensor
 
 from cfpo_kernels import CFPO, VocabParallel, policy_loss, sequences, token_logps, vocab_parallel
@@ -26,7 +28,8 @@ SPLITS: dict[str, tuple[int, ...]] = {
     "four, uneven": (0, 1024, 3072, 4096),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("cpu", "reference")
+# The CPU kernels of each level that this machine has, and plain torch.
+BACKENDS = (*(f"cpu {level}" for level in LEVELS), "reference")
 
 
 def digest(*tensors: Tensor) -> str:
@@ -52,6 +55,9 @@ def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
 
 def results(dtype: torch.dtype, backend: str, starts: tuple[int, ...], group: Any) -> list[str]:
     given = inputs(dtype)
+    backend, _, level = backend.partition(" ")
+    if level:
+        os.environ["CFPO_KERNELS_CPU_LEVEL"] = level
     rank = group.rank()
     columns = slice(starts[rank], [*starts, V][rank + 1])
     shard = given.pop("logits")[:, columns].clone()
@@ -71,9 +77,20 @@ def results(dtype: torch.dtype, backend: str, starts: tuple[int, ...], group: An
 
 def data_parallel(group: Any) -> str:
     """The loss of 12 sequences that are split over the group's processes."""
-    totals = inputs(torch.float32)["advantages"][:12].double().exp() / 3
-    mine = totals.chunk(group.size())[group.rank()]
-    return digest(sequences.order_free_sum(mine, group=group))
+    totals = totals_of(group.rank(), group.size())
+    return digest(sequences.order_free_sum(totals, group=group) / 12)
+
+
+def totals_of(rank: int, size: int) -> Tensor:
+    """Each sequence's loss, of those that one process has of a batch."""
+    g = torch.Generator().manual_seed(8)
+    logits, noise = torch.randn(12, 9, 211, generator=g), torch.randn(12, 9, generator=g)
+    ids, advantages = torch.randint(0, 211, (12, 9), generator=g), torch.randn(12, generator=g)
+    mask = torch.arange(9) < torch.randint(1, 10, (12, 1), generator=g)
+    mine = [x.chunk(size)[rank] for x in (logits, ids, advantages, noise - 5.4, mask)]
+    losses = policy_loss(*mine[:4], mask=mine[4], objective=CFPO(), reduction="none")
+    assert isinstance(losses, Tensor)
+    return sequences.sequence_mean(losses, mine[4])
 
 
 def found_by(groups: dict[int, Any], rank: int) -> dict[str, Any]:
@@ -98,7 +115,7 @@ def worker(rank: int) -> dict[str, Any]:
     for name in ("one", "four"):
         if rank < len(SPLITS[name]):
             group = groups[len(SPLITS[name])]
-            found[f"whole {name}"] = results(torch.float32, "cpu", SPLITS[name], group)
+            found[f"whole {name}"] = results(torch.float32, BACKENDS[0], SPLITS[name], group)
     for start in (0, 1000):  # an overlap; a gap
         try:
             shard = torch.zeros(2, 900 if rank else 1024)
@@ -160,10 +177,13 @@ def test_one_shard_is_right(dtype: torch.dtype) -> None:
 def test_the_loss_of_data_parallel_processes(found: list[dict[str, Any]]) -> None:
     digests = {found[rank][f"data parallel {size}"] for size in (1, 2, 4) for rank in range(size)}
     assert len(digests) == 1
-    # Sums in the order of the split differ: the test's own control.
-    totals = inputs(torch.float32)["advantages"][:12].double().exp() / 3
-    plain = {sum(part.sum().item() for part in totals.chunk(size)) for size in (1, 2, 4)}
-    assert len(plain) > 1
+    # Sums in the order of the split differ, here of one batch in other orders: the control.
+    totals = totals_of(0, 1)
+    orders = [
+        totals[torch.randperm(12, generator=torch.Generator().manual_seed(i))] for i in range(9)
+    ]
+    assert len({sum(x.tolist()) for x in orders}) > 1
+    assert len({sequences.order_free_sum(x).item() for x in orders}) == 1
 
 
 @pytest.mark.parametrize("start", [0, 1000])

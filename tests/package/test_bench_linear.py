@@ -92,6 +92,11 @@ def test_the_costs_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["all rows"] == 3 * 512 * 64 * 4096
     # 205 rows in two tiles of 128; the head's gradient sums over those that there are.
     assert found["60% without an advantage"] == (2 * 256 + 205) * 64 * 4096
+    found = linear_costs.schedules(1, (64, 4096), 256)
+    quarter = 64 * 64 * 4096  # of a product of all rows
+    assert found == {"R, 128": 12 * quarter, "S, 128": 14 * quarter} | dict.fromkeys(
+        ("R, 256", "S, 256"), 12 * quarter
+    )
 
 
 def test_the_least_time_of_calls_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

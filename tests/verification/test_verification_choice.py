@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from cfpo_kernels.verification.records import Timing, Verdict, VerifyRecord
 README = ROOT / "README.md"
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
 CPU = torch.device("cpu")
+WHY_NOT = targets.why_not
 
 
 @pytest.fixture(autouse=True)
@@ -437,6 +439,7 @@ def test_triton_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch
     def fail(name: str) -> None:
         raise OSError("libcuda.so.1: cannot open shared object file")
 
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0"))
     monkeypatch.setattr(triton, "_INSTALLED", True)
     monkeypatch.setattr(triton, "has_device", lambda kind: kind == "cuda")
     monkeypatch.setattr(triton, "_module", fail)
@@ -445,6 +448,24 @@ def test_triton_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch
         assert "libcuda.so.1" in cfpo_kernels.available_backends()["triton"].detail
         with pytest.raises(cfpo_kernels.BackendUnavailableError, match=r"libcuda\.so\.1"):
             backends.resolve("triton", torch.device("cuda", 0), BF16, 1000)
+    finally:
+        triton._import_failure.cache_clear()
+
+
+def test_triton_that_is_too_old_says_so(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.4.0+git1"))
+    monkeypatch.setattr(triton, "_INSTALLED", True)
+    monkeypatch.setattr(triton, "has_device", lambda kind: kind == "cuda")
+    monkeypatch.setattr(targets, "why_not", WHY_NOT)
+    why = "the kernels need Triton 3.6 or newer, installed is 3.4.0"
+    triton._import_failure.cache_clear()
+    try:
+        status = cfpo_kernels.available_backends()["triton"]
+        assert not status and why in status.detail
+        with pytest.raises(cfpo_kernels.BackendUnavailableError, match=why):
+            backends.resolve("triton", torch.device("cuda", 0), BF16, 1000)
+        with pytest.warns(UserWarning, match=f"no kernels can run on it .*triton: {why}"):
+            assert backends.resolve("auto", gpu, BF16, 1000) == "reference"
     finally:
         triton._import_failure.cache_clear()
 

@@ -13,6 +13,11 @@ STAMPS := $(VENV)/.stamps
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EXAMPLES := $(filter-out examples/train_cfpo.py,$(wildcard examples/[a-z]*.py))
+# The date inside wheels and sdists: the commit's, so that two builds are the same bytes. An unpacked sdist
+# has no commit, but its PKG-INFO has that date; 1980 is the first that a wheel can have.
+COMMIT_TIME = $(shell { git ls-files --error-unmatch Makefile >/dev/null && git log -1 --format=%ct; } 2>/dev/null \
+  || stat -c %Y PKG-INFO 2>/dev/null || echo 315532800)
+wheel dist: export SOURCE_DATE_EPOCH := $(or $(SOURCE_DATE_EPOCH),$(COMMIT_TIME))
 NATIVE_OPTIONS := $(CFPO_KERNELS_CUDA)|$(CFPO_KERNELS_CUDA_ARCHS)|$(CFPO_KERNELS_BUILD_TYPE)|$(CFPO_KERNELS_CMAKE_ARGS)
 
 .DEFAULT_GOAL := help

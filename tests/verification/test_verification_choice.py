@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -396,9 +397,15 @@ def test_without_the_native_module_one_warning_says_why(monkeypatch: pytest.Monk
     assert "no file" in cfpo_kernels.available_backends()["cpu"].detail
 
 
+HALTED = 'sys.modules["cfpo_kernels._C"] = None'
+BROKEN = """
+class Finder:
+    def find_spec(name, *_):
+        if name == "cfpo_kernels._C":
+            return importlib.util.spec_from_file_location(name, sys.argv[1])
+sys.meta_path.insert(0, Finder)
+"""
 MISSING = """
-import contextlib, io, sys, warnings
-sys.modules["cfpo_kernels._C"] = None
 import torch, cfpo_kernels
 from cfpo_kernels.verification import report
 logits, ids = torch.zeros(2, 9, requires_grad=True), torch.arange(2)
@@ -421,13 +428,46 @@ print(said)
 """
 
 
-def test_a_library_that_is_missing_is_named_by_everyone_once() -> None:
+def needs_what_is_gone(folder: Path) -> Path:
+    """A native module whose loader does not find a library that it was linked with."""
+    for name, code in (
+        ("libgone", "int gone(void) { return 0; }"),
+        ("_C", "int gone(void); void *PyInit__C(void) { gone(); return 0; }"),
+    ):
+        (folder / f"{name}.c").write_text(code)
+        command = ["cc", "-shared", "-fPIC", f"{name}.c", "-o", f"{name}.so", "-L."]
+        command += [] if name == "libgone" else ["-lgone"]
+        subprocess.run(command, cwd=folder, check=True)
+    (folder / "libgone.so").unlink()
+    return folder / "_C.so"
+
+
+@pytest.mark.parametrize(
+    ("preamble", "reason"),
+    [
+        (HALTED, "import of cfpo_kernels._C halted"),
+        (BROKEN, "libgone.so: cannot open shared object file"),
+    ],
+    ids=["refused", "linked"],
+)
+def test_a_library_that_is_missing_is_named_by_everyone_once(
+    preamble: str, reason: str, tmp_path: Path
+) -> None:
+    module = ""
+    if preamble == BROKEN:
+        if shutil.which("cc") is None or sys.platform != "linux":
+            pytest.skip("needs a C compiler, and the loader of Linux")
+        module = str(needs_what_is_gone(tmp_path))
+    imports = "import contextlib, importlib.util, io, sys, warnings"
     found = subprocess.run(
-        [sys.executable, "-c", MISSING], capture_output=True, text=True, timeout=HANGS_AFTER
-    )
+        [sys.executable, "-c", "\n".join((imports, preamble, MISSING)), module],
+        capture_output=True, text=True, timeout=HANGS_AFTER,
+    )  # fmt: skip
     assert found.returncode == 0, found.stderr
     said = ast.literal_eval(found.stdout)
-    why = "the native module could not be imported: import of cfpo_kernels._C halted"
+    why = f"the native module could not be imported: {reason}"
+    pure = "the package in pure Python" in said["available_backends"]
+    assert pure == (preamble == HALTED), "it is there, and cannot be loaded"
     for who in ("{}", "{'inplace': True}"):
         assert len(said[who]) == 1 and why in said[who][0], said
     assert said["{'backend': 'cpu'}"] == []

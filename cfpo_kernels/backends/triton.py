@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from .status import BackendStatus
 
 # ROCm calls itself cuda.
 DEVICES = ("cuda", "xpu")
+# As pyproject.toml and tools/test_matrix.py have it: older ones lack what the kernels use.
+OLDEST = (3, 6)
 # Looked for once: this is asked at every call.
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -41,13 +44,18 @@ def has_device(kind: str) -> bool:
 # What torch.compile traces takes the answer for a constant of its graph.
 @torch.compiler.assume_constant_result
 def import_failure() -> str:
-    """Why triton or the kernels in it cannot be imported, though it is installed; or ""."""
+    """Why triton is of no use though it is installed: too old, or it or the kernels cannot be
+    imported; or ""."""
     return _import_failure()
 
 
 @functools.cache
 def _import_failure() -> str:
     try:
+        version = str(importlib.import_module("triton").__version__)
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
+            needed = ".".join(map(str, OLDEST))
+            return f"the kernels need Triton {needed} or newer, installed is {version}"
         _module("kernels")
     except Exception as error:  # of a library that is missing, or another version's
         return f"the Triton kernels could not be imported: {type(error).__name__}: {error}"

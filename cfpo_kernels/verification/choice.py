@@ -106,7 +106,7 @@ def kernels_for(
         table = Table(why=f"there are no kernels for {device.type} tensors")
     if is_debugging():
         _tell(device, dtype, REFERENCE, table.reason(dtype))
-    if kind or inplace:
+    if kind or (inplace and device.type != "meta"):  # which computes shapes
         without = "; inplace=True is not used" if inplace else ""
         warn(f"plain torch computes the loss on {device}{without}: {table.reason(dtype)}")
     return REFERENCE

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 import cfpo_kernels
+from cfpo_kernels.backends import cpu
 
 N, V, H = 4, 20, 3
 
@@ -87,6 +88,14 @@ def test_refused_in_compiled_code(f: Function, asked: str) -> None:
         torch.compile(f, backend="eager")(LOGITS)
     with pytest.raises(RuntimeError, match=REFUSED):
         torch.compile(ASKED[asked](f), backend="eager")(LOGITS)
+
+
+@pytest.mark.skipif(cpu.native is None, reason="needs the native module")
+@pytest.mark.parametrize("f", [loss, logps])
+def test_a_backend_by_name_is_one_graph(f: Function) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: f(x, backend="cpu"), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(LOGITS), f(LOGITS, backend="cpu"))
 
 
 @each

@@ -6,10 +6,13 @@ memory, tensors of inference mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from chosen_objectives import CHOSEN
 from torch import Tensor
 
 import cfpo_kernels
@@ -25,11 +28,13 @@ class Entry(NamedTuple):
         call: of the tensors by name; returns tensors, of which some are differentiable.
         arguments: their names in ``tensors()``.
         leaves: those that are differentiated.
+        around: forward and backward.
     """
 
     call: Callable[..., Any]
     arguments: tuple[str, ...]
     leaves: tuple[str, ...] = ()
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def tensors(device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -108,6 +113,27 @@ def _loss(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     return call
 
 
+@contextmanager
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    with torch.device("cpu"):  # its messages are tensors
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _in_parts(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """With a vocabulary that is split over a group of one process."""
+
+    def call(**given: Tensor) -> Any:
+        parts = cfpo_kernels.VocabParallel(dist.group.WORLD, start=0, vocab_size=V)
+        return _loss(function, vocab_parallel=parts, **settings)(**given)
+
+    return call
+
+
 def _reinforce(terms: Any) -> Tensor:
     return -terms.log_ratio.exp() * terms.advantages + 0.1 * terms.entropy
 
@@ -122,14 +148,27 @@ _HEAD = ("hidden", "weight")
 _WHOLE_HEAD = (*_HEAD, "bias", "u", "lora")
 
 
+def _linear_module(**given: Tensor) -> Any:
+    """Its tensors come by position."""
+    names = (*_HEAD, *_PLAIN)
+    others = {name: x for name, x in given.items() if name not in names}
+    return cfpo_kernels.LinearCFPOLoss(kl_coef=0.0)(*(given[name] for name in names), **others)
+
+
 def _entries() -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     cfpo, linear = cfpo_kernels.cfpo_loss, cfpo_kernels.linear_cfpo_loss
     logps, linear_logps = cfpo_kernels.token_logps, cfpo_kernels.linear_token_logps
     from_logps = cfpo_kernels.cfpo_loss_from_logps
 
-    def add(name: str, call: Callable[..., Any], arguments: Any, leaves: Any = ()) -> None:
-        found[name] = Entry(call, (*leaves, *arguments), tuple(leaves))
+    def add(
+        name: str,
+        call: Callable[..., Any],
+        arguments: Any,
+        leaves: Any = (),
+        around: Any = nullcontext,
+    ) -> None:
+        found[name] = Entry(call, (*leaves, *arguments), tuple(leaves), around)
 
     both = ("temperature", "number", "count")
     for backend in ("auto", "reference"):
@@ -161,13 +200,13 @@ def _entries() -> dict[str, Entry]:
             ("logits",),
         )
         add(f"linear-{backend}", _loss(linear, **_MANY, **on), (*_ALL, *both), _WHOLE_HEAD)
-    for objective in (
-        cfpo_kernels.PPOClip(dual_clip=3.0),
-        cfpo_kernels.SAPO(),
-        cfpo_kernels.TOPR(),
-    ):
+    for objective in {objective.name: objective for objective in CHOSEN}.values():
         call = _loss(cfpo_kernels.policy_loss, objective=objective, return_stats=True)
-        add(type(objective).__name__, call, _PLAIN, ("logits",))
+        edges = ("low", "high") if objective.needs_bounds else ()
+        add(type(objective).__name__, call, (*_PLAIN, *edges), ("logits",))
+    module = cfpo_kernels.CFPOLoss(epsilon=0.1, entropy_coef=0.01)
+    add("CFPOLoss", _loss(module), (*_PLAIN, "mask", "ref_logps"), ("logits",))
+    add("LinearCFPOLoss", _loss(_linear_module), (*_PLAIN, "bias", "mask"), _HEAD)
     add("loss-in-place", _loss(cfpo, inplace=True), (*_PLAIN, "mask"), ("logits",))
     add("logps-in-place", _loss(logps, inplace=True), ("token_ids", "temperature"), ("logits",))
     for name, how in (
@@ -187,6 +226,16 @@ def _entries() -> dict[str, Entry]:
         ("token_ids", "weight", "mask"),
         ("hidden",),
     )
+    if dist.is_available():
+        for name, function, leaves in (
+            ("loss", cfpo, ("logits",)),
+            ("logps", logps, ("logits",)),
+            ("linear", linear, _HEAD),
+            ("linear-logps", linear_logps, _HEAD),
+        ):
+            given = ("token_ids",) if "logps" in name else _PLAIN
+            call = _in_parts(function)
+            add(f"parts-{name}", call, (*given, "mask"), leaves, one_process)
     add("from-logps", _loss(from_logps, **_MANY), (*_ALL[1:], "count"), ("logps", "entropy"))
     add(
         "from-logps-packed",
@@ -236,11 +285,12 @@ def outcome(entry: Entry, given: dict[str, Tensor]) -> list[Tensor]:
     """What the call returns, and the gradients of all of it; the leaves are made here."""
     named = {name: given[name] for name in entry.arguments}
     leaves = {name: named[name].detach().clone().requires_grad_() for name in entry.leaves}
-    found = entry.call(**named | leaves)
-    returned = list(flat(found))
-    total = [x.float().sum() for x in returned if x.requires_grad]
-    if total:
-        sum(total[1:], total[0]).backward()
+    with entry.around():
+        found = entry.call(**named | leaves)
+        returned = list(flat(found))
+        total = [x.float().sum() for x in returned if x.requires_grad]
+        if total:
+            sum(total[1:], total[0]).backward()
     gradients = [leaf.grad for leaf in leaves.values()]
     return [x.detach() for x in (*returned, *gradients) if x is not None]
 

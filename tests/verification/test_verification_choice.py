@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from cfpo_kernels.verification.records import Timing, Verdict, VerifyRecord
 README = ROOT / "README.md"
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
 CPU = torch.device("cpu")
+WHY_NOT = targets.why_not
 
 
 @pytest.fixture(autouse=True)
@@ -394,9 +397,15 @@ def test_without_the_native_module_one_warning_says_why(monkeypatch: pytest.Monk
     assert "no file" in cfpo_kernels.available_backends()["cpu"].detail
 
 
+HALTED = 'sys.modules["cfpo_kernels._C"] = None'
+BROKEN = """
+class Finder:
+    def find_spec(name, *_):
+        if name == "cfpo_kernels._C":
+            return importlib.util.spec_from_file_location(name, sys.argv[1])
+sys.meta_path.insert(0, Finder)
+"""
 MISSING = """
-import contextlib, io, sys, warnings
-sys.modules["cfpo_kernels._C"] = None
 import torch, cfpo_kernels
 from cfpo_kernels.verification import report
 logits, ids = torch.zeros(2, 9, requires_grad=True), torch.arange(2)
@@ -419,13 +428,46 @@ print(said)
 """
 
 
-def test_a_library_that_is_missing_is_named_by_everyone_once() -> None:
+def needs_what_is_gone(folder: Path) -> Path:
+    """A native module whose loader does not find a library that it was linked with."""
+    for name, code in (
+        ("libgone", "int gone(void) { return 0; }"),
+        ("_C", "int gone(void); void *PyInit__C(void) { gone(); return 0; }"),
+    ):
+        (folder / f"{name}.c").write_text(code)
+        command = ["cc", "-shared", "-fPIC", f"{name}.c", "-o", f"{name}.so", "-L."]
+        command += [] if name == "libgone" else ["-lgone"]
+        subprocess.run(command, cwd=folder, check=True)
+    (folder / "libgone.so").unlink()
+    return folder / "_C.so"
+
+
+@pytest.mark.parametrize(
+    ("preamble", "reason"),
+    [
+        (HALTED, "import of cfpo_kernels._C halted"),
+        (BROKEN, "libgone.so: cannot open shared object file"),
+    ],
+    ids=["refused", "linked"],
+)
+def test_a_library_that_is_missing_is_named_by_everyone_once(
+    preamble: str, reason: str, tmp_path: Path
+) -> None:
+    module = ""
+    if preamble == BROKEN:
+        if shutil.which("cc") is None or sys.platform != "linux":
+            pytest.skip("needs a C compiler, and the loader of Linux")
+        module = str(needs_what_is_gone(tmp_path))
+    imports = "import contextlib, importlib.util, io, sys, warnings"
     found = subprocess.run(
-        [sys.executable, "-c", MISSING], capture_output=True, text=True, timeout=HANGS_AFTER
-    )
+        [sys.executable, "-c", "\n".join((imports, preamble, MISSING)), module],
+        capture_output=True, text=True, timeout=HANGS_AFTER,
+    )  # fmt: skip
     assert found.returncode == 0, found.stderr
     said = ast.literal_eval(found.stdout)
-    why = "the native module could not be imported: import of cfpo_kernels._C halted"
+    why = f"the native module could not be imported: {reason}"
+    pure = "the package in pure Python" in said["available_backends"]
+    assert pure == (preamble == HALTED), "it is there, and cannot be loaded"
     for who in ("{}", "{'inplace': True}"):
         assert len(said[who]) == 1 and why in said[who][0], said
     assert said["{'backend': 'cpu'}"] == []
@@ -437,6 +479,7 @@ def test_triton_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch
     def fail(name: str) -> None:
         raise OSError("libcuda.so.1: cannot open shared object file")
 
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0"))
     monkeypatch.setattr(triton, "_INSTALLED", True)
     monkeypatch.setattr(triton, "has_device", lambda kind: kind == "cuda")
     monkeypatch.setattr(triton, "_module", fail)
@@ -445,6 +488,24 @@ def test_triton_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch
         assert "libcuda.so.1" in cfpo_kernels.available_backends()["triton"].detail
         with pytest.raises(cfpo_kernels.BackendUnavailableError, match=r"libcuda\.so\.1"):
             backends.resolve("triton", torch.device("cuda", 0), BF16, 1000)
+    finally:
+        triton._import_failure.cache_clear()
+
+
+def test_triton_that_is_too_old_says_so(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.4.0+git1"))
+    monkeypatch.setattr(triton, "_INSTALLED", True)
+    monkeypatch.setattr(triton, "has_device", lambda kind: kind == "cuda")
+    monkeypatch.setattr(targets, "why_not", WHY_NOT)
+    why = "the kernels need Triton 3.6 or newer, installed is 3.4.0"
+    triton._import_failure.cache_clear()
+    try:
+        status = cfpo_kernels.available_backends()["triton"]
+        assert not status and why in status.detail
+        with pytest.raises(cfpo_kernels.BackendUnavailableError, match=why):
+            backends.resolve("triton", torch.device("cuda", 0), BF16, 1000)
+        with pytest.warns(UserWarning, match=f"no kernels can run on it .*triton: {why}"):
+            assert backends.resolve("auto", gpu, BF16, 1000) == "reference"
     finally:
         triton._import_failure.cache_clear()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ptx_tools.nvcc import MISSING, NVCC
 from repository import ROOT
 
 from cfpo_kernels.backends import cpu
@@ -234,11 +234,11 @@ template __global__ void row_kernel<float>(float*);
 """
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(NVCC is None, reason=MISSING)
 def test_a_bad_kernel_is_noticed(tmp_path: Path) -> None:
     source, cubin = tmp_path / "bad.cu", tmp_path / "bad.cubin"
     source.write_text(SPILLING)
-    subprocess.run(["nvcc", "-arch=sm_90a", "-cubin", str(source), "-o", str(cubin)], check=True)
+    subprocess.run([NVCC, "-arch=sm_90a", "-cubin", str(source), "-o", str(cubin)], check=True)
     (usage,) = resources.usages(str(cubin))
     assert usage.kernel == "row_kernel<float32>"
     assert problems_of_usage(usage)
@@ -254,8 +254,7 @@ def test_the_table_in_the_documentation(usages: list[Any]) -> None:
     rows = re.findall(rf"^\| `((?:{kernels}).*?>)` \|(.*)\|$", text, re.M)
     header = re.search(r"^\| registers a thread \|(.*)\|$", text, re.M)
     assert rows and header
-    nvcc = shutil.which("nvcc")
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True) if nvcc else None
+    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True) if NVCC else None
     if version is None or "V13.0.88" not in version.stdout:
         pytest.skip("the table is nvcc 13.0.88's")
     archs = [cell.strip() for cell in header[1].split("|")]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 from emulation import CXX, compile_cpp
+from ptx_tools.nvcc import MISSING, NVCC
 from repository import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
@@ -173,7 +174,7 @@ def test_a_mode_that_cannot_be_restored(run: Run) -> None:
     assert not any(line.startswith("!") for line in got)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(NVCC is None, reason=MISSING)
 def test_the_numbers_are_those_of_cuda(tmp_path: Path) -> None:
     header = (FAKE / "cuda_runtime.h").read_text()
     numbers = re.findall(r"\b(cuda\w+) = (\d+)[,\n ]", header)
@@ -185,7 +186,7 @@ def test_the_numbers_are_those_of_cuda(tmp_path: Path) -> None:
     )
     output = ("-o", str(tmp_path / "numbers.o"))
     done = subprocess.run(
-        ["nvcc", "-c", str(source), *output], capture_output=True, text=True, timeout=900
+        [NVCC, "-c", str(source), *output], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
 

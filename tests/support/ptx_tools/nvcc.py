@@ -12,7 +12,7 @@ from filelock import FileLock
 from repository import ROOT
 
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
-MISSING = "no PTX of the CUDA kernels: needs nvcc on PATH or in CUDACXX (requirements/cuda.txt)"
+MISSING = "needs nvcc, on PATH or in CUDACXX (requirements/cuda.txt)"
 # As CMakeLists.txt compiles them.
 FLAGS = ("-ptx", "-std=c++17", "-O3", "-DNDEBUG", "-fmad=false")
 

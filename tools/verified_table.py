@@ -1,4 +1,7 @@
-"""The README's table "What is verified where", made from the records that ship with the package.
+"""The README's table "What is verified where", made of records.
+
+Those that ship with the package are of this version's kernels, those under bench/results/ of an
+earlier version's.
 
 python tools/verified_table.py          # prints the table
 python tools/verified_table.py --write  # puts it into README.md
@@ -14,8 +17,16 @@ from marked import with_part
 from cfpo_kernels.verification import records, targets
 from cfpo_kernels.verification.records import RIGHT, VerifyRecord
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
 NOT_YET = "**not yet verified on GPU**"
+
+# What was seen without a record.
+SEEN = {
+    "triton": "right in bfloat16 in the short battery on an H200, in an earlier version; no record "
+    "of it ships"
+}
 
 # (backend, what it runs on, what every commit shows of it)
 ROWS = (
@@ -30,8 +41,8 @@ ROWS = (
         "cuda",
         "NVIDIA GPUs from compute capability 8.0",
         "tested on every commit on the CPU, as source in emulation and as PTX in an interpreter "
-        "([what that shows](docs/verification.md#what-shows-what)); compiled for 8.0, 9.0, 10.0 "
-        "and 12.0",
+        "([what that shows](docs/verification.md#what-shows-what)) and compiled for 8.0, 9.0, 10.0 "
+        "and 12.0; wheels have more ([Build](#build))",
     ),
     (
         "triton",
@@ -60,21 +71,33 @@ def devices_of(backend: str, found: list[VerifyRecord]) -> list[str]:
     return sorted(set(names))
 
 
-def table(found: list[VerifyRecord]) -> str:
-    """The table in Markdown."""
+def earlier() -> list[VerifyRecord]:
+    """What GPUs said of earlier versions."""
+    found = (records.read(path) for path in sorted(RESULTS.glob("*-verify.json")))
+    return [record for record in found if record is not None]
+
+
+def state_on_gpus(backend: str, found: list[VerifyRecord], before: list[VerifyRecord]) -> str:
+    here = devices_of(backend, found)
+    once = [device for device in devices_of(backend, before) if device not in here]
+    said = [f"verified on {', '.join(here)}"] if here else []
+    said += [f"right on {', '.join(once)} in an earlier version"] if once else []
+    return "; ".join(said) or SEEN.get(backend, NOT_YET)
+
+
+def table(found: list[VerifyRecord], before: list[VerifyRecord]) -> str:
+    """The table in Markdown, by records of this version's kernels and of those before it."""
     lines = ["| backend | runs on | state |", "|---|---|---|"]
     for backend, runs_on, shown in ROWS:
         state = shown
         if backend in ("cuda", "triton"):
-            devices = devices_of(backend, found)
-            state = f"verified on {', '.join(devices)}" if devices else NOT_YET
-            state += f"; {shown}"
+            state = f"{state_on_gpus(backend, found, before)}; {shown}"
         lines.append(f"| `{backend}` | {runs_on} | {state} |")
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str]) -> None:
-    made = table(records.shipped())
+    made = table(records.shipped(), earlier())
     if arguments == ["--write"]:
         README.write_text(with_part(README.read_text(), "verified", made))
     else:

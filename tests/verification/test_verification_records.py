@@ -7,6 +7,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import torch
 import verified_table
 from marked import with_part
 
-from cfpo_kernels.verification import choice, records, run
+from cfpo_kernels.verification import cases, choice, records, run
 from cfpo_kernels.verification.records import Identity, Timing, Verdict, VerifyRecord
 
 IDENTITY = Identity("0.1", "abc", "A GPU (SXM)", "9.0", "13000", "2.13.0", "3.7.1")
@@ -231,15 +232,37 @@ def test_of_eight_ranks_one_verifies(tmp_path: Path) -> None:
 # The README's table -----------------------------------------------------------------------------
 
 
+def table_row(backend: str, found: list[VerifyRecord], before: list[VerifyRecord]) -> str:
+    rows = verified_table.table(found, before).splitlines()
+    return next(row for row in rows if row.startswith(f"| `{backend}`"))
+
+
 def test_the_table_in_the_readme_is_made_from_the_records() -> None:
     text = verified_table.README.read_text()
-    made = verified_table.table(records.shipped())
+    made = verified_table.table(records.shipped(), verified_table.earlier())
     assert with_part(text, "verified", made) == text, "run tools/verified_table.py --write"
-    cuda = next(line for line in made.splitlines() if line.startswith("| `cuda`"))
-    assert verified_table.NOT_YET in cuda or "verified on" in cuda
-    claimed = verified_table.table([make_record("right", "wrong", "wrong")]).splitlines()
-    assert "verified on A GPU (SXM) (bfloat16)" in next(x for x in claimed if "`cuda`" in x)
-    assert verified_table.NOT_YET in next(x for x in claimed if "`triton`" in x)
+
+
+def test_the_readme_says_how_many_cases_there_are() -> None:
+    assert f"a battery of {len(cases.short())} cases" in verified_table.README.read_text()
+
+
+def test_what_the_table_says_of_a_device() -> None:
+    record = make_record("right", "wrong", "wrong")
+    name = "A GPU (SXM) (bfloat16)"
+    assert f"| verified on {name}; tested" in table_row("cuda", [record], [])
+    once = table_row("cuda", [], [record])
+    assert f"| right on {name} in an earlier version; tested" in once and "verified on" not in once
+    assert f"| verified on {name}; tested" in table_row("cuda", [record], [record])
+    assert verified_table.NOT_YET in table_row("cuda", [], [])
+    seen = table_row("triton", [record], [record])
+    assert "in an earlier version; no record of it ships" in seen and "verified on" not in seen
+
+
+def test_what_was_seen_of_earlier_versions_is_read() -> None:
+    paths = list(verified_table.RESULTS.glob("*-verify.json"))
+    assert len(verified_table.earlier()) == len(paths) > 0
+    assert "right on NVIDIA H200" in table_row("cuda", [], verified_table.earlier())
 
 
 def test_the_identity_of_an_nvidia_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,8 +280,28 @@ def test_the_identity_of_an_nvidia_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_shipped_records_are_of_devices_that_ran() -> None:
-    """They are read, and say of some kernels that they are right."""
-    found = records.shipped()
-    assert found and all(record.verdicts for record in found)
-    assert "NVIDIA H200" in {record.identity.device for record in found}
+def why_not_shipped(record: VerifyRecord) -> list[str]:
+    """What keeps a record from ever speaking of this version's kernels."""
+    identity, version = record.identity, records.version_of("cfpo-kernels")
+    found = [] if record.verdicts else ["says nothing"]
+    if identity.package != version:
+        found.append(f"is of version {identity.package}, not {version}")
+    if not re.fullmatch(r"\d+\.\d+", identity.capability):
+        found.append(f"has the compute capability {identity.capability!r}")
+    return found
+
+
+def test_shipped_records_are_of_this_version() -> None:
+    shipped = records.shipped()
+    assert [why_not_shipped(record) for record in shipped] == [[] for _ in shipped]
+
+
+def test_a_record_of_another_version_cannot_ship() -> None:
+    here = dataclasses.replace(IDENTITY, package=records.version_of("cfpo-kernels"))
+    assert why_not_shipped(make_record("right", identity=here)) == []
+    (h200,) = verified_table.earlier()
+    assert why_not_shipped(h200) == [
+        f"is of version none, not {here.package}",
+        "has the compute capability 'NVIDIA H200'",
+    ]
+    assert why_not_shipped(make_record(identity=here)) == ["says nothing"]

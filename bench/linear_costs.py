@@ -3,10 +3,10 @@
     python -m bench.linear_costs [--rounds 7] [--threads 2]
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m bench.linear_costs
 
-Tables of CPU seconds: the three plain products of 512 rows, so many rows at a time; a bfloat16 head
-on a CPU without instructions for it beside a float32 head, and beside plain PyTorch, which is on
-such a CPU only where the variables say so; a batch of which 60% of the rows have no advantage beside
-one in which all have; and both schedules by the rows of a tile.
+Tables of CPU seconds: the three plain products of 512 rows, so many rows at a time; a bfloat16
+head on a CPU without instructions for it beside a float32 head, and beside plain PyTorch, which is
+on such a CPU only where the variables say so; a batch of which 60% of the rows have no advantage
+beside one in which all have; and both schedules by the rows of a tile.
 """
 
 import argparse

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
 
@@ -120,5 +121,18 @@ def _device_of(backend: str | None) -> str | None:
     return "cpu" if backend == "cpu" else None
 
 
+def _program() -> int:
+    """Ends without a traceback where nobody reads what is left, as in ``| head``."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is buffered goes nowhere: Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as of a program that SIGPIPE ended
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_program())

@@ -74,6 +74,7 @@ ENVIRONMENTS = (
     Environment("3.11", "2.8.0", "numpy==2.3.*"),
     Environment("3.13", "2.11.0", "numpy==2.3.*", "3.6.0"),
     Environment("3.10", "2.10.0", "numpy==2.2.*"),
+    Environment("3.12", "2.15.0", None),
     Environment("3.14", "2.14.1", "numpy"),
 )
 
@@ -283,9 +284,18 @@ def no_triton(versions: dict[str, str | None]) -> str | None:
     return None if versions["numpy"] else "Triton's interpreter needs numpy"
 
 
+def commit() -> str:
+    """That of the checkout, with "-dirty" where files differ from it; "" outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
 def examine(environment: Environment, python: str, everything: bool) -> Iterator[dict[str, Any]]:
     """The result as far as it is known, after each step."""
-    result: dict[str, Any] = {"date": datetime.date.today().isoformat()}
+    result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "commit": commit()}
     program = [environment.python_inside, "-c"]
     try:
         install(environment, python)
@@ -371,7 +381,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 cells += [in_words(result["cpu"]), in_words(result.get("interpreted triton"))]
             else:
                 cells += ["**failed** before", ""]
-            cells.append(result["date"])
+            cells.append(" ".join(filter(None, (result["date"], result.get("commit")))))
             notes += [f"- {environment.name}: `{text}`" for text in failed_first(result)]
         lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"

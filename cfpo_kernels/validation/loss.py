@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import MISSING, fields
 
 import torch
 from torch import Tensor
@@ -39,7 +40,11 @@ def check_objective(objective: object) -> AnyObjective:
         return objective
     accepted = "CFPO(...), PPOClip(...) or another objective, or a callable"
     if isinstance(objective, type) and issubclass(objective, Objective):
-        raise TypeError(f"objective must be {accepted}, got the class {objective.__name__} itself")
+        needs = any(x.default is MISSING and x.init for x in fields(objective))
+        made = f"{objective.__name__}({'...' if needs else ''})"
+        raise TypeError(
+            f"objective must be {accepted}, got the class {objective.__name__} itself: write {made}"
+        )
     if not callable(objective):
         raise type_error("objective", objective, accepted)
     return objective

@@ -345,8 +345,10 @@ def test_a_gradient_that_would_be_lost_is_refused() -> None:
 
 def test_refusals_name_the_way_out() -> None:
     v = torch.zeros(3)
-    with pytest.raises(TypeError, match="the class CISPO itself"):
+    with pytest.raises(TypeError, match=r"the class CISPO itself: write CISPO\(\)$"):
         cfpo_kernels.policy_loss_from_logps(v, v, objective=CISPO)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"write PowerIS\(\.\.\.\)$"):
+        cfpo_kernels.policy_loss_from_logps(v, v, objective=cfpo_kernels.PowerIS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="log_ratio_bounds must be None for a callable"):
         cfpo_kernels.policy_loss_from_logps(v, v, objective=ppo, log_ratio_bounds=(-1, 1))
     with pytest.raises(ValueError, match="ratio_level='sequence' needs sequences"):

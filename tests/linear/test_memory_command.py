@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
+from limits import HANGS_AFTER
 
 from cfpo_kernels.__main__ import main
 
@@ -54,3 +57,13 @@ def test_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     except SystemExit as stopped:
         status = stopped.code
     assert status == 2 and wrong[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [SIZES, ["info"]], ids=lambda x: x[0])
+def test_whoever_stops_reading_gets_no_traceback(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "cfpo_kernels", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, said = process.communicate(timeout=HANGS_AFTER)
+    assert (said, process.returncode) == ("", 141)

@@ -1,4 +1,4 @@
-"""The snippets of the README's section on trainers run as they stand there.
+"""The README's snippets in Python run as they stand there, each with what SETUPS gives its heading.
 
 TRL's are run by test_trl_example.py.
 """
@@ -11,21 +11,22 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from repository import ROOT
 
+import cfpo_kernels
+
 README = ROOT / "README.md"
-SECTION = "## Use it in your trainer"
 
 
 def snippets() -> list[tuple[str, str, str]]:
-    """(heading, language, text) of each fenced snippet of the section."""
-    section = README.read_text().split(f"\n{SECTION}\n")[1].split("\n## ")[0]
+    """(heading, language, text) of each fenced snippet that names its language."""
     found = []
-    for part in section.split("\n### ")[1:]:
+    for part in re.split(r"\n##+ ", README.read_text())[1:]:
         heading = part.splitlines()[0]
         fences = re.findall(r"^```(\w+)\n(.*?)^```$", part, re.DOTALL | re.MULTILINE)
         found += [(heading, language, text) for language, text in fences]
@@ -77,7 +78,21 @@ def packed_model() -> dict[str, Any]:
     }
 
 
+def logits_and_hidden() -> dict[str, Any]:
+    """For both snippets under the heading: of one batch, which the first one's logits are of."""
+    made = tokens()
+    head = torch.nn.Linear(8, 30, bias=False)
+    hidden = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+    def model(input_ids: None) -> Any:
+        return SimpleNamespace(logits=head(hidden.detach()))
+
+    given = {"cfpo_kernels": cfpo_kernels, "model": model, "lm_head": head, "hidden": hidden}
+    return made | given | {"input_ids": None, "advantages": made["advantages"][:, 0]}
+
+
 SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
+    "Use": logits_and_hidden,
     "OpenRLHF": openrlhf,
     "transformers": packed_model,
     "Your own loop": tokens,

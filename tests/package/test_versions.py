@@ -113,6 +113,7 @@ def test_an_environment_is_examined_and_deleted(environment: Any) -> None:
     assert matrix.main(["--only", environment.name]) == 1  # something failed
     (result,) = matrix.read_results().values()
     assert (result["torch"], result["first loss"]) == ("9.9.9", "passed")
+    assert result["commit"] == matrix.commit()
     counts = [
         tuple(result[part][kind] for kind in ("passed", "failed", "skipped"))
         for part in ("cpu", "interpreted triton")
@@ -123,6 +124,7 @@ def test_an_environment_is_examined_and_deleted(environment: Any) -> None:
         "test_of_triton: AssertionError: a mistake" in result["interpreted triton"]["failed first"]
     )
     made = matrix.table(matrix.read_results())
+    assert f"{result['date']} {result['commit']}".strip() in made
     assert "| 4 passed, 1 skipped | 3 passed, **1 failed**, 1 skipped |" in made
     assert "What failed first" in made and "a mistake`" in made
     assert not environment.folder.exists()

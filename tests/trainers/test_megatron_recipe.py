@@ -1,4 +1,5 @@
-"""The recipe of docs/trainers.md for Megatron's output layer, on two processes and on one."""
+"""The recipes of docs/trainers.md: Megatron's output layer on two processes and on one, FSDP2 and
+tensor parallelism on one, whose examples run on two."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from entry_points import one_process
 from ranks import found_by_ranks
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
@@ -23,12 +25,15 @@ PADDED = 384  # so that the last process has 109 rows of the vocabulary and 83 o
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed")
 
 
-def recipe() -> Callable[..., Tensor]:
-    section = PAGE.read_text().split("\n## Megatron's output layer\n")[1].split("\n## ")[0]
+def run_recipe(heading: str, **namespace: Any) -> dict[str, Any]:
+    section = PAGE.read_text().split(f"# {heading}\n")[1].split("\n##")[0]
     (text,) = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-    namespace: dict[str, Any] = {}
     exec(compile(text, str(PAGE), "exec"), namespace)
-    return namespace["output_layer_loss"]
+    return namespace
+
+
+def recipe() -> Callable[..., Tensor]:
+    return run_recipe("Megatron's output layer")["output_layer_loss"]  # type: ignore[no-any-return]
 
 
 class ColumnParallelLinear(nn.Module):
@@ -120,3 +125,48 @@ def test_the_recipe_is_one_process_split_in_two() -> None:
         for got, expected in zip(joined, want, strict=True):
             assert (got.double() - expected).norm() < 1e-5 * expected.norm(), way
         assert not joined[1][V:].any() and not joined[2][V:].any(), "padding has no gradient"
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Embedding(V, H), nn.Linear(H, H))
+        self.head = nn.Linear(H, V, bias=False)
+
+
+@pytest.mark.parametrize("heading", ["FSDP2", "Tensor parallelism"])
+def test_the_other_recipes(heading: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    made, model = case(), Small()
+    batch = {
+        "input_ids": made["token_ids"],
+        "token_ids": made["token_ids"].roll(-1, 1),
+        "advantages": made["advantages"],
+        "mask": made["mask"],
+        "old_logps": made["noise"] - 6,
+    }
+    hidden = model.body(batch["input_ids"])
+    tokens = [batch[name] for name in ("token_ids", "advantages", "old_logps")]
+    want = cfpo_loss(model.head(hidden), *tokens, mask=batch["mask"])
+    want.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with one_process():
+        found = run_recipe(
+            heading,
+            model=model,
+            mesh=init_device_mesh("cpu", (1,)),
+            body=model.body,
+            head=model.head,
+            layers=[model.body[1]],
+            n_tokens=batch["mask"].sum(),
+            n_ranks=1,
+            **batch,
+        )
+        got = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+               for p in model.parameters()]  # fmt: skip
+        torch.testing.assert_close(found["loss"].detach(), want.detach())
+    for x, y in zip(got, gradients, strict=True):
+        torch.testing.assert_close(x, y)

@@ -17,7 +17,7 @@ examples:
   python -m bench                                     all CPU cases
   python -m bench --cases cpu-128256-bf16             one case
   python -m bench --cases gpu --json h100.json        all GPU cases, every sample kept
-  python -m bench --cases linear                      the loss from hidden states
+  python -m bench --cases linear                      the loss from hidden states, on a GPU if any
   python -m bench --from-json h100.json --plot h100.png
 """
 
@@ -79,10 +79,13 @@ def measure_linear(options: argparse.Namespace) -> dict:
     torch.set_num_threads(threads)
     each = 1 + 2 * len(linear.implementations()) + options.rounds
     with report.progress_bar(len(cases) * each) as tell:
-        found = [
-            linear.run_case(case, options.rounds, threads, not options.no_memory, tell)
-            for case in cases
-        ]
+        found: list[dict] = []
+        for case in cases:
+            found.append(
+                linear.run_case(case, options.rounds, threads, not options.no_memory, tell)
+            )
+            if options.json:  # the next one may fail
+                report.save(linear.make_report(found, options.rounds, threads), options.json)
     return linear.make_report(found, options.rounds, threads)
 
 

@@ -13,6 +13,8 @@ import sanitizer_case
 from repository import ROOT
 from targets import GPUS
 
+from bench import __main__ as bench
+
 
 def test_every_file_with_gpu_tests_is_run() -> None:
     suite = [path.stem for path in (ROOT / "tests" / "every_target").glob("test_*.py")]
@@ -22,6 +24,7 @@ def test_every_file_with_gpu_tests_is_run() -> None:
         "test_cuda_kernels-cuda-gpu",
         "test_gpu",
         "test_gpu_triton",
+        "test_linear_gpu",
         *(f"{name}-{target}" for name in suite for target in GPUS),
     }
     name, (path, target) = "test_loss-cuda-gpu", gpu_check.gpu_tests()["test_loss-cuda-gpu"]
@@ -62,13 +65,27 @@ def test_what_was_found_is_kept_when_it_is_cut_off(on_a_gpu: list[str], tmp_path
 
 
 def test_some_steps(on_a_gpu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {}
+    noted = gpu_check.run
+
+    def run(name: str, command: list[str], limit: float, env: object = None) -> int:
+        limits[name] = limit
+        return noted(name, command, limit, env)
+
+    monkeypatch.setattr(gpu_check, "run", run)
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: None)
     assert gpu_check.main(["bench", "sanitizer"]) == 0
-    assert on_a_gpu == ["bench"]
+    assert on_a_gpu == ["bench", "bench-linear"]
     record = json.loads((tmp_path / "a-gpu-check-bench-sanitizer.json").read_text())
     # A tool that is not there has neither passed nor been forgotten.
     tools = ("memcheck", "racecheck", "synccheck", "initcheck")
-    assert record["exit_status"] == {f"sanitizer-{tool}": None for tool in tools} | {"bench": 0}
+    assert record["exit_status"] == {f"sanitizer-{tool}": None for tool in tools} | {
+        "bench": 0,
+        "bench-linear": 0,
+    }
+    command, _ = gpu_check.all_steps("there/gpu")["bench-linear"]
+    bench.make_parser().parse_args(command[3:])  # what it is told, it knows
+    assert limits == {"bench": 1200, "bench-linear": 300}
     with pytest.raises(SystemExit, match="no step begins with 'tetst'"):
         gpu_check.main(["tetst"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from oracle import check_gradient, make_case, oracle, with_everything
 
 import cfpo_kernels
 from cfpo_kernels.backends import cuda
+from cfpo_kernels.verification import choice, records
 
 pytestmark = [
     pytest.mark.gpu,
@@ -254,11 +256,23 @@ def test_a_token_that_does_not_exist_is_nan_and_harmless() -> None:
         assert loss.isnan().nonzero().flatten().tolist() == [1, 2]
 
 
-def test_auto_does_not_choose_it() -> None:
+def test_auto_takes_only_what_was_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a record plain torch, to which inplace=True is a permission that it leaves alone."""
+    monkeypatch.setenv("CFPO_KERNELS_VERIFY", "never")
+    monkeypatch.setenv("CFPO_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(records, "SHIPPED", tmp_path)
     logits = torch.randn(2, 10, device="cuda", requires_grad=True)
+    before = logits.detach().clone()
     ids = torch.zeros(2, dtype=torch.int64, device="cuda")
-    with pytest.raises(ValueError, match="inplace"):
-        cfpo_kernels.cfpo_loss(logits, ids, torch.ones(2, device="cuda"), inplace=True)
+    choice.forget()
+    try:
+        with pytest.warns(Warning, match="plain torch computes the loss"):
+            loss = cfpo_kernels.cfpo_loss(logits, ids, torch.ones(2, device="cuda"), inplace=True)
+    finally:
+        choice.forget()
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+    assert torch.equal(logits.detach(), before)
 
 
 @pytest.mark.parametrize("v", [1000, 128256])

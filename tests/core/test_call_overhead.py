@@ -20,10 +20,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cfpo_kernels
 from cfpo_kernels import autograd, plain
+from cfpo_kernels.validation import values
 
 PACKAGE = os.path.dirname(cfpo_kernels.__file__)
 # Operators that compute nothing.
-VIEWS_AND_MEMORY = {"aten::detach", "aten::empty", "aten::empty_like", "aten::new_empty"}
+VIEWS_AND_MEMORY = {
+    "aten::detach",
+    "aten::empty",
+    "aten::empty_like",
+    "aten::expand",
+    "aten::new_empty",
+    "aten::unsqueeze",
+}
+VIEWS_OR_COPIES = {"aten::reshape", "aten::to", "aten::contiguous"}
 
 
 class Batch:
@@ -38,8 +47,16 @@ class Batch:
         loss = cfpo_kernels.cfpo_loss(
             logits, self.token_ids, self.advantages, self.old_logps, backend="cpu", **options
         )
+        loss = loss[0] if isinstance(loss, tuple) else loss
         assert isinstance(loss, torch.Tensor)
         return loss
+
+    def shaped(self, *shape: int) -> Batch:
+        """With tokens of this shape."""
+        self.logits = self.logits.reshape(*shape, -1)
+        for name in ("token_ids", "advantages", "old_logps"):
+            setattr(self, name, getattr(self, name).reshape(shape))
+        return self
 
     def step(self, factor: float = 1.0, **options: Any) -> torch.Tensor:
         leaf = self.logits.clone().requires_grad_()
@@ -71,6 +88,10 @@ def events(step: Callable[[], object]) -> list[Any]:
     return list(found.events())
 
 
+def copies(event: Any) -> bool:
+    return event.name == "aten::copy_" or any(map(copies, event.cpu_children))
+
+
 def operators(step: Callable[[], object]) -> list[str]:
     """torch's operators that compute, but for those that another one calls."""
     step()
@@ -79,6 +100,7 @@ def operators(step: Callable[[], object]) -> list[str]:
         for event in events(step)
         if event.name.startswith("aten::")
         and event.name not in VIEWS_AND_MEMORY
+        and (event.name not in VIEWS_OR_COPIES or copies(event))
         and not (event.cpu_parent and event.cpu_parent.name.startswith("aten::"))
     ]
 
@@ -87,14 +109,16 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is kept between calls there, and no number is looked at."""
     monkeypatch.setattr(plain, "_LONGEST_KEPT", -1)
     monkeypatch.setattr(autograd, "_is_one", lambda dloss: False)
+    for name in ("can_be_checked", "can_be_looked_at"):
+        monkeypatch.setattr(values, name, lambda tensor: False)
 
 
-def a_step(batch: Batch, inplace: bool) -> Callable[[], object]:
+def a_step(batch: Batch, inplace: bool, **options: Any) -> Callable[[], object]:
     leaf = batch.logits.clone().requires_grad_()
 
     def step() -> None:
         leaf.grad = None
-        batch.loss(leaf, inplace=inplace).backward()
+        batch.loss(leaf, inplace=inplace, **options).backward()
 
     return step
 
@@ -113,11 +137,60 @@ def test_operators_of_a_call(inplace: bool) -> None:
     assert sorted(found) == ["aten::item", "aten::ones_like", "aten::sum"]
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_at_most_four_operators_on_a_gpu(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+N, V = 6, 32
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, batch: Batch, **options: Any) -> list[str]:
+    """The operators of a step there; none of them looks at a number."""
     as_on_a_gpu(monkeypatch)
-    found = operators(a_step(Batch(), inplace))
-    assert sorted(found) == ["aten::full", "aten::full", "aten::ones_like", "aten::sum"]
+    found = operators(a_step(batch, **options))
+    waiting = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
+    assert not {name for name in found if name.startswith(waiting)}, found
+    return sorted(found)
+
+
+FOUR = ["aten::full", "aten::full", "aten::ones_like", "aten::sum"]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(N,), (2, 3)], ids=str)
+def test_at_most_four_operators_on_a_gpu(
+    shape: tuple[int, ...], dtype: torch.dtype, inplace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the dtype and the tokens' shape: temperature, weights, the sum, its gradient."""
+    batch = Batch(N, V).shaped(*shape)
+    batch.logits = batch.logits.to(dtype)
+    assert on_a_gpu(monkeypatch, batch, inplace=inplace) == FOUR
+
+
+MASK, TEMPERATURES = torch.arange(N) > 1, torch.full((N,), 0.7)
+# How many there are with an option, each of them a launch.
+OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "mask": (11, {"mask": MASK}),
+    "temperature": (3, {"temperature": torch.full((), 0.7)}),
+    "temperatures": (3, {"temperature": TEMPERATURES}),
+    "statistics": (44, {"return_stats": True}),
+    "all": (49, {"mask": MASK, "temperature": TEMPERATURES, "return_stats": True}),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_operators_of_options_on_a_gpu(
+    name: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, options = OPTIONS[name]
+    found = on_a_gpu(monkeypatch, Batch(N, V), inplace=inplace, **options)
+    assert len(found) == count, found
+
+
+def test_a_look_at_a_number_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch(N, V)
+    look = batch.loss
+    monkeypatch.setattr(batch, "loss", lambda x, **how: look(x, **how) * float(x.sum() > -1e9))
+    with pytest.raises(AssertionError, match="item"):
+        on_a_gpu(monkeypatch, batch, inplace=False)
 
 
 @pytest.mark.parametrize("options", [{}, {"inplace": True}])

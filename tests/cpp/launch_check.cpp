@@ -10,7 +10,8 @@
 //   limits            device_limits
 //   launch:A, launch:B   one of two kernels
 //   count:A           clusters of four blocks
-//   loss:ROWS,COLUMNS    the loss with its gradient, of bfloat16: whatever kernels that takes
+//   loss:ROWS,COLUMNS    the loss with its gradient, of bfloat16: whatever kernels that takes;
+//   score, backward, multiply   likewise log-probs, their backward, and the gradient's factors
 //   query             query_devices
 #include <cuda_runtime.h>
 
@@ -49,16 +50,31 @@ void count_clusters() {
   std::cout << "= " << count << "\n";
 }
 
-void loss(const std::string& shape) {
+void run(const std::string& what, const std::string& shape) {
   // Never read: nothing runs.
   static char memory[16];
-  PolicyLossParams params{};
-  params.problem.logits.data = memory;
-  params.problem.logits.dtype = DType::kBFloat16;
-  params.problem.logits.n_rows = std::atoll(shape.c_str());
-  params.problem.logits.n_cols = std::atoll(shape.c_str() + shape.find(',') + 1);
-  params.dlogits = params.problem.logits;
-  run_stage<bfloat16>(PolicyStage{params}, params.dlogits, {device, 5, memory, wanted});
+  Rows rows{};
+  rows.data = memory;
+  rows.dtype = DType::kBFloat16;
+  rows.n_rows = std::atoll(shape.c_str());
+  rows.n_cols = std::atoll(shape.c_str() + shape.find(',') + 1);
+  const Execution execution{device, 5, memory, wanted};
+  if (what == "loss") {
+    PolicyLossParams params{};
+    params.problem.logits = params.dlogits = rows;
+    run_stage<bfloat16>(PolicyStage{params}, rows, execution);
+  } else if (what == "score") {
+    TokenLogpsParams params{};
+    params.problem.logits = rows;
+    run_stage<bfloat16>(LogpsStage{params}, Rows(), execution);
+  } else if (what == "backward") {
+    TokenLogpsBackwardParams params{};
+    params.problem.logits = params.dlogits = rows;
+    run_stage<bfloat16>(LogpsBackwardStage{params}, rows, execution);
+  } else {
+    static float factor = 2.0f;
+    run_multiply<bfloat16>(rows, &factor, 0, execution);
+  }
 }
 
 void query() {
@@ -107,8 +123,8 @@ void obey(const std::string& command) {
     launch_one(rest);
   } else if (name == "count") {
     count_clusters();
-  } else if (name == "loss") {
-    loss(rest);
+  } else if (name == "loss" || name == "score" || name == "backward" || name == "multiply") {
+    run(name, rest);
   } else if (name == "row_kernel") {
     wanted = row_kernel(rest);
   } else if (name == "query") {

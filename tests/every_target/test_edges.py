@@ -107,14 +107,29 @@ def test_a_bad_row_touches_no_other(poison: object, v: int) -> None:
     assert got.logps[4].isnan() and got.entropy[4].isnan() and got.dlogits[4].isnan().all()
 
 
-def test_nan_with_a_payload_stays_nan() -> None:
-    # Integer tricks on float bits can carry a NaN's payload into a number.
-    for bits in (0x7FFFFFFF, 0x7FC00001, -1, 0x7F800001):
-        case = make_case(2, 1000)
-        case.logits.view(torch.int32)[1, 500] = bits
-        got = run(case)
-        assert got.dlogits[1].isnan().all() and got.logps[1].isnan()
-        assert got.dlogits[0].isfinite().all()
+# Quiet and signalling, of both signs, with payloads; 0xFFC0... is what x86 makes.
+NANS = {
+    torch.float32: (
+        *(0x7FC00000, 0xFFC00000, 0x7FC00001, 0x7F800001),
+        *(0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF),
+    ),
+    torch.bfloat16: (0x7FC0, 0xFFC0, 0x7FC1, 0x7F81, 0xFF81, 0x7FFF, 0xFFFF),
+    torch.float16: (0x7E00, 0xFE00, 0x7E01, 0x7C01, 0xFC01, 0x7FFF, 0xFFFF),
+}
+
+
+@pytest.mark.parametrize("dtype", NANS, ids=str)
+def test_every_nan_stays_nan(dtype: torch.dtype) -> None:
+    """Integer tricks on floats' bits can carry a NaN's payload into a number."""
+    bits, width = torch.tensor(NANS[dtype]), 8 * dtype.itemsize
+    integer = torch.int32 if width == 32 else torch.int16
+    case = make_case(len(bits) + 1, 1000, dtype)
+    signed = torch.where(bits >> (width - 1) == 1, bits - (1 << width), bits).to(integer)
+    case.logits.view(integer)[:-1, 500] = signed
+    assert case.logits.isnan().sum() == len(bits)
+    got = run(case)
+    assert got.dlogits[:-1].isnan().all() and got.logps[:-1].isnan().all()
+    assert got.dlogits[-1].isfinite().all() and got.logps[-1].isfinite()
 
 
 @pytest.mark.not_on("reference", reason="its float32 sums are torch's: 3e-4")

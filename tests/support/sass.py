@@ -13,6 +13,8 @@ by the maximum of the states where paths join.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 import subprocess
 from collections.abc import Callable, Collection, Iterable
@@ -104,13 +106,13 @@ def parse(text: str) -> Code:
         at = int(address, 16)
         found[at] = _instruction(at, instruction.strip(), int(control, 16) >> 41)
     assert found, "no instructions"
-    # Where a table of jumps leads is in the constants. It is where nothing else does.
+    # Where a table of jumps leads is in the constants. It is where nothing else does; of several
+    # tables each is taken to lead to all such places.
     tables = [i for i in found.values() if i.opcode == "BRX"]
     if tables:
         elsewhere = {b for i in found.values() for b in successors(found, i)}
-        (table,) = tables
         targets = tuple(a for a in found if a not in elsewhere and a != min(found))
-        found[table.address] = replace(table, targets=targets)
+        found |= {table.address: replace(table, targets=targets) for table in tables}
     return found
 
 
@@ -172,6 +174,39 @@ def loops_around(code: Code, opcode: str, region: Collection[int] | None = None)
         within = loop - {head(code, loop)}
 
 
+def innermost_loops(code: Code, opcode: str) -> list[set[int]]:
+    """Those that have an instruction with this opcode, each once."""
+    found: list[set[int]] = []
+    for at in places(code, opcode):
+        with contextlib.suppress(AssertionError):  # in none
+            if (loop := loops_around(code, opcode, {at})[-1]) not in found:
+                found.append(loop)
+    return found
+
+
+def loops_within(code: Code, loop: Collection[int]) -> list[set[int]]:
+    """Those that a loop passes through, by the branches that lead back."""
+    start = head(code, loop)
+    inside = {a for a in loop if not re.match(SLOW, code[a].opcode)}
+    before: dict[int, list[int]] = {}
+    for a in inside:
+        for b in successors(code, code[a]):
+            before.setdefault(b, []).append(a)
+    found = []
+    for last, first in sorted(_order(code, start, inside)[1]):
+        if first == start:
+            continue
+        body, stack = {first, last}, [last]
+        while stack:
+            at = stack.pop()
+            for a in before.get(at, ()) if at != first else ():
+                if a not in body:
+                    body.add(a)
+                    stack.append(a)
+        found.append(body)
+    return found
+
+
 def head(code: Code, loop: Collection[int]) -> int:
     """Where a loop is entered."""
     inside = set(loop)
@@ -183,14 +218,25 @@ def head(code: Code, loop: Collection[int]) -> int:
     return min(heads)
 
 
-def fewest_around(code: Code, loop: Collection[int]) -> list[int]:
-    """The shortest path once around a loop, by the number of instructions."""
+def fewest_around(code: Code, loop: Collection[int], by: Iterable[int] = ()) -> list[int]:
+    """The shortest path once around a loop, by the number of instructions; `by` these, in order."""
     start = head(code, loop)
+    stops, inside = [start, *by, start], set(loop) - {start}
+    found: list[int] = []
+    for begin, end in itertools.pairwise(stops):
+        if (part := _fewest(code, inside, begin, end)) is None:
+            raise AssertionError("no way around")
+        found += part
+    return found
+
+
+def _fewest(code: Code, loop: Collection[int], start: int, end: int) -> list[int] | None:
+    """The shortest path, without `end`; of at least one instruction."""
     came_from: dict[int, int] = {}
     paths = [start]
     for at in paths:  # which grows
         for after in successors(code, code[at]):
-            if after == start:
+            if after == end:
                 path = [at]
                 while path[-1] != start:
                     path.append(came_from[path[-1]])
@@ -198,7 +244,7 @@ def fewest_around(code: Code, loop: Collection[int]) -> list[int]:
             if after in loop and after not in came_from:
                 came_from[after] = at
                 paths.append(after)
-    raise AssertionError("no way around")
+    return None
 
 
 @dataclass(frozen=True)

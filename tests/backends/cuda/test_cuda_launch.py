@@ -206,11 +206,28 @@ def test_a_first_call_may_be_captured(run: Run, command: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ["8192,1000", "8192,32000", "8192,151936", "1,151936"])
-@pytest.mark.parametrize("kernel", ["auto", "portable", "auto-transient"])
-def test_a_later_step_does_nothing_but_launch(run: Run, kernel: str, shape: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "kernel"),
+    [
+        ("loss", "auto"),
+        ("loss", "portable"),
+        ("loss", "cluster"),
+        ("loss", "transient"),
+        ("loss", "auto-transient"),
+        ("score", "auto"),
+        ("backward", "auto"),
+        ("multiply", "auto"),
+    ],
+)
+def test_a_later_step_does_nothing_but_launch(run: Run, what: str, kernel: str, shape: str) -> None:
     """No memory, no synchronisation, no number read back: so a graph of it may be replayed."""
-    step = f"loss:{shape}"
+    step = f"{what}:{shape}"
     first = run(f"row_kernel:{kernel}", step)
+    assert first[-1] == CLEAN and not any(line.startswith("!") for line in first)
+    assert 1 <= len(launches(first)) <= 2
+    clusters = [line for line in launches(first) if "cluster" in line]
+    assert len(clusters) == 1 or kernel not in ("cluster", "transient")
+    assert not clusters or what == "loss"
     got = run(f"row_kernel:{kernel}", step, "capturing", step)
     later = got[len(first) - 1 : -1]
     assert launches(later) == launches(first)

@@ -90,6 +90,12 @@ template <class T>
 void absolute(Thread& t, const Instruction& i) {
   put<T>(t, i, 0, std::fabs(get<T>(t, i, 1)));
 }
+// Of 16 bits, whose infinity is given. A NaN's payload is not specified.
+template <u16 kInfinity>
+void absolute16(Thread& t, const Instruction& i) {
+  const u16 bits = get<u16>(t, i, 1) & 0x7FFF;
+  put<u16>(t, i, 0, bits > kInfinity ? u16{0x7FFF} : bits);
+}
 template <class F>
 void logic(Thread& t, const Instruction& i) {
   put<u64>(t, i, 0, F()(get<u64>(t, i, 1), get<u64>(t, i, 2)) & 1);

@@ -54,6 +54,8 @@ void add_arithmetic(Table& t) {
   t["neg.f64 rr"] = {unary<f64, Neg>};
   t["abs.f32 rr"] = {absolute<f32>};
   t["abs.f64 rr"] = {absolute<f64>};
+  t["abs.f16 rr"] = {absolute16<0x7C00>};
+  t["abs.bf16 rr"] = {absolute16<0x7F80>};
   t["copysign.f32 rrr"] = {binary<f32, Copysign>};
   t["copysign.f64 rrr"] = {binary<f64, Copysign>};
   t["rcp.rn.f64 rr"] = {unary<f64, Reciprocal>};

@@ -106,6 +106,9 @@ for kind in ("f32", "f64"):
     same(f"min.{kind} rrr", kind, (-3.0, 2.0, -3.0))
     same(f"neg.{kind} rr", kind, (0.0, -0.0), (-2.5, 2.5))
     same(f"abs.{kind} rr", kind, (-0.0, 0.0), (-2.5, 2.5), (-INF, INF))
+for kind, inf in (("f16", 0x7C00), ("bf16", 0x7F80)):
+    rows = [(0x8000, 0), (0xBF81, 0x3F81), (0x8000 | inf, inf), (0xFFC1, 0x7FFF), (inf + 1, 0x7FFF)]
+    add(f"abs.{kind} rr", "b16", "b16", *rows)
 for kind in ("f32", "f64"):  # the first one's sign
     same(f"copysign.{kind} rrr", kind, (-0.0, 3.0, -3.0), (2.0, -3.0, 3.0))
 # Without error, as the test asks for; subnormals, also results, are zeros.

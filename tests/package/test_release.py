@@ -80,7 +80,7 @@ def built(folder: Path, **options: str) -> Path:
     return folder / "dist"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("build")
     found = []

@@ -27,7 +27,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_reward_of_the_example_rises() -> None:
     said = run("examples/trl_cfpo.py", "--updates", "30", "--vocabulary", "1500")
     found = re.search(r"mean reward: ([\d.]+) in the first .*, ([\d.]+) in the last", said)

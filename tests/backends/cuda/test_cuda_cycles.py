@@ -204,8 +204,8 @@ BUDGETS = {
 
 
 def is_for_the_night(name: str) -> bool:
-    """What float16 makes is what bfloat16 does, within 2%."""
-    return "float16" in name.replace("bfloat16", "") or name.endswith("float32, policy, entropy>")
+    """What float16 makes is what bfloat16 does, within 2%; entropies take the longest to walk."""
+    return "float16" in name.replace("bfloat16", "") or "entropy" in name
 
 
 def longest_row(name: str) -> int:

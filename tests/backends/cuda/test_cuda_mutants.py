@@ -50,7 +50,13 @@ def plant(mutant: Mutant, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("flags", [[], SANITIZE], ids=["plain", "sanitized"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param([], id="plain"),
+        pytest.param(SANITIZE, id="sanitized", marks=pytest.mark.nightly),
+    ],
+)
 def test_the_kernels_pass(flags: list[str], tmp_path: Path) -> None:
     done = run(build(tmp_path, ROOT, flags))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

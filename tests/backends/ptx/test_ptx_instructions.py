@@ -61,6 +61,7 @@ def test_a_mistake_is_named(name: str, interpreter: Path) -> None:
     check_mistake(interpreter, name)
 
 
+@pytest.mark.nightly
 def test_under_sanitizers(tmp_path: Path) -> None:
     library = build_library(tmp_path, *SANITIZE)
     runtimes = [

@@ -72,6 +72,7 @@ def test_a_killed_process_condemns_nothing() -> None:
     assert "most likely because memory ran out" in known["killed"][1]
 
 
+@pytest.mark.nightly
 def test_the_time_limit_condemns_nothing() -> None:
     known = verdicts(process.check(request(["slow", "right"], seconds=20.0)))
     assert known["slow"][0] == known["right"][0] == "not run"

@@ -16,6 +16,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("target", "machine", "source", "flags"),
     [

@@ -29,7 +29,7 @@ class VocabParallel:
     """How the vocabulary is split over a process group.
 
     Make it once: the first call with it asks the other processes for their parts, and waits for
-    the device. Where all have as many rows, :meth:`even` needs no question, at any call.
+    the device. Where all have as many rows, `even` needs no question, at any call.
 
     Args:
         group: of ``torch.distributed``; all of its processes make the same calls with the same

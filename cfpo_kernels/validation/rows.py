@@ -136,17 +136,17 @@ def _temperature(
     else:
         check_tensor("temperature", value, logits, "a floating-point tensor")
     temperature = flat(saveable(value).detach(), dtype)
-    divisor = temperature if logit_scale == 1.0 else temperature / logit_scale
+    by_scale = {1.0: temperature}
+    if logit_scale != 1.0:
+        by_scale[logit_scale] = temperature / logit_scale
     if values.can_be_checked(temperature):
-        for found, scale in ((temperature, 1.0), (divisor, logit_scale)):
+        for scale, found in by_scale.items():
             wrong = ~((found >= MIN_TEMPERATURE) & (found <= MAX_TEMPERATURE))
             wrong = wrong.expand(shape.numel()) if mask is None else wrong & mask
             if wrong.any():
                 position, got = values.first_wrong(wrong, temperature.expand(wrong.shape), shape)
                 raise ValueError(f"{_out_of_range(got, scale)} at {position}")
-            if divisor is temperature:
-                break
-    return divisor
+    return by_scale[logit_scale]
 
 
 def _out_of_range(temperature: float, logit_scale: float) -> str:

@@ -74,6 +74,7 @@ ENVIRONMENTS = (
     Environment("3.11", "2.8.0", "numpy==2.3.*"),
     Environment("3.13", "2.11.0", "numpy==2.3.*", "3.6.0"),
     Environment("3.10", "2.10.0", "numpy==2.2.*"),
+    Environment("3.13", "2.12.1", "numpy"),
     Environment("3.12", "2.15.0", None),
     Environment("3.14", "2.14.1", "numpy"),
 )

@@ -16,7 +16,7 @@ COLOURS = {
     "none": "#777777",
 }
 STYLES = {"0.2": "-", "0.4": "--", "0.1": "--", "1.0": ":", "0.05": ":", "higher": "-", "none": "-"}
-MUS = (1, 4, 16, 64)
+MUS = {"reuse": (1, 4, 16, 64), "stale": (1, 16, 64)}
 DESIGNS = {
     "reuse": "each rollout used for $\\mu$ updates",
     "stale": "each rollout cut into $\\mu$ minibatches",
@@ -29,14 +29,15 @@ def heat_map(report: dict[str, Any], path: Path) -> None:
     import numpy as np
 
     runs = found(report)
-    figure, axes = plt.subplots(2, len(METHODS), figsize=(12, 6), layout="constrained")
+    figure, axes = plt.subplots(2, len(METHODS), figsize=(8.6, 6), layout="constrained")
     image = None
     for row, (part, title) in zip(axes, DESIGNS.items(), strict=True):
+        mus = MUS[part]
         for axis, method in zip(row, METHODS, strict=True):
-            shown = np.full((len(RATES), len(MUS)), np.nan)
+            shown = np.full((len(RATES), len(mus)), np.nan)
             own = []
             for i, rate in enumerate(RATES):
-                for j, mu in enumerate(MUS):
+                for j, mu in enumerate(mus):
                     seeds = cell(runs, part, method, rate, mu)
                     if not seeds:
                         continue
@@ -45,15 +46,15 @@ def heat_map(report: dict[str, Any], path: Path) -> None:
                     broke = sum(r.broke for r in seeds)
                     colour = "white" if value < 0.45 else "black"
                     text = f"{value:.2f}".lstrip("0")
-                    text += f"\n{broke}/{len(seeds)} broke" if broke else ""
+                    text += f"\n{broke}/{len(seeds)}\nbroke" if broke else ""
                     axis.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
             image = axis.imshow(
                 shown, origin="lower", cmap="viridis", vmin=0, vmax=0.8, aspect="auto"
             )
-            axis.set_xticks(range(len(MUS)), MUS)
+            axis.set_xticks(range(len(mus)), mus)
             axis.set_yticks(range(len(RATES)), [f"{r:g}" for r in RATES] if axis is row[0] else [])
             broke = sum(r.broke for r in own)
-            axis.set_title(f"{LABELS[method]}\n{broke} of {len(own)} broke", fontsize=10)
+            axis.set_title(f"{LABELS[method]}\n{broke} of {len(own)} broke", fontsize=9)
             axis.tick_params(length=0)
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(f"{title}\nlearning rate")
@@ -87,7 +88,7 @@ def length(report: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(
         1,
         len(panels),
-        figsize=(4.4 * len(panels), 4.2),
+        figsize=(3.1 * len(panels), 4.4),
         layout="constrained",
         sharey=True,
         squeeze=False,
@@ -97,11 +98,12 @@ def length(report: dict[str, Any], path: Path) -> None:
             seeds = cell(runs, "length", method, 3e-4, mu)
             if seeds:
                 _path(axis, method, seeds)
-        axis.set_title(f"{title}, learning rate 0.0003", fontsize=10)
+        axis.set_title(f"{title}\nlearning rate 0.0003", fontsize=9)
         axis.set_xlabel("share of right answers")
         axis.grid(alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
+        axis.legend(frameon=False, fontsize=8, columnspacing=1, handlelength=1.6, **below)
     axes[0][0].set_ylabel("extra tokens an answer (6 at most)")
     count = len({r.seed for r in named})
     figure.supxlabel(

@@ -6,10 +6,11 @@ and the number of programs may depend on anything. docs/triton.md has what they 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 VECTOR_BYTES = 16  # the widest access of a thread
 LARGEST_V = 2**31 - 2**17  # columns are int32, and loops look a segment ahead
+LARGEST_PIECES = 2**30  # of all rows: int32, and loops look as many ahead as there are programs
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,21 @@ def tile(n_cols: int, itemsize: int) -> Tile:
     if n_cols > LARGEST_V:
         raise ValueError(f"backend='triton' takes at most {LARGEST_V} columns, got {n_cols}")
     return next(tile for largest, tile in TABLE[itemsize] if n_cols <= largest)
+
+
+def check_rows(n_rows: int, pieces: int) -> None:
+    """Raises ValueError: more pieces of rows than can be counted."""
+    if n_rows * pieces > LARGEST_PIECES:
+        raise ValueError(
+            f"backend='triton' takes at most {LARGEST_PIECES // pieces} rows as long as these, "
+            f"got {n_rows}"
+        )
+
+
+def narrow(tile: Tile) -> Tile:
+    """The same for accesses of one element: more threads with fewer columns each, since a thread
+    keeps the place of each where they are no neighbours."""
+    return replace(tile, threads=2 * tile.threads)
 
 
 def register_limit(tile: Tile, with_entropy: bool, narrow: bool) -> int:

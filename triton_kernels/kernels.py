@@ -107,7 +107,7 @@ def _merge_partials(
     """What sum_columns would have returned, from what sum_segments_kernel left; and the logit."""
     n_segments = tl.cdiv(n_cols, SEGMENT)
     EACH: tl.constexpr = NUMBERS_WITH_ENTROPY if WITH_ENTROPY else NUMBERS
-    at = partials_ptr + row * (EACH * n_segments + 1)
+    at = partials_ptr + row.to(tl.int64) * (EACH * n_segments + 1)
     ref, total, rest_ref, rest, weighted, peak, peak_at = no_sums()
     part_rest_ref, part_rest, part_weighted, part_peak, part_peak_at = (
         rest_ref,
@@ -162,15 +162,14 @@ def _row_statistics(
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
     SHIFTED: tl.constexpr,
+    UNROLL: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     """Stage 1 of a whole row."""
     if partials_ptr is None:
         z_target = target_logit(x_ptr + shift, column, absent, softcap)
-        guess, lift, usable = guess_reference(
-            x_ptr, shift, n_cols, column, scale, softcap, BLOCK, SHIFTED
-        )
+        guess, lift = guess_reference(x_ptr, shift, n_cols, column, scale, softcap, BLOCK, SHIFTED)
         ref, rest, others_ref, others, weighted, peak, peak_at = sum_columns(
             x_ptr,
             shift,
@@ -181,11 +180,11 @@ def _row_statistics(
             scale,
             guess,
             lift,
-            usable,
             softcap,
             BLOCK,
             SEGMENT,
             SHIFTED,
+            UNROLL,
             WITH_ENTROPY,
             EVICTION,
         )
@@ -226,15 +225,15 @@ def policy_loss_kernel(
     loss_ptr,
     logps_ptr,
     entropy_ptr,  # or None
-    n_rows: tl.int64,
+    n_rows: tl.int32,
     n_cols: tl.int32,
     temperature_stride: tl.int32,
     logits_first: tl.int64,
-    logits_inner: tl.int64,
+    logits_inner: tl.int32,
     logits_outer: tl.int64,
     logits_step: tl.int64,
     dlogits_first: tl.int64,
-    dlogits_inner: tl.int64,
+    dlogits_inner: tl.int32,
     dlogits_outer: tl.int64,
     dlogits_step: tl.int64,
     n_pieces: tl.int32,  # programs that share a row's stage 3; more than 1 only with partials
@@ -261,15 +260,18 @@ def policy_loss_kernel(
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
     SHIFTED: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
     """Stages 1 and 2, and 3 where there is a gradient to write: one read and one write of a row."""
+    if partials_ptr is None:
+        n_pieces = 1  # known to the compiler, which then divides nothing by it
     n_cols = n_cols * COLUMN_UNIT
-    first = tl.program_id(0).to(tl.int64)
-    for task in range(first, n_rows * n_pieces, tl.num_programs(0).to(tl.int64)):
+    first = tl.program_id(0)
+    for task in range(first, n_rows * n_pieces, tl.num_programs(0)):
         row = task // n_pieces
-        piece = (task % n_pieces).to(tl.int32)
+        piece = task % n_pieces
         x_place, shift = row_place(
             row, logits_first, logits_inner, logits_outer, logits_step, UNIT, SHIFTED
         )
@@ -303,6 +305,7 @@ def policy_loss_kernel(
                     BLOCK,
                     SEGMENT,
                     SHIFTED,
+                    UNROLL,
                     WITH_ENTROPY,
                     "evict_last" if dlogits_ptr is not None else "evict_first",
                 )
@@ -380,6 +383,7 @@ def policy_loss_kernel(
                     softcap,
                     BLOCK,
                     SHIFTED,
+                    UNROLL,
                     WITH_ENTROPY,
                 )
 
@@ -394,11 +398,11 @@ def token_logps_kernel(
     logps_ptr,  # float64
     lse_ptr,  # float64: T * logsumexp(z / T)
     entropy_ptr,  # or None
-    n_rows: tl.int64,
+    n_rows: tl.int32,
     n_cols: tl.int32,
     temperature_stride: tl.int32,
     logits_first: tl.int64,
-    logits_inner: tl.int64,
+    logits_inner: tl.int32,
     logits_outer: tl.int64,
     logits_step: tl.int64,
     absent: tl.float32,
@@ -407,13 +411,14 @@ def token_logps_kernel(
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
     SHIFTED: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
     """Stage 1."""
     n_cols = n_cols * COLUMN_UNIT
-    first = tl.program_id(0).to(tl.int64)
-    for row in range(first, n_rows, tl.num_programs(0).to(tl.int64)):
+    first = tl.program_id(0)
+    for row in range(first, n_rows, tl.num_programs(0)):
         logp = tl.zeros([], tl.float64)
         lse = tl.zeros([], tl.float64)
         entropy = 0.0
@@ -436,6 +441,7 @@ def token_logps_kernel(
                 BLOCK,
                 SEGMENT,
                 SHIFTED,
+                UNROLL,
                 WITH_ENTROPY,
                 "evict_first",
             )
@@ -457,15 +463,15 @@ def token_logps_backward_kernel(
     entropy_ptr,  # None where dentropy is
     dlogps_ptr,  # or None
     dentropy_ptr,  # or None
-    n_rows: tl.int64,
+    n_rows: tl.int32,
     n_cols: tl.int32,
     temperature_stride: tl.int32,
     logits_first: tl.int64,
-    logits_inner: tl.int64,
+    logits_inner: tl.int32,
     logits_outer: tl.int64,
     logits_step: tl.int64,
     dlogits_first: tl.int64,
-    dlogits_inner: tl.int64,
+    dlogits_inner: tl.int32,
     dlogits_outer: tl.int64,
     dlogits_step: tl.int64,
     n_pieces: tl.int32,  # programs that share a row
@@ -473,15 +479,16 @@ def token_logps_backward_kernel(
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
     SHIFTED: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
     """Stage 3 from what token_logps_kernel left of stage 1."""
     n_cols = n_cols * COLUMN_UNIT
-    first = tl.program_id(0).to(tl.int64)
-    for task in range(first, n_rows * n_pieces, tl.num_programs(0).to(tl.int64)):
+    first = tl.program_id(0)
+    for task in range(first, n_rows * n_pieces, tl.num_programs(0)):
         row = task // n_pieces
-        piece = (task % n_pieces).to(tl.int32)
+        piece = task % n_pieces
         x_place, shift = row_place(
             row, logits_first, logits_inner, logits_outer, logits_step, UNIT, SHIFTED
         )
@@ -559,6 +566,7 @@ def token_logps_backward_kernel(
                 softcap,
                 BLOCK,
                 SHIFTED,
+                UNROLL,
                 dentropy_ptr is not None,
             )
 
@@ -570,11 +578,11 @@ def sum_segments_kernel(
     token_ids_ptr,
     weights_ptr,
     temperature_ptr,
-    n_rows: tl.int64,
+    n_rows: tl.int32,
     n_cols: tl.int32,
     temperature_stride: tl.int32,
     logits_first: tl.int64,
-    logits_inner: tl.int64,
+    logits_inner: tl.int32,
     logits_outer: tl.int64,
     logits_step: tl.int64,
     absent: tl.float32,
@@ -583,13 +591,14 @@ def sum_segments_kernel(
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
     SHIFTED: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
     """Stage 1 of few rows, a program a segment; the same sums as those of a whole row."""
     n_cols = n_cols * COLUMN_UNIT
     n_segments = tl.cdiv(n_cols, SEGMENT)
-    row = tl.program_id(0).to(tl.int64) // n_segments
+    row = tl.program_id(0) // n_segments
     segment = tl.program_id(0) % n_segments
     if tl.load(weights_ptr + row) != 0:
         x_place, shift = row_place(
@@ -598,9 +607,7 @@ def sum_segments_kernel(
         x_ptr = logits_ptr + x_place
         column = target_column(token_ids_ptr, row, n_cols)
         scale = _row_scale(temperature_ptr, row, temperature_stride)
-        guess, lift, usable = guess_reference(
-            x_ptr, shift, n_cols, column, scale, softcap, BLOCK, SHIFTED
-        )
+        guess, lift = guess_reference(x_ptr, shift, n_cols, column, scale, softcap, BLOCK, SHIFTED)
         begin = segment * SEGMENT
         z_target = target_logit(x_ptr + shift, column, absent, softcap)
         ref, total, rest_ref, rest, weighted, peak, peak_at = sum_columns(
@@ -613,16 +620,16 @@ def sum_segments_kernel(
             scale,
             guess,
             lift,
-            usable,
             softcap,
             BLOCK,
             SEGMENT,
             SHIFTED,
+            UNROLL,
             WITH_ENTROPY,
             "evict_last",
         )
         EACH: tl.constexpr = NUMBERS_WITH_ENTROPY if WITH_ENTROPY else NUMBERS
-        of_row = partials_ptr + row * (EACH * n_segments + 1)
+        of_row = partials_ptr + row.to(tl.int64) * (EACH * n_segments + 1)
         own = of_row + EACH * segment
         tl.store(own, ref.to(tl.float64))
         tl.store(own + 1, total)
@@ -640,21 +647,22 @@ def sum_segments_kernel(
 def multiply_rows_kernel(
     logits_ptr,
     factors_ptr,
-    n_rows: tl.int64,
+    n_rows: tl.int32,
     n_cols: tl.int32,
     logits_first: tl.int64,
-    logits_inner: tl.int64,
+    logits_inner: tl.int32,
     logits_outer: tl.int64,
     logits_step: tl.int64,
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
     SHIFTED: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """x[i] *= factors[i]; where the factor is 1 the row is not touched."""
     n_cols = n_cols * COLUMN_UNIT
-    first = tl.program_id(0).to(tl.int64)
-    for row in range(first, n_rows, tl.num_programs(0).to(tl.int64)):
+    first = tl.program_id(0)
+    for row in range(first, n_rows, tl.num_programs(0)):
         factor = tl.load(factors_ptr + row)
         if factor != 1:
             place, shift = row_place(

@@ -15,7 +15,8 @@ def row_place(
     Row i starts at (first + (i // inner) * outer_stride + (i % inner) * inner_stride) * UNIT. With
     SHIFTED this is rounded down to a multiple of SHIFTED, and what was cut off is the shift.
     """
-    offset = (first + (row // inner) * outer_stride + (row % inner) * inner_stride) * UNIT
+    outer = (row // inner).to(tl.int64) * outer_stride
+    offset = (first + outer + (row % inner).to(tl.int64) * inner_stride) * UNIT
     shift = tl.zeros([], tl.int32)
     if SHIFTED:
         shift = (offset % SHIFTED).to(tl.int32)

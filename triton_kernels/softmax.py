@@ -70,24 +70,49 @@ def _load_ahead(x_ptr, start, wanted, BLOCK: tl.constexpr, EVICTION: tl.constexp
 
 
 @triton.jit
-def _without(x, start, place, BLOCK: tl.constexpr):
-    """A block whose element at `place` is -inf, if it is there.
+def _is_lane(lane, BLOCK: tl.constexpr):
+    """Which of a block's lanes is this one.
 
-    A branch, because a comparison would cost every element a quarter of its instructions.
+    In two parts, of which one is a constant where a thread has neighbours. Of `lanes == lane`
+    compilers keep a register for each lane of a thread, through all loops of a row.
     """
+    lanes = tl.arange(0, BLOCK)
+    return (lanes % 8 == lane % 8) & (lanes // 8 == lane // 8)
+
+
+@triton.jit
+def _without(x, start, place, BLOCK: tl.constexpr):
+    """A block in float32 whose element at `place` is -inf, if it is there.
+
+    A branch, because a comparison would cost every element a quarter of its instructions; and
+    converted before it, since behind a branch 16-bit elements are no longer two to a register.
+    """
+    x = x.to(tl.float32)
     if (place >= start) & (place < start + BLOCK):
-        x = tl.where(start + tl.arange(0, BLOCK) != place, x, float("-inf"))
+        x = tl.where(_is_lane(place - start, BLOCK), float("-inf"), x)
     return x
 
 
 @triton.jit
 def _add_block(sums, weighted, x, scale, ref, WEIGHTED: tl.constexpr):
-    u = tl.fma(x.to(tl.float32), scale, -ref)
+    u = tl.fma(x, scale, -ref)
     e = tl.exp2(u)
     sums += e
     if WEIGHTED:
         weighted = tl.fma(tl.maximum(u, _LOWEST), e, weighted)
     return sums, weighted
+
+
+@triton.jit
+def _largest(x):
+    """The maximum of float32 lanes, as that of integers in the same order.
+
+    From sm_80 on a warp has one instruction for it. Shuffles are calls of functions on sm_80 where
+    the compiler cannot prove that a warp is together, and need registers to spare.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    top = tl.max(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return (top ^ ((top >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -110,7 +135,7 @@ def _total(sums, weighted, lift, WEIGHTED: tl.constexpr):
     Where a lane is NaN or, times 2^-lift, beyond the limit, the first is inf and the second NaN.
     """
     fits = sums * power_of_two(-lift) < _LANE_LIMIT
-    top = tl.max(tl.where(fits, sums, float("inf")))
+    top = _largest(tl.where(fits, sums, float("inf")))
     # 2^e <= top < 2^(e + 1): times 2^(7 - e), and back; e is at least -110.
     exponent = tl.maximum(top.to(tl.int32, bitcast=True) >> 23, 127 - 110)
     factor = ((2 * 127 + 7 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -144,8 +169,8 @@ def _sum_again(
     for start in range(segment, end, BLOCK):
         x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED, softcap)
         x = _without(_without(x, start, target, BLOCK), start, peak, BLOCK)
-        top = tl.maximum(top, x.to(tl.float32))
-    ref, lift = _reference(tl.max(top), scale)
+        top = tl.maximum(top, x)
+    ref, lift = _reference(_largest(top), scale)
     sums = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     for start in range(segment, end, BLOCK):
@@ -168,12 +193,12 @@ def find_peak(
     places = tl.full([BLOCK], _NO_PLACE, tl.int32)
     for start in range(begin, end, BLOCK):
         x = _load_edge(x_ptr, start, first, end, BLOCK, SHIFTED, softcap)
-        x = _without(x, start, target, BLOCK).to(tl.float32)
+        x = _without(x, start, target, BLOCK)
         here = start + tl.arange(0, BLOCK)
         better = x > top
         top = tl.where(better, x, top)
         places = tl.where(better, here, places)
-    largest = tl.max(top)
+    largest = _largest(top)
     return largest, -tl.max(tl.where(top == largest, -places, -_NO_PLACE))
 
 
@@ -181,18 +206,17 @@ def find_peak(
 def guess_reference(
     x_ptr, shift, n_cols, target, scale, softcap, BLOCK: tl.constexpr, SHIFTED: tl.constexpr
 ):
-    """A reference from the row's first columns, its lift, and whether it is usable.
+    """A reference from the row's first columns and its lift, which is NaN if there is none.
 
     Any reference gives the same sum; only overflow and underflow matter. Since these columns take
     part in the sum, the sum cannot vanish; segments that overflow find their own.
     """
     # The same columns whatever the shift.
     end = shift + tl.minimum(n_cols, BLOCK - 16)
-    x = _load_edge(x_ptr, 0, shift, end, BLOCK, SHIFTED, softcap).to(tl.float32)
-    others = tl.arange(0, BLOCK) != target + shift
-    ref, lift = _reference(tl.max(tl.where(others, x, float("-inf"))), scale)
+    x = _load_edge(x_ptr, 0, shift, end, BLOCK, SHIFTED, softcap)
+    ref, lift = _reference(_largest(_without(x, 0, target + shift, BLOCK)), scale)
     usable = tl.abs(ref) < LARGEST_REF
-    return tl.where(usable, ref, 0.0), lift, usable
+    return tl.where(usable, ref, 0.0), tl.where(usable, lift, float("nan"))
 
 
 @triton.jit
@@ -275,11 +299,11 @@ def sum_columns(
     scale,
     guess,
     guess_lift,
-    usable,
     softcap,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
     SHIFTED: tl.constexpr,
+    UNROLL: tl.constexpr,
     WEIGHTED: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
@@ -309,7 +333,7 @@ def sum_columns(
             edge = _load_edge(x_ptr, segment, segment_first, segment_end, BLOCK, SHIFTED, softcap)
             edge = _without(edge, segment, target, BLOCK)
             sums, weighted_sums = _add_block(sums, weighted_sums, edge, scale, guess, WEIGHTED)
-        for start in range(segment + FIRST, whole_end, BLOCK):
+        for start in tl.range(segment + FIRST, whole_end, BLOCK, loop_unroll_factor=UNROLL):
             following = start + BLOCK
             if SHIFTED:
                 following = tl.where(following < whole_end, following, segment + SEGMENT + FIRST)
@@ -326,7 +350,7 @@ def sum_columns(
             sums, weighted_sums = _add_block(sums, weighted_sums, edge, scale, guess, WEIGHTED)
         part_ref = guess
         largest, part, part_weighted = _total(sums, weighted_sums, guess_lift, WEIGHTED)
-        if (largest == float("inf")) | (usable == 0):
+        if largest == float("inf"):
             part_ref, largest, part, part_weighted = _sum_again(
                 x_ptr,
                 segment,
@@ -522,11 +546,14 @@ def _gradient_block(
     if WITH_ENTROPY:
         factor = tl.fma(linear, tl.maximum(u, _LOWEST), constant)
     d = tl.exp2(u) * factor
-    if WITH_ENTROPY:  # noqa: SIM102
-        if (peak >= start) & (peak < start + BLOCK):
-            d = tl.where(start + tl.arange(0, BLOCK) == peak, peak_value, d)
-    if (target >= start) & (target < start + BLOCK):
-        d = tl.where(start + tl.arange(0, BLOCK) == target, target_value, d)
+    # Blocks start at multiples of BLOCK: in the same one only the lane differs.
+    if WITH_ENTROPY:
+        lane = start ^ peak
+        if (lane >= 0) & (lane < BLOCK):
+            d = tl.where(_is_lane(lane, BLOCK), peak_value, d)
+    lane = start ^ target
+    if (lane >= 0) & (lane < BLOCK):
+        d = tl.where(_is_lane(lane, BLOCK), target_value, d)
     if softcap is not None:
         t = x * (1.0 / softcap)
         d *= tl.maximum(tl.fma(-t, t, 1.0), 0.0)  # |x| may be rounded to more than the softcap
@@ -551,6 +578,7 @@ def write_gradient(
     softcap,
     BLOCK: tl.constexpr,
     SHIFTED: tl.constexpr,
+    UNROLL: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
     """Stage 3 at places [begin, end), backwards: what stage 1 read last is in the cache still.
@@ -587,7 +615,7 @@ def write_gradient(
     if SHIFTED:
         first += tl.where((begin < shift) & (n_whole > 0), BLOCK, 0)
     x = _load_ahead(x_ptr, tail - BLOCK, first < tail, BLOCK, "evict_first")
-    for done in range(first, tail, BLOCK):
+    for done in tl.range(first, tail, BLOCK, loop_unroll_factor=UNROLL):
         start = tail - BLOCK - (done - first)
         ahead = _load_ahead(x_ptr, start - BLOCK, first < start, BLOCK, "evict_first")
         places = start + lanes

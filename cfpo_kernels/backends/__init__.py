@@ -30,6 +30,7 @@ KERNELS: dict[str, Backend] = {
     "cuda-transient": cuda.CUDA_TRANSIENT,
     "cpu": cpu.CPU,
     "triton": triton.TRITON,
+    "triton-unrolled": triton.TRITON_UNROLLED,
 }
 
 

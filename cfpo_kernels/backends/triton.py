@@ -173,9 +173,10 @@ class _Launch(NamedTuple):
     tile: Any
     register_limit: int
     device: Any
+    unroll: int
 
     @classmethod
-    def of(cls, x: Tensor, d: Tensor | None, with_entropy: bool) -> _Launch:
+    def of(cls, x: Tensor, d: Tensor | None, with_entropy: bool, unroll: int) -> _Launch:
         config = _module("config")
         vector = config.VECTOR_BYTES // x.element_size()
         n_cols = x.shape[-1]
@@ -187,6 +188,8 @@ class _Launch(NamedTuple):
             moved = [matrix.from_aligned(vector) for matrix in matrices]
             if None not in moved:
                 matrices, shifted = moved, vector  # type: ignore[assignment]
+        if narrow := not aligned and not shifted:
+            tile = config.narrow(tile)
         return cls(
             x.shape[:-1].numel(),
             n_cols,
@@ -197,8 +200,9 @@ class _Launch(NamedTuple):
             shifted,
             with_entropy,
             tile,
-            config.register_limit(tile, with_entropy, not aligned and not shifted),
+            config.register_limit(tile, with_entropy, narrow),
             _device(x.device),
+            unroll,
         )
 
     def segments(self) -> int:
@@ -234,6 +238,7 @@ class _Launch(NamedTuple):
             "COLUMN_UNIT": self.column_unit,
             "SHIFTED": self.shifted,
             "BLOCK": self.tile.block,
+            "UNROLL": self.unroll,
             "num_warps": self.tile.threads // self.device.warp_size,
             # What the source spells out is what is rounded: kernels that share a function agree.
             "enable_fp_fusion": False,
@@ -242,11 +247,13 @@ class _Launch(NamedTuple):
 
 
 def _launches(
-    x: Tensor, d: Tensor | None = None, *, with_entropy: bool = False
+    unroll: int, x: Tensor, d: Tensor | None = None, *, with_entropy: bool = False
 ) -> Iterator[tuple[int, _Launch]]:
     matrices = [x] if d is None else [x, d]
     for first, (logits, *gradient) in row_blocks(*matrices):
-        yield first, _Launch.of(logits, gradient[0] if gradient else None, with_entropy)
+        launch = _Launch.of(logits, gradient[0] if gradient else None, with_entropy, unroll)
+        _module("config").check_rows(launch.n_rows, launch.pieces())
+        yield first, launch
 
 
 def _row_inputs(rows: KernelRows, first: int) -> dict[str, Any]:
@@ -327,7 +334,14 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 class TritonBackend:
-    """See ``base.Backend``."""
+    """See ``base.Backend``.
+
+    Args:
+        unroll: steps of a loop over columns that are compiled as one. The bits are the same.
+    """
+
+    def __init__(self, unroll: int = 1) -> None:
+        self.unroll = unroll
 
     def policy_loss(
         self,
@@ -343,7 +357,9 @@ class TritonBackend:
         kernel = _module("kernels").policy_loss_kernel
         settings = terms.settings
         with_entropy = entropy is not None or settings.needs_entropy
-        for first, launch in _launches(rows.logits, dlogits, with_entropy=with_entropy):
+        for first, launch in _launches(
+            self.unroll, rows.logits, dlogits, with_entropy=with_entropy
+        ):
             inputs = _row_inputs(rows, first)
             with _on(launch.logits.tensor.device):
                 partials = _partials(launch, inputs, rows)
@@ -374,7 +390,7 @@ class TritonBackend:
     def token_logps(
         self, rows: KernelRows, *, logps: Tensor, lse: Tensor, entropy: Tensor | None
     ) -> None:
-        for first, launch in _launches(rows.logits, with_entropy=entropy is not None):
+        for first, launch in _launches(self.unroll, rows.logits, with_entropy=entropy is not None):
             inputs = _row_inputs(rows, first)
             with _on(launch.logits.tensor.device):
                 partials = _partials(launch, inputs, rows)
@@ -404,7 +420,9 @@ class TritonBackend:
         dentropy: Tensor | None,
         dlogits: Tensor,
     ) -> None:
-        for first, launch in _launches(rows.logits, dlogits, with_entropy=dentropy is not None):
+        for first, launch in _launches(
+            self.unroll, rows.logits, dlogits, with_entropy=dentropy is not None
+        ):
             pieces = launch.pieces()
             with _on(launch.logits.tensor.device):
                 _module("kernels").token_logps_backward_kernel[(launch.n_rows * pieces,)](
@@ -425,7 +443,7 @@ class TritonBackend:
 
     def multiply_rows(self, x: Tensor, factors: Tensor) -> None:
         factors = factors.expand(x.shape[:-1].numel()).contiguous()
-        for first, launch in _launches(x):
+        for first, launch in _launches(self.unroll, x):
             with _on(x.device):
                 _module("kernels").multiply_rows_kernel[(launch.row_programs(),)](
                     launch.logits.tensor,
@@ -436,3 +454,4 @@ class TritonBackend:
 
 
 TRITON = TritonBackend()
+TRITON_UNROLLED = TritonBackend(unroll=2)

@@ -126,7 +126,8 @@ def check(
     if not isinstance(full, bool):
         raise TypeError(f"full must be True or False, got {type(full).__name__}")
     seconds = time_limit(full, timeout)
-    names = [n for n in targets.names_for(device) if backend in (None, targets.backend_of(n))]
+    known = targets.names_for(device, full)
+    names = [name for name in known if backend in (None, targets.backend_of(name))]
     if not names:
         raise BackendUnavailableError(f"backend={backend!r} has no kernels for {device}")
     begin = time.monotonic()

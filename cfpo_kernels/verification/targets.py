@@ -9,7 +9,12 @@ from ..backends import cpu, cuda, triton
 from .battery import Target
 
 # By kind of device, the ones to prefer first.
-NAMES = {"gpu": ("cuda", "cuda-transient", "cuda-portable", "triton"), "cpu": ("cpu",)}
+NAMES = {
+    "gpu": ("cuda", "cuda-transient", "cuda-portable", "triton", "triton-unrolled"),
+    "cpu": ("cpu",),
+}
+# Triton compiles each set anew, which a first use should not wait for.
+ONLY_FULL = ("triton-unrolled",)
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
@@ -18,8 +23,10 @@ def kind_of(device: torch.device) -> str:
     return "gpu" if device.type in triton.DEVICES else "cpu" if device.type == "cpu" else ""
 
 
-def names_for(device: torch.device) -> tuple[str, ...]:
-    return NAMES.get(kind_of(device), ())
+def names_for(device: torch.device, full: bool = True) -> tuple[str, ...]:
+    """`full`: as of the long battery."""
+    names = NAMES.get(kind_of(device), ())
+    return names if full else tuple(name for name in names if name not in ONLY_FULL)
 
 
 def backend_of(name: str) -> str:
@@ -33,7 +40,7 @@ def why_not(name: str, device: torch.device) -> str:
         status = cuda.status()
         why = cuda.why_not(device) if status else status.detail
         return why or (cuda.why_no_clusters(device) if name == "cuda-transient" else "")
-    if name == "triton":
+    if backend_of(name) == "triton":
         found = triton.status()
         return triton.why_not(device) if found else found.detail
     return "" if cpu.native is not None else cpu.import_failure

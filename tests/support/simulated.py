@@ -127,6 +127,7 @@ def a_gpu(device: torch.device, names: list[str]) -> list[Target]:
         "cuda-transient": Planted(KERNELS["cpu"], "dropped tail"),
         "cuda-portable": Planted(KERNELS["cpu"], "one wrong element"),
         "triton": Slow(KERNELS["cpu"], 0.05),
+        "triton-unrolled": Slow(KERNELS["cpu"], 0.1),
     }
     return [Target(name, kernels[name], torch.device("cpu"), 4, largest=1000) for name in names]
 

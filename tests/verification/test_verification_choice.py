@@ -144,6 +144,7 @@ def test_the_whole_road(
         assert record.verdict("cuda", dtype) == record.verdict("triton", dtype) == "right"
         for planted in ("cuda-portable", "cuda-transient"):
             assert record.verdict(planted, dtype) == "wrong", "the planted fault"
+        assert not record.verdict("triton-unrolled", dtype), "only in a long battery"
     reasons = {v.reason for v in record.verdicts if v.verdict == "wrong"}
     assert any("element in row" in reason or "gradient" in reason for reason in reasons), reasons
     # Of two right ones the faster: triton pauses 50 ms. The wrong one would have been the fastest.

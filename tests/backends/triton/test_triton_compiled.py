@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from repository import SUPPORT
-from triton_tools.offline import Launch, fake, offline
+from triton_tools.offline import Launch, fake, offline, warp_size
 
 import cfpo_kernels.backends.triton as backend
 from cfpo_kernels import CFPO, PPOClip
@@ -27,8 +27,17 @@ from cfpo_kernels.inputs import LossSettings, TokenInputs
 from cfpo_kernels.triton_kernels import config, kernels
 from cfpo_kernels.verification import battery, calls, cases, timing
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHS = (
+    *("sm_80", "sm_90", "sm_100", "gfx942"),
+    *(
+        pytest.param(arch, marks=pytest.mark.nightly)
+        for arch in ("sm_86", "sm_89", "sm_120", "gfx90a", "gfx950", "gfx1100")
+    ),
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Bytes of a thread's local memory, in which numbers wait that a row needs between its loops; with
+# any Triton from 3.6 to 3.9.
+STACK = {"sm_80": 32, "sm_90": 0, "sm_100": 8}
 OBJECTIVES = {"cfpo": CFPO(), "ppo_clip": PPOClip(0.2, 0.28, 3.0)}
 
 pytestmark = pytest.mark.skipif(
@@ -44,7 +53,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
         amd = arch.startswith("gfx")
         device = config.Device(
             multiprocessors=304 if amd else 132,
-            warp_size=64 if amd else 32,
+            warp_size=warp_size(arch),
             limits_registers=not amd,
         )
         monkeypatch.setattr(backend, "_device", lambda _: device)
@@ -121,9 +130,7 @@ def check_code(launches: Sequence[Launch], itemsize: int, v: int) -> None:
         # Otherwise one thread could overwrite in place what another has not read yet.
         assert "convert_layout" not in launch.asm["ttgir"], launch.summary()
         # AMD parks scalar registers in vector registers: no memory, so no harm.
-        # 8 bytes, outside of the loops: docs/triton.md.
-        if not (launch.arch == "sm_100" and itemsize == 2 and launch.code.stack == 8):
-            assert launch.code.stack == 0 and (launch.spills == 0 or not nvidia), launch.summary()
+        assert launch.code.stack == 0 and (launch.spills == 0 or not nvidia), launch.summary()
         assert launch.shared <= 1024, launch.summary()
         if nvidia:
             weighted = launch.arguments.get("WITH_ENTROPY") or (
@@ -207,19 +214,40 @@ def test_the_check_can_fail(
         assert set(hot(launch, "load")) != {16}
 
 
+@pytest.mark.parametrize("arch", STACK)
+def test_unrolled(arch: str, on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer instructions a column, and what spills of long rows spills outside of the loops."""
+    on(arch)
+    with offline(arch) as launches:
+        for dtype in (torch.bfloat16, torch.float32):
+            for v in (50257, 128256):
+                for unroll in (1, 2):
+                    monkeypatch.setattr(backend.TRITON, "unroll", unroll)
+                    launch_policy(fake((8192, v), dtype))
+    for plain, unrolled in zip(launches[::2], launches[1::2], strict=True):
+        assert unrolled.code.stack <= 32 and unrolled.code.spill_depth <= 1, unrolled.summary()
+        for kind in ("load", "store"):
+            assert set(hot(unrolled, kind)) == {16}, unrolled.summary()
+            assert len(hot(unrolled, kind)) > len(hot(plain, kind)), unrolled.summary()
+
+
 def test_rows_that_start_differently(on: Callable[[str], None]) -> None:
-    """Of logits and gradient: narrow accesses, but no spills."""
+    """Of logits and gradient: narrow accesses, more threads, but no spills."""
     on("sm_90")
     with offline("sm_90") as launches:
         v = 50257
         sliced = fake((16, 512, v), torch.bfloat16, strides=(513 * v, v, 1))
         launch_policy(sliced, dlogits=fake((16, 512, v), torch.bfloat16))
-        launch_policy(
-            fake((8192, 1001), torch.bfloat16), dlogits=fake((8192, 1001), torch.bfloat16, offset=3)
-        )
+        for everything in (False, True):
+            launch_policy(
+                fake((8192, 1001), torch.bfloat16),
+                dlogits=fake((8192, 1001), torch.bfloat16, offset=3),
+                everything=everything,
+            )
     for launch in launches:
         assert launch.spills == 0 and launch.registers <= 168, launch.summary()
         assert set(hot(launch, "store")) == {2}
+    assert [launch.num_warps for launch in launches] == [16, 4, 4]
 
 
 def test_vocabularies_of_whole_vectors_share_their_kernels(on: Callable[[str], None]) -> None:
@@ -284,10 +312,17 @@ def test_table() -> None:
             assert tile.threads * tile.more_registers <= 65536
 
 
+def test_more_rows_than_can_be_counted_are_refused() -> None:
+    most = config.LARGEST_PIECES // 8
+    config.check_rows(most, 8)
+    with pytest.raises(ValueError, match=rf"at most {most} rows as long as these, got {most + 1}"):
+        config.check_rows(most + 1, 8)
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+@pytest.mark.parametrize("version", ["3.6.0", "3.8.0", "3.9.0"])
 def test_other_tritons(version: str, tmp_path: Path) -> None:
-    """The oldest and the newest that were tried, each in a process of its own: no spills."""
+    """Each in a process of its own: nothing spills in a loop, and on sm_90 nothing at all."""
     target = tmp_path / "triton"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
     if subprocess.run([*install, f"triton=={version}"], capture_output=True).returncode:
@@ -295,14 +330,18 @@ def test_other_tritons(version: str, tmp_path: Path) -> None:
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (target, SUPPORT, here)))}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "triton_tools.offline", "sm_90", "test_triton_compiled:sample"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {launch["triton"] for launch in found} == {version}
-    assert {launch["kernel"] for launch in found} >= {"policy_loss_kernel", "token_logps_kernel"}
-    for launch in found:
-        assert launch["spills"] == 0, launch
+    for arch, stack in STACK.items():
+        command = [sys.executable, "-m", "triton_tools.offline", arch]
+        command.append("test_triton_compiled:sample")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = [json.loads(line) for line in done.stdout.splitlines()]
+        assert {launch["triton"] for launch in found} == {version}
+        assert {x["kernel"] for x in found} >= {"policy_loss_kernel", "token_logps_kernel"}
+        for launch in found:
+            assert launch["stack"] <= stack, launch
+            assert launch["spill_depth"] <= 1, launch  # in the loop over rows
+            assert stack or not launch["spills"], launch
 
 
 def sample() -> None:

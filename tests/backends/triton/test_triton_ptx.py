@@ -11,12 +11,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from oracle import check, check_token_logps, make_case, with_everything
+from oracle import assert_same, check, check_token_logps, make_case, with_everything
 from ptx_tools.interpreter import ASYNC, ORDERS, How, PtxError
 from ptx_tools.triton_launch import Runner
 from targets import Target
 
 from cfpo_kernels import CFPO, PPOClip
+from cfpo_kernels.triton_kernels import kernels
 
 pytestmark = pytest.mark.only_on("triton-ptx*", reason="each test has orders of its own")
 
@@ -52,6 +53,22 @@ def test_losses(dtype: torch.dtype, v: int, target: Target) -> None:
 def test_log_probabilities(dtype: torch.dtype, v: int, target: Target) -> None:
     for inplace, _ in zip((False, True, False, True), hows(target.runner), strict=True):
         check_token_logps(dtype, v, inplace=inplace)
+
+
+@pytest.mark.parametrize("v", [4099, 33000])
+def test_unrolled_loops_give_the_same_bits(
+    v: int, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whole steps and of what is left of them: 2 and 4 blocks, 1 and 3."""
+    outcomes = []
+    for unroll in (1, 2):
+        monkeypatch.setattr(target.backend, "unroll", unroll)
+        case = with_everything(make_case(3, v, torch.bfloat16))
+        outcomes += [check(case, inplace=True), check(make_case(3, v, torch.bfloat16))]
+    assert_same(outcomes[2], outcomes[0])
+    assert_same(outcomes[3], outcomes[1])
+    variants = target.runner.launches.specialisations(kernels.policy_loss_kernel)
+    assert variants == 4, "each was compiled"
 
 
 @pytest.mark.parametrize(("v", "dtype"), [(4099, torch.bfloat16)], ids=str)

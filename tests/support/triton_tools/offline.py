@@ -164,6 +164,11 @@ class _Driver:
         )
 
 
+def warp_size(arch: str) -> int:
+    """Threads that run together: AMD's data center GPUs have more."""
+    return 64 if arch.startswith("gfx9") else 32
+
+
 _blocks = itertools.count()
 
 
@@ -179,7 +184,7 @@ def offline(arch: str) -> Iterator[Launches]:
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     else:
-        target = GPUTarget("hip", arch, 64)
+        target = GPUTarget("hip", arch, warp_size(arch))
     launches, touched = Launches(), set[JITFunction]()
     device = f"offline block {next(_blocks)}"
     run, active = JITFunction.run, driver._active

@@ -154,6 +154,9 @@ def sanitizer(tool):
     if tool == "memcheck":
         # Libraries ask the driver for functions and attributes that it may not have.
         command += ["--report-api-errors", "no"]
+    if tool == "racecheck":
+        # Which of a pair came first: a read before a write is another barrier's than one behind it.
+        command += ["--racecheck-report", "all"]
     # Memory straight from the driver: torch's pool would hide what lies beside a tensor.
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [*command, sys.executable, str(ROOT / "tools" / "sanitizer_case.py")], env

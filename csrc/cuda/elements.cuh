@@ -12,7 +12,8 @@ namespace cfpo::cuda {
 template <class T>
 constexpr int kVectorElements = kVectorBytes / static_cast<int>(sizeof(T));
 
-// A word holds one float, or two 16-bit elements, the first in its low half.
+// A word holds one float, or two 16-bit elements, the first in its low half. `larger` is of each
+// element the larger one, the other of a NaN.
 template <class T>
 struct Element;
 
@@ -23,6 +24,13 @@ struct Element<float> {
     std::uint32_t word;
     std::memcpy(&word, x, 4);
     return word;
+  }
+  static CFPO_DEVICE std::uint32_t larger(std::uint32_t a, std::uint32_t b) {
+    float x, y;
+    unpack(a, &x);
+    unpack(b, &y);
+    x = std::fmax(x, y);
+    return pack(&x);
   }
 };
 
@@ -35,6 +43,9 @@ struct Element<bfloat16> {
   static CFPO_DEVICE std::uint32_t pack(const float* x) {
     return hw::floats_to_bfloat16s(x[0], x[1]);
   }
+  static CFPO_DEVICE std::uint32_t larger(std::uint32_t a, std::uint32_t b) {
+    return hw::max_bfloat16s(a, b);
+  }
 };
 
 template <>
@@ -44,6 +55,9 @@ struct Element<float16> {
     x[1] = hw::half_to_float(static_cast<std::uint16_t>(word >> 16));
   }
   static CFPO_DEVICE std::uint32_t pack(const float* x) { return hw::floats_to_halves(x[0], x[1]); }
+  static CFPO_DEVICE std::uint32_t larger(std::uint32_t a, std::uint32_t b) {
+    return hw::max_halves(a, b);
+  }
 };
 
 template <class T>

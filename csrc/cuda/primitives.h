@@ -30,6 +30,7 @@
 //   divide_approx(a, b)      a / b to 2 units in the last place, for |b| of 2^-126 to 2^126
 //   funnel_shift(low, high, bits)   32 bits from (high:low) >> bits, bits < 32
 //   half_to_float(bits), floats_to_halves(low, high), floats_to_bfloat16s(low, high)
+//   max_halves(a, b), max_bfloat16s(a, b)   of both halves of a word; as fmax where one is NaN
 //
 // From compute capability 9.0 on, of blocks in a cluster:
 //

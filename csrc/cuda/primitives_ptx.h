@@ -164,5 +164,13 @@ CFPO_DEVICE std::uint32_t floats_to_bfloat16s(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
+CFPO_DEVICE std::uint32_t max_halves(std::uint32_t a, std::uint32_t b) {
+  asm("max.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+CFPO_DEVICE std::uint32_t max_bfloat16s(std::uint32_t a, std::uint32_t b) {
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
 
 }  // namespace cfpo::cuda::hw

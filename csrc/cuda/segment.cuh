@@ -101,17 +101,21 @@ CFPO_DEVICE std::uint32_t load_segment(Vector (&raw)[kLaneVectors], const char* 
 // The warp's largest element; NaNs are passed over.
 template <class T>
 CFPO_DEVICE float largest_element(const Vector (&raw)[kLaneVectors]) {
-  // One chain of comparisons a vector: each waits for the one before.
-  float tops[kLaneVectors];
+  // One chain of comparisons a vector: each waits for the one before. Of 16-bit elements two at
+  // once.
+  std::uint32_t tops[kLaneVectors];
   for (int k = 0; k < kLaneVectors; ++k) {
-    float x[kVectorElements<T>];
-    unpack<T>(raw[k], x);
-    tops[k] = x[0];
-    for (int j = 1; j < kVectorElements<T>; ++j) tops[k] = std::fmax(tops[k], x[j]);
+    tops[k] = raw[k].word[0];
+    for (int j = 1; j < 4; ++j) tops[k] = Element<T>::larger(tops[k], raw[k].word[j]);
   }
+  const std::uint32_t top = Element<T>::larger(Element<T>::larger(tops[0], tops[1]),
+                                               Element<T>::larger(tops[2], tops[3]));
+  float x[4 / sizeof(T)];
+  Element<T>::unpack(top, x);
   // Of NaNs alone it is -inf.
-  return hw::warp_max(
-      std::fmax(std::fmax(std::fmax(tops[0], tops[1]), tops[2]), std::fmax(tops[3], -INFINITY)));
+  float largest = -INFINITY;
+  for (const float element : x) largest = std::fmax(largest, element);
+  return hw::warp_max(largest);
 }
 
 // Not -inf, also where there is nothing else: -inf - ref has to be -inf. NaNs, which the maximum

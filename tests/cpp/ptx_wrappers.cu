@@ -103,6 +103,11 @@ TEST_KERNEL(to_halves)(const float* in, unsigned* halves, unsigned* bfloats) {
   halves[i] = hw::floats_to_halves(in[2 * i], in[2 * i + 1]);
   bfloats[i] = hw::floats_to_bfloat16s(in[2 * i], in[2 * i + 1]);
 }
+TEST_KERNEL(max_pairs)(const unsigned* in, unsigned* halves, unsigned* bfloats) {
+  const std::int64_t i = hw::block_index() * hw::block_threads() + hw::thread_index();
+  halves[i] = hw::max_halves(in[2 * i], in[2 * i + 1]);
+  bfloats[i] = hw::max_bfloat16s(in[2 * i], in[2 * i + 1]);
+}
 
 #if __CUDA_ARCH__ >= 900
 TEST_KERNEL(cluster_rank)(int* out) {

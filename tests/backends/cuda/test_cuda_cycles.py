@@ -188,16 +188,16 @@ class Cost(NamedTuple):
 # What each may cost at most. The transient kernel writes four vectors a lane and segment, and asks
 # before each whether it is whole.
 BUDGETS = {
-    "cluster_kernel<bfloat16, policy>": Cost(2000, 2150, 7.7, 6.5),
-    "cluster_kernel<bfloat16, policy, entropy>": Cost(2900, 3600, 10.5, 8.5),
-    "cluster_kernel<float16, policy>": Cost(2000, 2150, 7.7, 6.5),
-    "cluster_kernel<float16, policy, entropy>": Cost(2900, 3600, 10.5, 8.5),
+    "cluster_kernel<bfloat16, policy>": Cost(2000, 2150, 7.2, 6.5),
+    "cluster_kernel<bfloat16, policy, entropy>": Cost(2900, 3600, 9.9, 8.5),
+    "cluster_kernel<float16, policy>": Cost(2000, 2150, 7.2, 6.5),
+    "cluster_kernel<float16, policy, entropy>": Cost(2900, 3600, 9.9, 8.5),
     "cluster_kernel<float32, policy>": Cost(2000, 2150, 9.2, 7.1),
     "cluster_kernel<float32, policy, entropy>": Cost(2900, 3800, 12.7, 9.1),
-    "transient_kernel<bfloat16, policy>": Cost(0, 0, 7.3, 8.9),
-    "transient_kernel<bfloat16, policy, entropy>": Cost(0, 0, 10.3, 11.4),
-    "transient_kernel<float16, policy>": Cost(0, 0, 7.3, 8.9),
-    "transient_kernel<float16, policy, entropy>": Cost(0, 0, 10.3, 11.4),
+    "transient_kernel<bfloat16, policy>": Cost(0, 0, 6.7, 8.9),
+    "transient_kernel<bfloat16, policy, entropy>": Cost(0, 0, 9.7, 11.4),
+    "transient_kernel<float16, policy>": Cost(0, 0, 6.7, 8.9),
+    "transient_kernel<float16, policy, entropy>": Cost(0, 0, 9.7, 11.4),
     "transient_kernel<float32, policy>": Cost(0, 0, 8.5, 11.8),
     "transient_kernel<float32, policy, entropy>": Cost(0, 0, 12.5, 14.7),
 }

@@ -43,6 +43,12 @@ PORTABLE = {
     "cvt.f32.f16: the bits taken for bfloat16": Planted(
         "cvt.f32.f16 %0, %1;", "cvt.f32.bf16 %0, %1;", "half_to_float.*are wrong"
     ),
+    "max.f16x2: of bfloat16": Planted(
+        '"max.f16x2 %0, %0, %1;"', '"max.bf16x2 %0, %0, %1;"', "max_pairs.*are wrong"
+    ),
+    "max.bf16x2: of float16": Planted(
+        '"max.bf16x2 %0, %0, %1;"', '"max.f16x2 %0, %0, %1;"', "max_pairs.*are wrong"
+    ),
     "ld.shared.v4: two words exchanged": Planted(
         "ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];", "ld.shared.v4.u32 {%0, %2, %1, %3}, [%4];",
         "copies.*are wrong",

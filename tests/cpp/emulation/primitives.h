@@ -160,4 +160,21 @@ inline std::uint32_t floats_to_bfloat16s(float low, float high) {
   return float_to_bfloat16(low) | float_to_bfloat16(high) << 16;
 }
 
+inline std::uint32_t max_halves(std::uint32_t a, std::uint32_t b) {
+  const auto larger = [&](int at) {
+    return std::fmax(half_to_float(static_cast<std::uint16_t>(a >> at)),
+                     half_to_float(static_cast<std::uint16_t>(b >> at)));
+  };
+  return floats_to_halves(larger(0), larger(16));
+}
+inline std::uint32_t max_bfloat16s(std::uint32_t a, std::uint32_t b) {
+  const auto larger = [&](int at) {
+    const std::uint32_t bits[2] = {a >> at << 16, b >> at << 16};
+    float x[2];
+    std::memcpy(x, bits, sizeof x);
+    return std::fmax(x[0], x[1]);
+  };
+  return floats_to_bfloat16s(larger(0), larger(16));
+}
+
 }  // namespace cfpo::cuda::hw

@@ -92,9 +92,19 @@ void absolute(Thread& t, const Instruction& i) {
 }
 // Of 16 bits, whose infinity is given. A NaN's payload is not specified.
 template <u16 kInfinity>
+u16 absolute16(u16 bits) {
+  bits &= 0x7FFF;
+  return bits > kInfinity ? u16{0x7FFF} : bits;
+}
+template <u16 kInfinity>
 void absolute16(Thread& t, const Instruction& i) {
-  const u16 bits = get<u16>(t, i, 1) & 0x7FFF;
-  put<u16>(t, i, 0, bits > kInfinity ? u16{0x7FFF} : bits);
+  put<u16>(t, i, 0, absolute16<kInfinity>(get<u16>(t, i, 1)));
+}
+template <u16 kInfinity>
+void absolute_pair(Thread& t, const Instruction& i) {
+  const u32 pair = get<u32>(t, i, 1);
+  const u32 upper = absolute16<kInfinity>(static_cast<u16>(pair >> 16));
+  put<u32>(t, i, 0, upper << 16 | absolute16<kInfinity>(static_cast<u16>(pair)));
 }
 template <class F>
 void logic(Thread& t, const Instruction& i) {
@@ -159,10 +169,26 @@ inline void leading_zeros(Thread& t, const Instruction& i) {
 // `variant` has a bit for each way in which two numbers compare and that it is true of: 1 below,
 // 2 equal, 4 above, 8 unordered.
 template <class T>
-void set_predicate(Thread& t, const Instruction& i) {
-  const T a = get<T>(t, i, 1), b = get<T>(t, i, 2);
+u64 compare(const Instruction& i, T a, T b) {
   const int bit = a < b ? 1 : a == b ? 2 : a > b ? 4 : 8;
-  put<u64>(t, i, 0, (i.variant & bit) != 0 ? 1 : 0);
+  return (i.variant & bit) != 0 ? 1 : 0;
+}
+template <class T>
+void set_predicate(Thread& t, const Instruction& i) {
+  put<u64>(t, i, 0, compare(i, get<T>(t, i, 1), get<T>(t, i, 2)));
+}
+template <f32 (*kFrom)(u16)>
+void set_predicate16(Thread& t, const Instruction& i) {
+  put<u64>(t, i, 0, compare(i, kFrom(get<u16>(t, i, 1)), kFrom(get<u16>(t, i, 2))));
+}
+// The first predicate is the lower halves'.
+template <f32 (*kFrom)(u16)>
+void set_predicate_pair(Thread& t, const Instruction& i) {
+  const u32 a = get<u32>(t, i, 2), b = get<u32>(t, i, 3);
+  for (int k = 0; k < 2; ++k) {
+    const auto half = [k](u32 pair) { return kFrom(static_cast<u16>(pair >> 16 * k)); };
+    put<u64>(t, i, k, compare(i, half(a), half(b)));
+  }
 }
 template <class T>
 void select(Thread& t, const Instruction& i) {
@@ -194,6 +220,16 @@ void convert_narrow(Thread& t, const Instruction& i) {
 template <u16 (*kTo)(f32)>
 void convert_pair(Thread& t, const Instruction& i) {
   put<u32>(t, i, 0, u32{kTo(get<f32>(t, i, 1))} << 16 | kTo(get<f32>(t, i, 2)));
+}
+// Of both halves.
+template <u16 (*kTo)(f32), f32 (*kFrom)(u16)>
+void max_pair(Thread& t, const Instruction& i) {
+  const u32 a = get<u32>(t, i, 1), b = get<u32>(t, i, 2);
+  const auto larger = [&](int at) {
+    const f32 x = kFrom(static_cast<u16>(a >> at)), y = kFrom(static_cast<u16>(b >> at));
+    return u32{kTo(canonical(Extreme<true>()(x, y)))} << at;
+  };
+  put<u32>(t, i, 0, larger(16) | larger(0));
 }
 template <class T, T (*kRound)(T), bool kFlush>
 void round_float(Thread& t, const Instruction& i) {

@@ -45,6 +45,8 @@ void add_arithmetic(Table& t) {
   t["max.s64 rrr"] = {binary<i64, Extreme<true>>};
   t["max.f32 rrr"] = {binary<f32, Extreme<true>>};
   t["max.f64 rrr"] = {binary<f64, Extreme<true>>};
+  t["max.f16x2 rrr"] = {max_pair<to_half, from_half>};
+  t["max.bf16x2 rrr"] = {max_pair<to_bf16, from_bf16>};
   t["min.f32 rrr"] = {binary<f32, Extreme<false>>};
   t["min.f64 rrr"] = {binary<f64, Extreme<false>>};
   t["min.s32 rrr"] = {binary<i32, Extreme<false>>};
@@ -56,6 +58,8 @@ void add_arithmetic(Table& t) {
   t["abs.f64 rr"] = {absolute<f64>};
   t["abs.f16 rr"] = {absolute16<0x7C00>};
   t["abs.bf16 rr"] = {absolute16<0x7F80>};
+  t["abs.f16x2 rr"] = {absolute_pair<0x7C00>};
+  t["abs.bf16x2 rr"] = {absolute_pair<0x7F80>};
   t["copysign.f32 rrr"] = {binary<f32, Copysign>};
   t["copysign.f64 rrr"] = {binary<f64, Copysign>};
   t["rcp.rn.f64 rr"] = {unary<f64, Reciprocal>};
@@ -91,30 +95,36 @@ void add_bits(Table& t) {
 }
 
 // Those comparisons of a type that occur; the numbers are set_predicate's.
-template <class T>
-void add_setp(Table& table, const std::string& type, const std::vector<std::string>& names) {
+void add_setp(Table& table, const std::string& type, const std::vector<std::string>& names,
+              Execute execute) {
   static const std::map<std::string, int> kTrue{
       {"eq", 2},   {"ne", 5},  {"lt", 1},   {"le", 3},   {"gt", 4},   {"ge", 6},  {"equ", 10},
       {"neu", 13}, {"ltu", 9}, {"leu", 11}, {"gtu", 12}, {"geu", 14}, {"num", 7}, {"nan", 8}};
+  const std::string operands = type.find("x2") != std::string::npos ? " prr" : " rrr";
   for (const std::string& name : names) {
-    table["setp." + name + "." + type + " rrr"] = {set_predicate<T>, kTrue.at(name)};
+    table["setp." + name + "." + type + operands] = {execute, kTrue.at(name)};
   }
 }
 void add_comparisons(Table& t) {
-  add_setp<u16>(t, "b16", {"ne"});
-  add_setp<u32>(t, "b32", {"eq", "ne"});
-  add_setp<u64>(t, "b64", {"eq", "ne"});
-  add_setp<i16>(t, "s16", {"eq", "ne", "gt"});
-  add_setp<i32>(t, "s32", {"eq", "ne", "lt", "le", "gt", "ge"});
-  add_setp<i64>(t, "s64", {"eq", "ne", "lt", "le", "gt", "ge"});
-  add_setp<u32>(t, "u32", {"lt", "gt", "ge"});
-  add_setp<u64>(t, "u64", {"lt"});
-  add_setp<f32>(
-      t, "f32",
-      {"eq", "ne", "lt", "le", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
-  add_setp<f64>(t, "f64",
-                {"eq", "ne", "lt", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
-  add_setp<f64>(t, "f64", {"le"});
+  add_setp(t, "b16", {"ne"}, set_predicate<u16>);
+  add_setp(t, "b32", {"eq", "ne"}, set_predicate<u32>);
+  add_setp(t, "b64", {"eq", "ne"}, set_predicate<u64>);
+  add_setp(t, "s16", {"eq", "ne", "gt"}, set_predicate<i16>);
+  add_setp(t, "s32", {"eq", "ne", "lt", "le", "gt", "ge"}, set_predicate<i32>);
+  add_setp(t, "s64", {"eq", "ne", "lt", "le", "gt", "ge"}, set_predicate<i64>);
+  add_setp(t, "u32", {"lt", "gt", "ge"}, set_predicate<u32>);
+  add_setp(t, "u64", {"lt"}, set_predicate<u64>);
+  add_setp(t, "f32",
+           {"eq", "ne", "lt", "le", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"},
+           set_predicate<f32>);
+  add_setp(t, "f64",
+           {"eq", "ne", "lt", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"},
+           set_predicate<f64>);
+  add_setp(t, "f64", {"le"}, set_predicate<f64>);
+  add_setp(t, "f16", {"lt"}, set_predicate16<from_half>);
+  add_setp(t, "bf16", {"lt"}, set_predicate16<from_bf16>);
+  add_setp(t, "f16x2", {"lt"}, set_predicate_pair<from_half>);
+  add_setp(t, "bf16x2", {"lt"}, set_predicate_pair<from_bf16>);
   for (const char* type : {"b16", "u16"}) t["selp." + std::string(type) + " rrrr"] = {select<u16>};
   for (const char* type : {"b32", "u32", "f32"}) {
     t["selp." + std::string(type) + " rrrr"] = {select<u32>};

@@ -109,6 +109,14 @@ for kind in ("f32", "f64"):
 for kind, inf in (("f16", 0x7C00), ("bf16", 0x7F80)):
     rows = [(0x8000, 0), (0xBF81, 0x3F81), (0x8000 | inf, inf), (0xFFC1, 0x7FFF), (inf + 1, 0x7FFF)]
     add(f"abs.{kind} rr", "b16", "b16", *rows)
+    rows = [(0x8000_BF81, 0x0000_3F81), (0xFFC1_8000 | inf, 0x7FFF_0000 | inf)]
+    add(f"abs.{kind}x2 rr", "b32", "b32", *rows)
+    same(
+        f"max.{kind}x2 rrr", "b32",
+        (0x8000_0001, 0x0000_8002, 0x0000_0001),  # zeros, and the smallest numbers
+        (0xBF81_3F81, 0x3F81_BF82, 0x3F81_3F81), (0xFFC1_0000 | inf, 0xBF81_7FFF, 0xBF81_0000 | inf),
+        (0x7FFF_FFFF, 0xFFC1_8000, 0x7FFF_8000),
+    )  # fmt: skip
 for kind in ("f32", "f64"):  # the first one's sign
     same(f"copysign.{kind} rrr", kind, (-0.0, 3.0, -3.0), (2.0, -3.0, 3.0))
 # Without error, as the test asks for; subnormals, also results, are zeros.
@@ -179,6 +187,11 @@ for kind, names in OF_TYPE.items():
         rows = [(*pair, int(true)) for pair, true in zip(pairs, truth, strict=False)]
         add(f"setp.{name}.{kind} rrr", "pred", f"{kind} {kind}", *rows)
 add("setp.eq.f32 rrr", "pred", "f32 f32", (-0.0, 0.0, 1))
+for kind, nan in (("f16", 0x7C01), ("bf16", 0x7F81)):  # -1.5 and 0, zeros, and a NaN
+    rows = [(0xBF80, 0, 1), (0, 0xBF80, 0), (0x8000, 0, 0), (nan, 0, 0), (0, 0x8000 | nan, 0)]
+    add(f"setp.lt.{kind} rrr", "pred", "b16 b16", *rows)
+    pairs = [(0x0000_BF80, 0xBF80_0000, (1, 0)), (0xBF80_0000, nan, (0, 1))]
+    add(f"setp.lt.{kind}x2 prr", "pred pred", "b32 b32", *pairs)
 add(
     "setp.le.f64 rrr",
     "pred",

@@ -26,9 +26,10 @@ def statement(case: Case) -> str:
     written = []
     names = results + operands
     for letter in shape:
-        n = int(letter) if letter.isdigit() else 1
+        n = int(letter) if letter.isdigit() else 2 if letter == "p" else 1
         taken, names = names[:n], names[n:]
-        written.append(taken[0] if n == 1 else "{" + ", ".join(taken) + "}")
+        several = "|".join(taken) if letter == "p" else "{" + ", ".join(taken) + "}"
+        written.append(taken[0] if n == 1 else several)
     return f"{opcode} {', '.join(written)};\n"
 
 

@@ -246,6 +246,26 @@ def floats_to_pairs(run: Runner) -> None:
     equal(bfloats, to_bfloat16(x[:n]) | to_bfloat16(y[:n]) << np.uint64(16))
 
 
+@wrapper
+def max_pairs(run: Runner) -> None:
+    """Of both halves; the other one of a NaN, and +0 of zeros."""
+    special = np.array(SPECIAL, np.float32)
+    for to, place in ((to_half, 1), (to_bfloat16, 2)):
+        numbers = to(special).astype(np.uint32)
+        # Of halves one that is a number in bfloat16.
+        numbers[np.isnan(special)] = 0x7E00 if place == 1 else 0x7FC0
+        a, b = np.repeat(numbers, len(numbers)), np.tile(numbers, len(numbers))
+        n = len(a) // 32 * 32
+        pairs = np.stack([a[:n] | b[:n] << 16, b[:n] | a[:n] << 16], 1)
+        got = [np.zeros(n, np.uint32), np.zeros(n, np.uint32)]
+        run("max_pairs", 32, pairs, *got, grid=n // 32)
+        x, y = (np.repeat(special, len(special))[:n], np.tile(special, len(special))[:n])
+        # fmax, but of zeros by their signs.
+        larger = np.where(x == y, np.where(np.signbit(x), y, x), np.fmax(x, y))
+        want = to(larger).astype(np.uint32)
+        equal(got[place - 1], want | want << 16)
+
+
 @of_clusters
 def cluster_rank(run: Runner) -> None:
     for n in (1, 2, 4, 8):

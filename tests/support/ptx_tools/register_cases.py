@@ -114,7 +114,8 @@ for kind, inf in (("f16", 0x7C00), ("bf16", 0x7F80)):
     same(
         f"max.{kind}x2 rrr", "b32",
         (0x8000_0001, 0x0000_8002, 0x0000_0001),  # zeros, and the smallest numbers
-        (0xBF81_3F81, 0x3F81_BF82, 0x3F81_3F81), (0xFFC1_0000 | inf, 0xBF81_7FFF, 0xBF81_0000 | inf),
+        (0xBF81_3F81, 0x3F81_BF82, 0x3F81_3F81),
+        (0xFFC1_0000 | inf, 0xBF81_7FFF, 0xBF81_0000 | inf),
         (0x7FFF_FFFF, 0xFFC1_8000, 0x7FFF_8000),
     )  # fmt: skip
 for kind in ("f32", "f64"):  # the first one's sign

@@ -362,6 +362,7 @@ class ClusterWorker : ClusterBlock<T, Stage, kEntropy> {
       float logit = 0.0f;
       if (target >= 0) {
         logit = load_shared_element(reinterpret_cast<const T*>(window + x.shift) + target);
+        hw::sync_warp();  // all have read it, before one of them sends what lets it be overwritten
       }
       // The next chunk's first vector was read too. Its worker may refill it, once all have sent
       // their sums, before this one comes to the fence of its gradient.
@@ -432,6 +433,7 @@ class ClusterWorker : ClusterBlock<T, Stage, kEntropy> {
       const int segment = g.segment - first_segment_;
       if (g.segment >= 0 && segment >= begin_ - 1 && segment < end_) {
         peak = peak_in_chunk(bytes, x, from, to, segment * kSegmentBytes, column, g.logit);
+        hw::sync_warp();  // a lane looks at vectors that others overwrite
       }
     }
     for (int at = from + lane_index() * kVectorBytes; at < to; at += kWarpThreads * kVectorBytes) {

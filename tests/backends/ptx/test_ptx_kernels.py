@@ -38,29 +38,30 @@ def assert_passed(done: Done, kernels: str) -> None:
     ],
 )
 def test_many_small_cases(kernels: str, arch: str, ptx_check: Path, ptx: nvcc.Compiler) -> None:
-    """Proxy fences are looked for, also of what was read; data races too, but in clusters."""
+    """Data races are looked for, and proxy fences, also of what was read."""
     folder = ptx.instance(nvcc.CHECKED, arch).parent
-    assert_passed(run_check(ptx_check, folder, kernels, races=int(kernels != "clusters")), kernels)
+    assert_passed(run_check(ptx_check, folder, kernels, races=1), kernels)
 
 
-# All lanes read the target's logit, but only those that send it use what they read; nothing orders
-# the others' reads before the gradient overwrites it.
-READ = "      if (target >= 0) {\n        logit = "
-BY_SENDERS = "      if (target >= 0 && lane_index() < plan_.cluster) {\n        logit = "
+# What orders reads of some lanes before what others write there: of the target's logit, which all
+# read and those use that send it; and of a confident row's peak.
+ORDERS = {
+    "target": "        hw::sync_warp();  // all have read it",
+    "peak": "        hw::sync_warp();  // a lane looks at",
+}
 
 
 @pytest.mark.nightly
-def test_clusters_race_for_nothing_else(
-    ptx_check: Path, ptx: nvcc.Compiler, tmp_path: Path
+@pytest.mark.parametrize("line", ORDERS.values(), ids=ORDERS)
+def test_a_race_of_clusters_is_found(
+    line: str, ptx_check: Path, ptx: nvcc.Compiler, tmp_path: Path
 ) -> None:
-    folder = ptx.instance(nvcc.CHECKED, nvcc.CLUSTERS).parent
-    done = run_check(ptx_check, folder, "clusters", races=1)
-    assert done.returncode != 0 and "ptx: a race with thread" in done.stderr, done.stderr
-    tree = plant("cluster_kernel.cuh", READ, BY_SENDERS, tmp_path)
+    tree = plant("cluster_kernel.cuh", line, "        //", tmp_path)
     source = tree / "csrc" / "cuda" / "instances" / f"{nvcc.CHECKED}.cu"
     (tmp_path / "ptx").mkdir()
     nvcc.compile_ptx(source, nvcc.CLUSTERS, tmp_path / "ptx" / "kernels.ptx", tree)
-    assert_passed(run_check(ptx_check, tmp_path / "ptx", "clusters", races=1), "clusters")
+    done = run_check(ptx_check, tmp_path / "ptx", "clusters", races=1)
+    assert done.returncode != 0 and "ptx: a race with thread" in done.stderr, done.stderr
 
 
 @pytest.mark.nightly

@@ -113,7 +113,7 @@ void add_comparisons(Table& t) {
   add_setp(t, "s32", {"eq", "ne", "lt", "le", "gt", "ge"}, set_predicate<i32>);
   add_setp(t, "s64", {"eq", "ne", "lt", "le", "gt", "ge"}, set_predicate<i64>);
   add_setp(t, "u32", {"lt", "gt", "ge"}, set_predicate<u32>);
-  add_setp(t, "u64", {"lt"}, set_predicate<u64>);
+  add_setp(t, "u64", {"lt", "gt"}, set_predicate<u64>);
   add_setp(t, "f32",
            {"eq", "ne", "lt", "le", "gt", "ge", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"},
            set_predicate<f32>);

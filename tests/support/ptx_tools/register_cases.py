@@ -173,7 +173,7 @@ TRUE = {
 }  # fmt: skip
 OF_TYPE = {
     "b16": "ne", "b32": "eq ne", "b64": "eq ne", "s16": "eq ne gt",
-    "s32": "eq ne lt le gt ge", "s64": "eq ne lt le gt ge", "u32": "lt gt ge", "u64": "lt",
+    "s32": "eq ne lt le gt ge", "s64": "eq ne lt le gt ge", "u32": "lt gt ge", "u64": "lt gt",
     "f32": "eq ne lt le gt ge neu ltu leu gtu geu num nan",
     "f64": "eq ne lt gt ge neu ltu leu gtu geu num nan",
 }  # fmt: skip

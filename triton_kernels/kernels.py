@@ -656,7 +656,6 @@ def multiply_rows_kernel(
     UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
     SHIFTED: tl.constexpr,
-    UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """x[i] *= factors[i]; where the factor is 1 the row is not touched."""

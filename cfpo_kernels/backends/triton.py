@@ -9,7 +9,6 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -238,22 +237,27 @@ class _Launch(NamedTuple):
             "COLUMN_UNIT": self.column_unit,
             "SHIFTED": self.shifted,
             "BLOCK": self.tile.block,
-            "UNROLL": self.unroll,
             "num_warps": self.tile.threads // self.device.warp_size,
             # What the source spells out is what is rounded: kernels that share a function agree.
             "enable_fp_fusion": False,
             **limit,
         }
 
+    def loops(self) -> dict[str, int]:
+        """How segments of a row are walked over."""
+        return {"SEGMENT": self.tile.segment, "UNROLL": self.unroll}
+
 
 def _launches(
-    unroll: int, x: Tensor, d: Tensor | None = None, *, with_entropy: bool = False
-) -> Iterator[tuple[int, _Launch]]:
-    matrices = [x] if d is None else [x, d]
-    for first, (logits, *gradient) in row_blocks(*matrices):
+    x: Tensor, d: Tensor | None = None, *, with_entropy: bool = False, unroll: int = 1
+) -> list[tuple[int, _Launch]]:
+    """All that a call takes, before the first of them overwrites anything."""
+    launches = []
+    for first, (logits, *gradient) in row_blocks(*([x] if d is None else [x, d])):
         launch = _Launch.of(logits, gradient[0] if gradient else None, with_entropy, unroll)
         _module("config").check_rows(launch.n_rows, launch.pieces())
-        yield first, launch
+        launches.append((first, launch))
+    return launches
 
 
 def _row_inputs(rows: KernelRows, first: int) -> dict[str, Any]:
@@ -319,7 +323,7 @@ def _partials(launch: _Launch, inputs: dict[str, Any], rows: KernelRows) -> Tens
         absent=_absent(rows),
         softcap=_softcap(rows),
         WITH_ENTROPY=launch.with_entropy,
-        SEGMENT=launch.tile.segment,
+        **launch.loops(),
         **launch.constants(),
     )
     return partials
@@ -358,7 +362,7 @@ class TritonBackend:
         settings = terms.settings
         with_entropy = entropy is not None or settings.needs_entropy
         for first, launch in _launches(
-            self.unroll, rows.logits, dlogits, with_entropy=with_entropy
+            rows.logits, dlogits, with_entropy=with_entropy, unroll=self.unroll
         ):
             inputs = _row_inputs(rows, first)
             with _on(launch.logits.tensor.device):
@@ -383,14 +387,16 @@ class TritonBackend:
                     **_objective(settings),
                     softcap=_softcap(rows),
                     WITH_ENTROPY=with_entropy,
-                    SEGMENT=launch.tile.segment,
+                    **launch.loops(),
                     **launch.constants(),
                 )
 
     def token_logps(
         self, rows: KernelRows, *, logps: Tensor, lse: Tensor, entropy: Tensor | None
     ) -> None:
-        for first, launch in _launches(self.unroll, rows.logits, with_entropy=entropy is not None):
+        for first, launch in _launches(
+            rows.logits, with_entropy=entropy is not None, unroll=self.unroll
+        ):
             inputs = _row_inputs(rows, first)
             with _on(launch.logits.tensor.device):
                 partials = _partials(launch, inputs, rows)
@@ -406,7 +412,7 @@ class TritonBackend:
                     absent=_absent(rows),
                     softcap=_softcap(rows),
                     WITH_ENTROPY=entropy is not None,
-                    SEGMENT=launch.tile.segment,
+                    **launch.loops(),
                     **launch.constants(),
                 )
 
@@ -421,7 +427,7 @@ class TritonBackend:
         dlogits: Tensor,
     ) -> None:
         for first, launch in _launches(
-            self.unroll, rows.logits, dlogits, with_entropy=dentropy is not None
+            rows.logits, dlogits, with_entropy=dentropy is not None, unroll=self.unroll
         ):
             pieces = launch.pieces()
             with _on(launch.logits.tensor.device):
@@ -437,13 +443,13 @@ class TritonBackend:
                     **launch.gradient_rows(),
                     n_pieces=pieces,
                     softcap=_softcap(rows),
-                    SEGMENT=launch.tile.segment,
+                    **launch.loops(),
                     **launch.constants(),
                 )
 
     def multiply_rows(self, x: Tensor, factors: Tensor) -> None:
         factors = factors.expand(x.shape[:-1].numel()).contiguous()
-        for first, launch in _launches(self.unroll, x):
+        for first, launch in _launches(x):
             with _on(x.device):
                 _module("kernels").multiply_rows_kernel[(launch.row_programs(),)](
                     launch.logits.tensor,

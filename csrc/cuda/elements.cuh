@@ -1,6 +1,7 @@
 // Storage types in vectors of 16 bytes, and 16 bytes from anywhere in shared memory.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 

@@ -218,7 +218,7 @@ def test_the_check_can_fail(
     "arch", ["sm_90", *(pytest.param(x, marks=pytest.mark.nightly) for x in ("sm_80", "sm_100"))]
 )
 def test_unrolled(arch: str, on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer instructions a column, and what spills of long rows spills outside of the loops."""
+    """Several steps at a time; what spills of long rows spills outside of the loops over them."""
     on(arch)
     with offline(arch) as launches:
         for dtype in (torch.bfloat16, torch.float32):

@@ -250,10 +250,10 @@ def floats_to_pairs(run: Runner) -> None:
 def max_pairs(run: Runner) -> None:
     """Of both halves; the other one of a NaN, and +0 of zeros."""
     special = np.array(SPECIAL, np.float32)
-    for to, place in ((to_half, 1), (to_bfloat16, 2)):
+    # The NaN of halves is a number in bfloat16.
+    for place, (to, nan) in enumerate(((to_half, 0x7E00), (to_bfloat16, 0x7FC0))):
         numbers = to(special).astype(np.uint32)
-        # Of halves one that is a number in bfloat16.
-        numbers[np.isnan(special)] = 0x7E00 if place == 1 else 0x7FC0
+        numbers[np.isnan(special)] = nan
         a, b = np.repeat(numbers, len(numbers)), np.tile(numbers, len(numbers))
         n = len(a) // 32 * 32
         pairs = np.stack([a[:n] | b[:n] << 16, b[:n] | a[:n] << 16], 1)
@@ -263,7 +263,7 @@ def max_pairs(run: Runner) -> None:
         # fmax, but of zeros by their signs.
         larger = np.where(x == y, np.where(np.signbit(x), y, x), np.fmax(x, y))
         want = to(larger).astype(np.uint32)
-        equal(got[place - 1], want | want << 16)
+        equal(got[place], want | want << 16)
 
 
 @of_clusters

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import backends, validation
 from .inputs import LogRatioBounds
+from .lse import scaled
 from .objectives import CFPO
 from .runners import Runner, ShardedRunner, may_overwrite, runner
 from .stats import CFPOStats, collect_stats
@@ -409,8 +410,8 @@ def token_logps(
         found.append(entropy.reshape(rows.shape))
     if return_lse:
         # A masked row's temperature may be anything.
-        scaled = torch.where(rows.active, lse / rows.temperature, 0.0)
-        found.append(scaled.to(rows.dtype).reshape(rows.shape))
+        logsumexp = torch.where(rows.active, scaled(lse, rows.temperature), 0.0)
+        found.append(logsumexp.to(rows.dtype).reshape(rows.shape))
     return found[0] if len(found) == 1 else tuple(found)
 
 

@@ -43,6 +43,11 @@ def _outputs(weights: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tenso
     return torch.empty_like(weights), torch.empty_like(weights), entropy
 
 
+def _scores(weights: Tensor) -> tuple[Tensor, Tensor]:
+    n, double = len(weights), torch.float64
+    return weights.new_empty(n, dtype=double), weights.new_empty(n, 2, dtype=double)
+
+
 def _or_empty(entropy: Tensor | None, weights: Tensor) -> Tensor:
     return weights.new_empty(0) if entropy is None else entropy
 
@@ -75,7 +80,7 @@ def _token_logps(
     rows: KernelRows, with_entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     entropy = torch.empty_like(rows.weights) if with_entropy else None
-    logps, lse = (torch.empty_like(rows.weights, dtype=torch.float64) for _ in range(2))
+    logps, lse = _scores(rows.weights)
     if rows.logits.numel():
         backends.kernels(backend).token_logps(rows, logps=logps, lse=lse, entropy=entropy)
     return logps, lse, _or_empty(entropy, rows.weights)
@@ -181,14 +186,14 @@ def token_logps(
     with_entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (logps (N,) float64, lse (N,) float64, entropy (N,) or (0,))."""
+    """Returns (logps (N,) float64, lse (N, 2) float64, entropy (N,) or (0,))."""
     return _token_logps(KernelRows(logits, token_ids, weights, temperature), with_entropy, backend)
 
 
 @token_logps.register_fake
 def _(logits, token_ids, weights, temperature, with_entropy, backend):  # type: ignore[no-untyped-def]
     *_, entropy = _fake_outputs(weights, with_entropy)
-    logps, lse = (torch.empty_like(weights, dtype=torch.float64) for _ in range(2))
+    logps, lse = _scores(weights)
     return logps, lse, entropy
 
 

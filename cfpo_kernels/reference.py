@@ -23,7 +23,7 @@ def token_logps(
     sharded: bool = False,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log p of each row's token, the row's entropy and T * logsumexp; zeros where not active.
+    """log p of each row's token, the row's entropy and lse; zeros where not active.
 
     Args:
         logits: (N, V); token_ids: (N,) int64; active: (N,) bool; temperature: (N,) or (1,).
@@ -31,48 +31,50 @@ def token_logps(
 
     Returns:
         logps: (N,), in nats; a token outside [0, V) gives NaN, or -inf where sharded. entropy:
-        (N,), or (0,) if not asked for. lse: (N,), or (0,) likewise; detached, unless sharded: what
-        shards merge to depends on it.
+        (N,), or (0,) if not asked for. lse: (N, 2) float64, see lse.py, or (0,) likewise; detached,
+        unless sharded: what shards merge to depends on it.
     """
     n_cols = logits.shape[-1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     zero = torch.zeros((), dtype=dtype, device=logits.device)
     # Where rows are not active their logits may be anything, and must not reach the gradient.
     x = torch.where(active[:, None], logits.to(dtype), zero)
-    x = capped(x, softcap)
+    y = capped(x, softcap)
     empty = torch.zeros_like(active)
     if sharded:
-        empty = (x == -torch.inf).all(-1)
-        x = torch.where(empty[:, None], zero, x)
-    x = x / torch.where(active, temperature.to(dtype), 1.0)[:, None]
+        empty = (y == -torch.inf).all(-1)
+        y = torch.where(empty[:, None], zero, y)
+    x = y / torch.where(active, temperature.to(dtype), 1.0)[:, None]
     log_p = torch.log_softmax(x, dim=-1)
     known = (token_ids >= 0) & (token_ids < n_cols)
     picked = torch.where(known, token_ids, 0)
     logps = log_p.gather(-1, picked[:, None]).squeeze(-1)
     absent = -torch.inf if sharded else torch.nan
     logps = torch.where(active, torch.where(known & ~empty, logps, absent), zero)
-    lse = logps.new_empty(0)
+    entropy = lse = logps.new_empty(0)
+    if with_entropy or with_lse:
+        top, mass, weighted = _beside_the_likeliest(x)
+    if with_entropy:
+        # Two positive terms. log p of the likeliest token would be a small difference.
+        entropy = torch.where(active & ~empty, mass.log1p() - weighted / (1 + mass), zero)
     if with_lse:
-        lse = (x if sharded else x.detach()).logsumexp(-1) * temperature
-        lse = torch.where(active, torch.where(empty, -torch.inf, lse), zero)
-    if not with_entropy:
-        return logps, logps.new_empty(0), lse
-    return logps, torch.where(active & ~empty, _entropy(x), zero), lse
+        lse = torch.stack([y.gather(-1, top).squeeze(-1), mass.log1p() * temperature], -1).double()
+        nothing = torch.stack([zero, zero - torch.inf]).double()
+        lse = torch.where(active[:, None], torch.where(empty[:, None], nothing, lse), 0.0)
+        lse = lse if sharded else lse.detach()
+    return logps, entropy, lse
 
 
-def _entropy(x: Tensor) -> Tensor:
-    """H of softmax(x), (N,). Its relative accuracy holds for confident rows.
-
-    With w_v = p_v / max p of all but the likeliest: H = log(1 + sum w) - sum w log w / (1 + sum w),
-    where both terms are positive. log p of the likeliest token would be a small difference.
+def _beside_the_likeliest(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Its column (N, 1), and over all others sum w and sum w log w, (N,), with w_v = p_v / max p:
+    the relative accuracy of H and lse holds for confident rows.
     """
     at = x.detach().argmax(-1, keepdim=True)
     log_w = x - x.gather(-1, at)
     banned = log_w == -torch.inf  # w log w is 0 there
     log_w = torch.where(banned, 0.0, log_w)
     w = torch.where(banned, 0.0, log_w.exp()).scatter(-1, at, 0.0)
-    mass = w.sum(-1)
-    return mass.log1p() - (w * log_w).sum(-1) / (1 + mass)
+    return at, w.sum(-1), (w * log_w).sum(-1)
 
 
 def capped(z: Tensor, softcap: float) -> Tensor:
@@ -97,17 +99,18 @@ def token_logps_backward_(
     idle = (rows.weights == 0) | ((dlogps == 0) & (True if dentropy is None else dentropy == 0))
     x = capped(torch.where(idle[:, None], 0.0, logits.to(dtype)), rows.softcap)
     temperature = torch.where(idle, 1.0, rows.temperature)
-    log_p = ((x.double() - lse[:, None]) / temperature[:, None]).to(dtype)
+    log_p = ((x.double() - lse[:, :1] - lse[:, 1:]) / temperature[:, None]).to(dtype)
     p = log_p.exp()
-    gradient = -dlogps[:, None] * p
+    here = (rows.token_ids >= 0) & (rows.token_ids < n_cols)
+    column = torch.where(here, rows.token_ids, 0)[:, None]
+    complement = -log_p.gather(1, column).expm1()
+    own = torch.where(here[:, None], complement, complement - 1)
+    gradient = dlogps[:, None] * (-p).scatter(1, column, own)
     if dentropy is not None:
         assert entropy is not None  # its caller
         of_entropy = torch.where(p == 0, 0.0, p * (log_p + entropy[:, None]))
         gradient = gradient - dentropy[:, None] * of_entropy
-    here = (rows.token_ids >= 0) & (rows.token_ids < n_cols)
-    column = torch.where(here, rows.token_ids, 0)[:, None]
-    at_token = gradient.gather(1, column) + torch.where(here, dlogps, 0.0)[:, None]
-    gradient = gradient.scatter(1, column, at_token) / temperature[:, None]
+    gradient = gradient / temperature[:, None]
     if rows.softcap:
         gradient = gradient * (1 - (x / rows.softcap) ** 2)
     logits.copy_(torch.where(idle[:, None], 0.0, gradient))

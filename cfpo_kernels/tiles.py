@@ -23,14 +23,14 @@ from .validation import values
 
 
 class Scores(NamedTuple):
-    """Of each row: log p of its token, T * logsumexp(z / T) in float64, the entropy or None.
+    """Of each row; the entropy is None where nobody asked for it.
 
     From stage 1 of a kernel, or of shards, log p is float64, unrounded.
     """
 
-    logps: Tensor
-    lse: Tensor
-    entropy: Tensor | None
+    logps: Tensor  # (n,)
+    lse: Tensor  # (n, 2), see lse.py
+    entropy: Tensor | None  # (n,)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Scores:
         """With `change` applied to those that there are."""
@@ -139,7 +139,7 @@ class ReferenceTiles:
             sharded=rows.sharded,
             softcap=rows.softcap,
         )
-        return Scores(logps, lse.double(), entropy if with_entropy else None)
+        return Scores(logps, lse, entropy if with_entropy else None)
 
     def gradient_(
         self, rows: KernelRows, scores: Scores, dlogps: Tensor, dentropy: Tensor | None
@@ -191,5 +191,5 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     like = rows.weights
     entropy = torch.empty_like(like) if with_entropy else None
-    lse = torch.empty_like(like, dtype=torch.float64)
+    lse = like.new_empty(len(like), 2, dtype=torch.float64)
     return torch.empty_like(like), torch.empty_like(like, dtype=of_logps), lse, entropy

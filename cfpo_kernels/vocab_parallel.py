@@ -14,7 +14,7 @@ from torch import Tensor
 from . import backends
 from .autograd import refuse_create_graph, save, saved
 from .backends.base import KernelRows
-from .reference import capped
+from .lse import merge
 from .tiles import Scores, Tiles
 from .validation import LossTerms, Rows, values
 from .validation.errors import type_error
@@ -219,10 +219,12 @@ class Shards:
         temperature = torch.where(active, rows.temperature, 1.0).double()
         here = (rows.token_ids >= 0) & (rows.token_ids < self.n_cols)
         ids = rows.token_ids + self.start
-        picked = rows.logits.gather(1, torch.where(here, rows.token_ids, 0)[:, None]).squeeze(1)
-        logit = torch.where(here, capped(picked.double(), rows.softcap) / temperature, -torch.inf)
-        lse, entropy = self._of_blocks(tiles, rows, with_entropy)
-        mine = torch.cat([lse / temperature, entropy, logit[None]])
+        # The block that the token is in, of all ranks'.
+        place = self.order.index(self.group.rank())
+        first = sum(self.counts[rank] for rank in self.order[:place])
+        at = torch.where(here, first + rows.token_ids // self.block, -1).double()
+        logps, lse, entropy = self._of_blocks(tiles, rows, with_entropy)
+        mine = torch.cat([*lse.unbind(-1), entropy, logps.amax(0, keepdim=True), at[None]])
         everyone = [torch.empty_like(mine) for _ in self.counts]
         work = torch.distributed.all_gather(everyone, mine, group=self.group, async_op=True)
 
@@ -231,36 +233,34 @@ class Shards:
             most = max(self.counts)
             found = torch.stack(everyone)
             # A rank brings as many blocks as the one that has most.
-            of_ranks = found[:, :-1].unflatten(1, (-1, most))
+            of_ranks = found[:, :-2].unflatten(1, (-1, most))
             in_order = [of_ranks[rank][:, : self.counts[rank]] for rank in self.order]
-            lses, *entropies = torch.cat(in_order, 1)
-            highest = lses.amax(0)
-            # A NaN or an infinity is all that counts, and a row of -inf is nothing.
-            above = torch.where(highest.isfinite(), lses - highest, lses)
-            lse = highest + _in_order(above.exp()).log()
-            logps = found[:, -1].amax(0) - lse
+            anchors, above, *entropies = torch.cat(in_order, 1)
+            whole = merge(torch.stack([anchors, above], -1), temperature)
+            of_token, at = found[:, -2:].amax(0)
+            gap = whole.gaps.gather(0, at.long().clamp(min=0)[None]).squeeze(0)
             known = (ids >= 0) & (ids < self.vocab_size)
-            logps = torch.where(active, torch.where(known, logps, torch.nan), 0.0)
+            logps = torch.where(active, torch.where(known, of_token - gap, torch.nan), 0.0)
             entropy = None
             if with_entropy:
-                share = (lses - lse).exp()
-                parts = torch.where(share == 0, 0.0, share * (entropies[0] + (lse - lses)))
-                entropy = torch.where(active, _in_order(parts), 0.0)
+                entropy = torch.where(active, whole.entropy(entropies[0]), 0.0)
                 entropy = entropy.to(rows.weights.dtype)
-            return Scores(logps, torch.where(active, lse * temperature, 0.0), entropy)
+            return Scores(logps, torch.where(active[:, None], whole.lse, 0.0), entropy)
 
         return merged
 
     def _of_blocks(
         self, tiles: Tiles, rows: KernelRows, with_entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        """T * logsumexp (blocks, n) and, if asked for, entropy (blocks, n), float64; -inf and 0
-        where another rank has a block more.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """log p (blocks, n), lse (blocks, n, 2) and, if asked for, entropy (blocks, n), float64; of
+        nothing where another rank has a block more.
         """
         n_rows, most = rows.logits.shape[0], max(self.counts)
         temperature = rows.temperature
-        lse = torch.full((most, n_rows), -torch.inf, dtype=torch.float64, device=rows.logits.device)
-        entropy = torch.zeros_like(lse if with_entropy else lse[:0])
+        like = rows.logits.new_empty(0, dtype=torch.float64)
+        logps = like.new_full((most, n_rows), -torch.inf)
+        lse = like.new_full((most, n_rows, 2), -torch.inf)
+        entropy = like.new_zeros(most if with_entropy else 0, n_rows)
         whole = self.n_cols // self.block
         for first, count, size in (
             (0, whole, self.block),
@@ -287,10 +287,11 @@ class Shards:
                 with_entropy,
             )
             blocks = slice(first, first + count)
-            lse[blocks] = found.lse.reshape(n_rows, count).t()
+            logps[blocks] = found.logps.reshape(n_rows, count).t()
+            lse[blocks] = found.lse.reshape(n_rows, count, 2).transpose(0, 1)
             if found.entropy is not None:
                 entropy[blocks] = found.entropy.reshape(n_rows, count).t()
-        return lse, entropy
+        return logps, lse, entropy
 
 
 # By group, and by what a call is.
@@ -345,15 +346,6 @@ def _ranges(group: Any, start: int, n_cols: int, device: torch.device) -> list[t
     """The first column and the number of columns of each rank."""
     everyone = _gathered(group, torch.tensor([start, n_cols], dtype=torch.int64, device=device))
     return [(first, count) for first, count in everyone]
-
-
-def _in_order(parts: Tensor) -> Tensor:
-    """The sum of (k, n) over k, by halves: elementwise, so that n changes no bit."""
-    while parts.shape[0] > 1:
-        half = parts.shape[0] // 2
-        sums = parts[0 : 2 * half : 2] + parts[1 : 2 * half : 2]
-        parts = torch.cat([sums, parts[2 * half :]])
-    return parts[0]
 
 
 class ShardedLogpsFunction(torch.autograd.Function):

@@ -159,7 +159,7 @@ void token_logps(const RowsTuple& logits, Address token_ids, Address temperature
                  Address logps, Address lse, Address entropy, Where... where) {
   const TokenLogpsParams params{
       make_problem(logits, token_ids, temperature, temperature_stride, weights, sharded, softcap),
-      pointer<double>(logps), pointer<double>(lse), pointer<float>(entropy)};
+      pointer<double>(logps), pointer<Lse>(lse), pointer<float>(entropy)};
   Kernels::token_logps(params, Kernels::execution(where...));
 }
 
@@ -171,7 +171,7 @@ void token_logps_backward(const RowsTuple& logits, Address token_ids, Address te
   const TokenLogpsBackwardParams params{
       make_problem(logits, token_ids, temperature, temperature_stride, weights, sharded, softcap),
       make_rows(dlogits),
-      pointer<const double>(lse),
+      pointer<const Lse>(lse),
       pointer<const float>(entropy),
       pointer<const float>(dlogps),
       pointer<const float>(dentropy)};

@@ -291,7 +291,7 @@ def policy_loss_kernel(
         else:
             column = target_column(token_ids_ptr, row, n_cols)
             scale = _row_scale(temperature_ptr, row, temperature_stride)
-            ref, log2_total, total, exact_logp, complement, entropy, peak, peak_logp = (
+            ref, log2_total, total, exact_logp, complement, entropy, peak, peak_logp, _, _ = (
                 _row_statistics(
                     x_ptr,
                     shift,
@@ -420,7 +420,8 @@ def token_logps_kernel(
     first = tl.program_id(0)
     for row in range(first, n_rows, tl.num_programs(0)):
         logp = tl.zeros([], tl.float64)
-        lse = tl.zeros([], tl.float64)
+        lse_anchor = tl.zeros([], tl.float64)
+        lse_above = tl.zeros([], tl.float64)
         entropy = 0.0
         if tl.load(weights_ptr + row) != 0:
             x_place, shift = row_place(
@@ -428,7 +429,7 @@ def token_logps_kernel(
             )
             column = target_column(token_ids_ptr, row, n_cols)
             scale = _row_scale(temperature_ptr, row, temperature_stride)
-            ref, log2_total, _, logp, _, entropy, _, _ = _row_statistics(
+            _, _, _, logp, _, entropy, _, _, lse_anchor, lse_above = _row_statistics(
                 logits_ptr + x_place,
                 shift,
                 partials_ptr,
@@ -445,9 +446,9 @@ def token_logps_kernel(
                 WITH_ENTROPY,
                 "evict_first",
             )
-            lse = (ref.to(tl.float64) + log2_total) / scale.to(tl.float64)
         tl.store(logps_ptr + row, logp)
-        tl.store(lse_ptr + row, lse)
+        tl.store(lse_ptr + 2 * row, lse_anchor)
+        tl.store(lse_ptr + 2 * row + 1, lse_above)
         if entropy_ptr is not None:
             tl.store(entropy_ptr + row, entropy)
 
@@ -510,7 +511,9 @@ def token_logps_backward_kernel(
         else:
             column = target_column(token_ids_ptr, row, n_cols)
             scale = _row_scale(temperature_ptr, row, temperature_stride)
-            log2_total = tl.load(lse_ptr + row) * scale.to(tl.float64)
+            lse_anchor = tl.load(lse_ptr + 2 * row)
+            lse_above = tl.load(lse_ptr + 2 * row + 1)
+            log2_total = (lse_anchor + lse_above) * scale.to(tl.float64)
             ref = tl.floor(log2_total.to(tl.float32))
             log2_sum = log2_total - ref.to(tl.float64)
             total = tl.exp2(log2_sum.to(tl.float32))
@@ -523,7 +526,7 @@ def token_logps_backward_kernel(
                 z = tl.load(x_ptr + place).to(tl.float64)
                 if softcap is not None:
                     z = capped_target(z, softcap)
-                logp = (z * scale.to(tl.float64) - log2_total) * LN2
+                logp = (z - lse_anchor - lse_above) * scale.to(tl.float64) * LN2
             logp32 = logp.to(tl.float32)
             entropy = 0.0
             peak = -1
@@ -535,7 +538,8 @@ def token_logps_backward_kernel(
                     z, place = find_peak(
                         x_ptr, begin, shift, end, column + shift, softcap, BLOCK, SHIFTED
                     )
-                    peak_logp = (z.to(tl.float64) * scale.to(tl.float64) - log2_total) * LN2
+                    peak_logp = z.to(tl.float64) - lse_anchor - lse_above
+                    peak_logp *= scale.to(tl.float64) * LN2
                     peak = tl.where(peak_logp > -LN2, place - shift, -1)
                     peak_value = peak_gradient(scale, peak_logp.to(tl.float32), entropy, c, h)
             constant, linear, target_value = gradient_coefficients(

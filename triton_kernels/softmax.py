@@ -437,9 +437,10 @@ def join_target(
     A shard that has bans alone has no mass; a whole row of them is NaN.
 
     Returns (ref, log2 of the sum in float64, the sum, logp in float64, 1 - p, entropy, the peak's
-    column or -1, log p of the peak), float32 unless said otherwise. Without an entropy no row has a
-    peak. A few operations are in float64, which is slow on some GPUs, but cheap beside a row:
-    float32 would round log p to 1e-6, and near r* the gradient is a difference.
+    column or -1, log p of the peak, the two numbers of lse in float64), float32 unless said
+    otherwise. Without an entropy no row has a peak. A few operations are in float64, which is slow
+    on some GPUs, but cheap beside a row: float32 would round log p to 1e-6, and near r* the
+    gradient is a difference.
     """
     u = z_target.to(tl.float64) * scale.to(tl.float64)
     top = tl.maximum(ref, tl.ceil(u.to(tl.float32)))
@@ -457,6 +458,10 @@ def join_target(
     near_logp, near = _near_logp(mass, rest32)
     logp = tl.where(near, near_logp, logp)
     log2_total = tl.where(near, gap - near_logp * LOG2E, log2_total)
+    # See lse.py: where one token has nearly all the mass its logit and log p, else the reference.
+    unit = 1.0 / scale.to(tl.float64)
+    lse_anchor = tl.where(near, z_target.to(tl.float64), top.to(tl.float64) * unit)
+    lse_above = tl.where(near, -near_logp * LOG2E, log2_total) * unit
     entropy = tl.zeros([], tl.float32)
     peak_logp = tl.zeros([], tl.float32)
     if WITH_ENTROPY:
@@ -475,8 +480,9 @@ def join_target(
             near_logp, near = _near_logp(peak_mass, others.to(tl.float32))
             near = near & likelier
             peak_at = tl.where(near, peak_at, -1)
-            # For lse as well: a backward finds log p of the peak from it.
             log2_total = tl.where(near, peak_gap - near_logp * LOG2E, log2_total)
+            lse_anchor = tl.where(near, peak.to(tl.float64), lse_anchor)
+            lse_above = tl.where(near, -near_logp * (LOG2E * unit), lse_above)
             near_logp = tl.where(near, near_logp, (peak_gap - log2_total) * LN2)
             own_logp = tl.where(likelier, near_logp, own_logp)
             own_mass = tl.where(likelier, peak_mass, own_mass)
@@ -497,6 +503,8 @@ def join_target(
         entropy,
         peak_at,
         peak_logp,
+        tl.where(empty, 0.0, lse_anchor),
+        tl.where(empty, float("-inf"), lse_above),
     )
 
 

@@ -62,12 +62,10 @@ class Backend(Protocol):
     def token_logps(
         self, rows: KernelRows, *, logps: Tensor, lse: Tensor, entropy: Tensor | None
     ) -> None:
-        """Stage 1. `logps` and `lse`, T * logsumexp(logits / T), are float64.
+        """Stage 1. `logps` (N,) and `lse` (N, 2), see lse.py, are float64.
 
-        Of sharded rows `lse` and `entropy` are those of the columns that are there: -inf and 0
-        where these are -inf throughout. The shards r of a row merge into
-        lse = T * logsumexp(lse_r / T) and, over those whose lse_r is finite,
-        entropy = sum_r w_r (entropy_r + (lse - lse_r) / T) with w_r = exp((lse_r - lse) / T).
+        Of sharded rows `lse` and `entropy` are those of the columns that are there: (0, -inf) and
+        0 where these are -inf throughout. ``lse.merge`` says what the shards of a row merge into.
         """
 
     def token_logps_backward(

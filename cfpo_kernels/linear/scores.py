@@ -22,12 +22,13 @@ from .products import slices, without_autocast
 
 
 class _All:
-    """The scores of all rows, (N,); zeros where none are wanted."""
+    """The scores of all rows; zeros where none are wanted."""
 
     def __init__(self, batch: Batch, with_entropy: bool) -> None:
         like = batch.rows.active.new_empty(0, dtype=batch.rows.dtype)
         self.entropy = like.new_zeros(batch.n_rows if with_entropy else 0)
-        self.logps, self.lse = (like.new_zeros(batch.n_rows, dtype=torch.float64) for _ in range(2))
+        self.logps = like.new_zeros(batch.n_rows, dtype=torch.float64)
+        self.lse = like.new_zeros(batch.n_rows, 2, dtype=torch.float64)
 
     def write(self, chunk: Chunk, scores: Scores) -> None:
         chunk.write(self.logps, scores.logps)
@@ -171,8 +172,8 @@ class _LateScores(torch.autograd.Function):
 def scores_of(
     batch: Batch, parameters: Parameters, with_entropy: bool, *, entropy_grad: bool, rounded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logps, float64 unless `rounded`, differentiable; entropy, likewise if `entropy_grad`;
-    T * logsumexp(z / T); all (N,).
+    """logps (N,), float64 unless `rounded`, differentiable; entropy (N,), likewise if
+    `entropy_grad`; lse (N, 2).
     """
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters]
     with without_autocast(parameters.hidden.device):

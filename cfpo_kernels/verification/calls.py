@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import Backend
+from ..lse import merge
 from .cases import Case, Inputs
 
 GUARD = 64  # elements before and behind an output that nobody may write to
@@ -60,8 +61,8 @@ def call(kernels: Backend, case: Case, inputs: Inputs) -> Outputs:
     n_rows = inputs.kinds.shape[0]
     arrays: dict[str, Guarded] = {}
 
-    def array(name: str, of: torch.dtype = torch.float32) -> Tensor:
-        arrays[name] = Guarded.like((n_rows,), of, device)
+    def array(name: str, of: torch.dtype = torch.float32, *numbers: int) -> Tensor:
+        arrays[name] = Guarded.like((n_rows, *numbers), of, device)
         return arrays[name].view
 
     before = _snapshot(inputs)
@@ -94,7 +95,7 @@ def call(kernels: Backend, case: Case, inputs: Inputs) -> Outputs:
         kernels.token_logps(
             rows,
             logps=array("logps", torch.float64),
-            lse=array("lse", torch.float64),
+            lse=array("lse", torch.float64, 2),
             entropy=array("entropy") if case.entropy else None,
         )
         if case.call == "on-policy":
@@ -141,10 +142,9 @@ def _call_in_shards(
         for piece in columns
     ]
     count, n = len(shards), len(logps)
-    their_logps, their_lse = torch.full(
-        (2, count, n), math.nan, dtype=torch.float64, device=logps.device
-    )
-    their_entropy = torch.full_like(their_lse, math.nan, dtype=torch.float32)
+    their_logps = logps.new_full((count, n), math.nan)
+    their_lse = logps.new_full((count, n, 2), math.nan)
+    their_entropy = torch.full_like(their_logps, math.nan, dtype=torch.float32)
     for i, shard in enumerate(shards):
         kernels.token_logps(
             shard,
@@ -152,18 +152,14 @@ def _call_in_shards(
             lse=their_lse[i],
             entropy=None if entropy is None else their_entropy[i],
         )
-    t = rows.temperature.double()
-    lse = (their_lse / t).logsumexp(0)
-    gaps = lse - their_lse / t
-    gaps = torch.where(gaps == math.inf, 0.0, gaps)  # the entropy of nothing is 0
-    logps.copy_(torch.where(inputs.active, (their_logps - gaps).amax(0), 0.0))
+    merged = merge(their_lse, rows.temperature.double())
+    logps.copy_(torch.where(inputs.active, (their_logps - merged.gaps).amax(0), 0.0))
     if entropy is not None:
-        merged = ((their_lse / t - lse).exp() * (their_entropy + gaps)).sum(0)
-        entropy.copy_(torch.where(inputs.active, merged, 0.0))
+        entropy.copy_(torch.where(inputs.active, merged.entropy(their_entropy.double()), 0.0))
     for shard, piece in zip(shards, columns, strict=True):
         kernels.token_logps_backward(
             shard,
-            lse=lse * t,
+            lse=merged.lse,
             entropy=entropy,
             dlogps=inputs.dlogps,
             dentropy=inputs.dentropy,

@@ -10,6 +10,7 @@
 
 #include "core/dtype.h"
 #include "core/objective.h"
+#include "core/row_types.h"
 #include "core/softcap.h"
 
 namespace cfpo {
@@ -107,14 +108,14 @@ struct TokenLossParams {
 struct TokenLogpsParams {
   Problem problem;
   double* logps;   // (N), unrounded
-  double* lse;     // (N), T * logsumexp(z / T): float64, since float32 would lose a common offset
+  Lse* lse;        // (N)
   float* entropy;  // (N), may be null
 };
 
 struct TokenLogpsBackwardParams {
   Problem problem;
   Rows dlogits;           // (N, V), may be the logits
-  const double* lse;      // (N)
+  const Lse* lse;         // (N)
   const float* entropy;   // (N), null where dentropy is
   const float* dlogps;    // (N)
   const float* dentropy;  // (N), may be null

@@ -26,9 +26,14 @@ struct RowStats {
   double p;           // e^logp
   double complement;  // 1 - p, to full relative accuracy
   double entropy;     // nats; meaningless unless asked for
+  double anchor;      // a logit: the peak's where there is one, else the target's,
+  double log_anchor;  // and log p of it
 
-  // T * logsumexp(z / T)
-  CFPO_HOST_DEVICE double lse() const { return (ref + log_sum * kLog2E) / scale; }
+  CFPO_HOST_DEVICE Lse lse() const {
+    const double t = kLog2E / scale;
+    if (log_anchor > -kLn2) return {anchor, -log_anchor * t};
+    return {ref / static_cast<double>(scale), log_sum * t};
+  }
 };
 
 // What stage 3 needs: d_v = coefs(v) off the target, and the target's own value.
@@ -95,7 +100,8 @@ CFPO_HOST_DEVICE RowStats join_target(float scale, Logit target, RowSum rest,
     stats.ref = 0.0f;
     stats.sum = stats.p = stats.entropy = 0.0;
     stats.inverse_sum = INFINITY;
-    stats.log_sum = stats.logp = -INFINITY;
+    stats.log_sum = stats.logp = stats.log_anchor = -INFINITY;
+    stats.anchor = 0.0;
     stats.complement = 1.0;
     return stats;
   }
@@ -122,6 +128,8 @@ CFPO_HOST_DEVICE RowStats join_target(float scale, Logit target, RowSum rest,
   const double log = std::log(likely ? kept : stats.sum);
   stats.logp = likely ? log - lost : log_mass - log;
   stats.log_sum = likely ? log_mass - stats.logp : log;
+  stats.anchor = target;
+  stats.log_anchor = stats.logp;
   // Of a likely token two positive terms; see peak_of.
   const double beside = likely ? rest.weighted - (u - top) * rest.sum : weighted;
   stats.entropy = (likely ? -stats.logp : stats.log_sum) - beside * stats.inverse_sum * kLn2;
@@ -130,15 +138,16 @@ CFPO_HOST_DEVICE RowStats join_target(float scale, Logit target, RowSum rest,
 
 // The stats of a row whose sums an earlier call has left as its lse.
 template <class Logit>
-CFPO_HOST_DEVICE RowStats stats_from_lse(float scale, Logit target, double lse, double entropy) {
-  const double log2_total = lse * scale;
+CFPO_HOST_DEVICE RowStats stats_from_lse(float scale, Logit target, const Lse& lse,
+                                         double entropy) {
+  const double log2_total = lse.total() * scale;
   RowStats stats;
   stats.scale = scale;
   stats.ref = static_cast<float>(std::floor(log2_total));
   stats.log_sum = (log2_total - stats.ref) * kLn2;
   stats.sum = std::exp2(log2_total - stats.ref);
   stats.inverse_sum = 1.0 / stats.sum;
-  stats.logp = (static_cast<double>(target) * scale - log2_total) * kLn2;
+  stats.logp = lse.below(target) * scale * kLn2;
   stats.p = std::exp(stats.logp);
   stats.complement = -std::expm1(stats.logp);
   stats.entropy = entropy;
@@ -199,6 +208,7 @@ struct PeakedSum {
 
 struct Peak {
   std::int64_t at = -1;  // none: nothing of the row needs to be computed apart
+  double logit = 0.0;
   double logp = 0.0;
   double entropy = 0.0;  // of the row
   double sum = 0.0;      // of the row, near `ref`
@@ -211,6 +221,8 @@ struct Peak {
     stats.sum = sum;
     stats.inverse_sum = 1.0 / sum;
     stats.log_sum = log_sum;
+    stats.anchor = logit;
+    stats.log_anchor = logp;
   }
 };
 
@@ -230,18 +242,21 @@ CFPO_HOST_DEVICE Peak peak_of(float scale, Logit target, const PeakedSum& sums, 
     weighted += (sums.rest.weighted + (sums.rest.ref - top) * sums.rest.sum) * factor;
   }
   const double logp = -std::log1p(mass);
-  return {sums.at, logp, -logp - weighted * kLn2 / (1.0 + mass),
-          std::exp2(top - ref) * (1.0 + mass), (top - ref) * kLn2 - logp};
+  // u is exact, and so is what it is the product of.
+  return {sums.at,
+          top / scale,
+          logp,
+          -logp - weighted * kLn2 / (1.0 + mass),
+          std::exp2(top - ref) * (1.0 + mass),
+          (top - ref) * kLn2 - logp};
 }
 
-// Whether a logit that is not the target's is the peak of a row with this lse. The difference is
-// exact, but a float64 lse is known to about its spacing, 7e-15 near 40, and log p no better: to
-// 1e-5 of itself where 1 - p is 1e-9. It stays within [-H, 0].
-CFPO_HOST_DEVICE inline Peak peak_from_lse(float scale, float logit, double lse, double entropy,
+// Whether a logit that is not the target's is the peak of a row with this lse.
+CFPO_HOST_DEVICE inline Peak peak_from_lse(float scale, float logit, const Lse& lse, double entropy,
                                            std::int64_t at) {
-  const double logp = (logit - lse) * scale * kLn2;
+  const double logp = lse.below(logit) * scale * kLn2;
   if (!(logp > -kLn2)) return {};
-  return {at, std::fmin(std::fmax(logp, -entropy), 0.0), entropy};
+  return {at, logit, logp, entropy};
 }
 
 CFPO_HOST_DEVICE inline float peak_gradient(float scale, const Peak& peak,

@@ -1,6 +1,8 @@
 // What stages 1 and 3 pass on: sums over part of a row, and the coefficients of its gradient.
 #pragma once
 
+#include "core/host_device.h"
+
 namespace cfpo {
 
 // References beyond this are floats too far apart to be near anything; |logit| / T of 1.5e9.
@@ -20,6 +22,21 @@ struct GradientCoefs {
   float ref;
   float constant;
   float linear;  // 0 unless the entropy's gradient is wanted
+};
+
+// T * logsumexp(z / T) of a row, as a logit near it and what it is above that: float32 would lose a
+// common offset, and a single float64 what a likely token leaves. `anchor` is the logit of such a
+// token, so that `above` is -T log p of it.
+struct Lse {
+  double anchor = 0.0;
+  double above = 0.0;
+
+  CFPO_HOST_DEVICE double total() const { return anchor + above; }
+  // Of a token with this logit, T log p.
+  template <class Logit>
+  CFPO_HOST_DEVICE double below(Logit logit) const {
+    return static_cast<double>(logit) - anchor - above;
+  }
 };
 
 }  // namespace cfpo

@@ -133,7 +133,8 @@ struct LogpsStage {
   CFPO_HOST_DEVICE bool entropy() const { return p.entropy != nullptr; }
 
   CFPO_HOST_DEVICE void skipped(std::int64_t row) const {
-    p.logps[row] = p.lse[row] = 0.0;
+    p.logps[row] = 0.0;
+    p.lse[row] = {};
     if (p.entropy != nullptr) p.entropy[row] = 0.0f;
   }
 
@@ -196,7 +197,7 @@ struct LogpsBackwardStage {
   }
   // No less than this, roughly.
   CFPO_HOST_DEVICE float least_peak(std::int64_t row) const {
-    return static_cast<float>(p.lse[row] - 1.0 / row_scale(p.problem, row));
+    return static_cast<float>(p.lse[row].total() - 1.0 / row_scale(p.problem, row));
   }
   CFPO_HOST_DEVICE float peak_gradient(std::int64_t row, const Peak& peak) const {
     return cfpo::peak_gradient(row_scale(p.problem, row), peak, derivatives(row, {}));

@@ -169,9 +169,8 @@ def kernels_losses(case: Any, settings: LossSettings, inputs: TokenInputs) -> tu
     n = len(case.token_ids)
     rows = KernelRows(case.logits, case.token_ids, torch.ones(n), torch.ones(1))
     kernels = backends.kernels("cpu")
-    loss, rounded, logps, lse = (
-        torch.empty(n, dtype=x) for x in (torch.float32,) * 2 + (torch.float64,) * 2
-    )
+    loss, rounded = torch.empty(2, n)
+    logps, lse = (torch.empty(*shape, dtype=torch.float64) for shape in ((n,), (n, 2)))
     terms = KernelTerms(inputs, settings, None)
     kernels.policy_loss(rows, terms, loss=loss, logps=rounded, entropy=None, dlogits=None)
     kernels.token_logps(rows, logps=logps, lse=lse, entropy=None)
@@ -193,7 +192,7 @@ def test_in_bits_the_loss_of_the_fused_kernels(objective: Objective) -> None:
 def test_log_probs_that_were_just_scored_have_a_ratio_of_exactly_1() -> None:
     case = make_case(26, 1000)
     rows = KernelRows(case.logits, case.token_ids, torch.ones(26), torch.ones(1))
-    logps, lse = torch.empty(2, 26, dtype=torch.float64)
+    logps, lse = (torch.empty(*shape, dtype=torch.float64) for shape in ((26,), (26, 2)))
     backends.kernels("cpu").token_logps(rows, logps=logps, lse=lse, entropy=None)
     settings = LossSettings(CFPO(1e-6).shape())  # where a difference of 1e-8 would show
     inputs = TokenInputs(case.advantages, logps.float())

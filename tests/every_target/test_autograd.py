@@ -288,7 +288,7 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
     rows = (case.logits, case.token_ids, weights, temperature)
     inputs = [case.advantages, case.old_logps, None, None, None, None]
     terms = (inputs, *ops.flat(LossSettings(CFPO(log_ratio_clip=1e30).shape())), None)
-    backward = (torch.zeros(6, dtype=torch.float64), torch.zeros(6), torch.ones(6), None)
+    backward = (torch.zeros(6, 2, dtype=torch.float64), torch.zeros(6), torch.ones(6), None)
     return {
         "policy_loss": (*rows, True, True, "cpu", *terms),
         "policy_loss_": (*rows, False, "cpu", *terms),

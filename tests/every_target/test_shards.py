@@ -15,6 +15,7 @@ from oracle import DTYPES, make_case
 from stages import (
     Arrived,
     Sums,
+    as_pair,
     borders,
     check_gradient,
     exact,
@@ -51,7 +52,7 @@ def test_a_token_that_is_elsewhere(dtype: torch.dtype, v: int) -> None:
         got = sums(rows_of(case.logits, ids, t, sharded=True), with_entropy)
         assert torch.equal(got.logps == -math.inf, want.logps == -math.inf)
         torch.testing.assert_close(got.logps.double(), want.logps, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(got.lse, want.lse, rtol=1e-7, atol=1e-6)
+        torch.testing.assert_close(got.total, want.total, rtol=1e-7, atol=1e-6)
         if with_entropy:
             torch.testing.assert_close(got.entropy.double(), want.entropy, rtol=3e-6, atol=3e-6)
     whole = sums(rows_of(case.logits[:3], ids[:3], t[:3]))
@@ -67,7 +68,7 @@ def test_a_row_alone_has_the_same_bits() -> None:
     case.logits[4] = -math.inf
     rows = rows_of(case.logits, ids, t, sharded=True)
     want = sums(rows)
-    arrived = Arrived(want.lse.clamp(min=3.0), want.entropy, t, -t)
+    arrived = Arrived(as_pair(want.total.clamp(min=3.0)), want.entropy, t, -t)
     dlogits = gradient(rows, arrived)
     for i in range(5):
         alone = rows_of(*(x[i : i + 1] for x in (case.logits, ids, t)), sharded=True)
@@ -97,7 +98,7 @@ def test_shards_merge_into_the_row(shards: int, peak: float) -> None:
     got, want = merge(parts, t), exact(logits, ids, t)
     # log p = -1e-6 of a likely token: the shard that has it knows the rest of itself as exactly.
     torch.testing.assert_close(got.logps, want.logps, rtol=2e-6, atol=0)
-    torch.testing.assert_close(got.lse, want.lse, rtol=1e-7, atol=1e-6)
+    torch.testing.assert_close(got.total, want.total, rtol=1e-7, atol=1e-6)
     torch.testing.assert_close(got.entropy, want.entropy, rtol=3e-6, atol=3e-6)
 
 
@@ -147,7 +148,7 @@ def test_a_shard_of_bans(dtype: torch.dtype, v: int) -> None:
     ids[2::3] = v + 1
     for with_entropy in (False, True):
         got = sums(rows_of(case.logits, ids, t, sharded=True), with_entropy)
-        assert (got.lse[banned] == -math.inf).all() and (got.logps[banned] == -math.inf).all()
+        assert (got.total[banned] == -math.inf).all() and (got.logps[banned] == -math.inf).all()
         if with_entropy:
             assert (got.entropy[banned] == 0).all()
             for name, x in clean._asdict().items():
@@ -157,7 +158,7 @@ def test_a_shard_of_bans(dtype: torch.dtype, v: int) -> None:
     ids[:] = v // 2
     case.logits[:, v // 2] = 0.25
     got = sums(rows_of(case.logits, ids, t, sharded=True))
-    assert ((got.lse[banned] - 0.25).abs() < 1e-12).all() and (got.logps[banned] == 0).all()
+    assert ((got.total[banned] - 0.25).abs() < 1e-12).all() and (got.logps[banned] == 0).all()
     assert (got.entropy[banned].abs() < 1e-12).all()
 
 
@@ -170,7 +171,7 @@ def test_what_is_not_finite_stays_nan(junk: float, v: int) -> None:
         logits[3, v // 2] = 0.0
         ids = torch.tensor([0, v // 2, v, v])
         got = sums(rows_of(logits, ids, torch.ones(1), sharded=True))
-        for x in got:
+        for x in (got.logps, got.total, got.entropy):
             assert x.isnan().tolist() == [True, True, True, False]
 
 
@@ -182,7 +183,7 @@ def test_only_shards_miss_their_token(target: Target) -> None:
             sums(rows)
     masked = rows._replace(weights=torch.tensor([1.0, 0.0, 1.0]), sharded=True)
     got = sums(masked)
-    assert got.logps[1] == 0 and got.lse[1] == 0 and got.entropy[1] == 0
+    assert got.logps[1] == 0 and not got.lse[1].any() and got.entropy[1] == 0
 
 
 # --- Stage 3 --------------------------------------------------------------------------------------
@@ -215,8 +216,10 @@ def test_nothing_is_stored_for_a_token_that_is_elsewhere() -> None:
         ids = torch.tensor([v, v + 5, -1, -8, -9000, v + 9000, *FAR])
         n = len(ids)
         logits, t = make_case(n, v).logits, temperatures(n)
-        lse = exact(logits, ids, t).lse + 0.5
-        arrived = Arrived(lse, torch.full((n,), 2.0), torch.linspace(-1, 1, n), torch.ones(n))
+        lse = exact(logits, ids, t).total + 0.5
+        arrived = Arrived(
+            as_pair(lse), torch.full((n,), 2.0), torch.linspace(-1, 1, n), torch.ones(n)
+        )
         got = gradient(rows_of(logits, ids, t, sharded=True), arrived)
         log_p = (logits.double() - lse[:, None]) / t[:, None]
         c, h = arrived.dlogps.double()[:, None], -1.0
@@ -233,8 +236,9 @@ def test_gradient_of_bans(dtype: torch.dtype, inplace: bool) -> None:
         for fill in (-math.inf, torch.finfo(dtype).min):
             n, ids = 3, torch.tensor([v, -1, v + 9000])
             logits = torch.full((n, v), fill, dtype=dtype)
-            arrived = Arrived(torch.full((n,), 3.0).double(), torch.ones(n), torch.ones(n), None)
-            for dentropy in (None, torch.ones(n)):
+            ones, lse = torch.ones(n), as_pair(torch.full((n,), 3.0).double())
+            arrived = Arrived(lse, ones, ones, None)
+            for dentropy in (None, ones):
                 rows = rows_of(logits, ids, torch.ones(1), sharded=True)
                 got = gradient(rows, arrived._replace(dentropy=dentropy), inplace)
                 assert not got.any()
@@ -274,9 +278,9 @@ def test_the_reference(dtype: torch.dtype) -> None:
         )
         parts.append(Sums(logps, lse, entropy))
     got, want = merge(parts, t), exact(logits, ids, t)
-    assert any((part.lse == -math.inf).any() for part in parts)
-    for x, y in zip(got, want, strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-6)
+    assert any((part.total == -math.inf).any() for part in parts)
+    for x, y in ((got.logps, want.logps), (got.total, want.total), (got.entropy, want.entropy)):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
     (got.logps + 0.3 * got.entropy).sum().backward()
     logps, entropy, _ = reference.token_logps(whole, ids, active, t, True, False)
     (logps + 0.3 * entropy).sum().backward()

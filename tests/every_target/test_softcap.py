@@ -76,7 +76,7 @@ def test_sums(dtype: torch.dtype, v: int, softcap: float) -> None:
         got = sums(rows, with_entropy)
         assert (got.logps <= 0).all()
         torch.testing.assert_close(got.logps.double(), want.logps, rtol=2e-6, atol=2e-6)
-        torch.testing.assert_close(got.lse, want.lse, rtol=5e-7, atol=1e-6)
+        torch.testing.assert_close(got.total, want.total, rtol=5e-7, atol=1e-6)
         if with_entropy:
             torch.testing.assert_close(got.entropy.double(), want.entropy, rtol=5e-6, atol=5e-6)
     parts = []
@@ -85,7 +85,7 @@ def test_sums(dtype: torch.dtype, v: int, softcap: float) -> None:
         parts.append(sums(part._replace(sharded=True)))
     merged = merge(parts, t)
     torch.testing.assert_close(merged.logps, want.logps, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(merged.lse, want.lse, rtol=5e-7, atol=1e-6)
+    torch.testing.assert_close(merged.total, want.total, rtol=5e-7, atol=1e-6)
     torch.testing.assert_close(merged.entropy, want.entropy, rtol=5e-6, atol=5e-6)
 
 
@@ -103,7 +103,7 @@ def test_value_of_one_logit(softcap: float) -> None:
     n, t = len(x), torch.full((1,), max(c * 1e-5, 1e-6))
     want = capped(x, c)
     for ids, units in ((torch.full((n,), -1), 12.0), (torch.zeros(n, dtype=torch.int64), 0.5)):
-        got = sums(rows_of(x[:, None], ids, t, sharded=True, softcap=c)).lse
+        got = sums(rows_of(x[:, None], ids, t, sharded=True, softcap=c)).total
         # A reference far away: its product with scale, a float32, is the exponent's error.
         allowed = units * 2.0**-24 * want.abs() + 1e-6 * t.double()
         worst = ((got - want).abs() / allowed).max()
@@ -240,7 +240,7 @@ def test_infinities_and_numbers_that_are_none(dtype: torch.dtype) -> None:
         good = torch.tensor([0, 1, 2, 5, 6])
         got = sums(rows)
         want = exact(capped(case.logits[good], 4.0), ids[good], torch.ones(1))
-        for name in ("logps", "lse", "entropy"):
+        for name in ("logps", "total", "entropy"):
             x = getattr(got, name)
             torch.testing.assert_close(x[good].double(), getattr(want, name), rtol=5e-6, atol=5e-6)
             assert x[3].isnan() and x[4] == 0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cfpo_kernels import backends
+from cfpo_kernels import backends, lse
 from cfpo_kernels.backends.base import Backend, KernelRows
 
 
@@ -24,17 +24,23 @@ def rows_of(logits: Tensor, token_ids: Tensor, temperature: Tensor, **more: obje
 
 
 class Sums(NamedTuple):
-    """What is left of stage 1, (N,) each."""
+    """What is left of stage 1."""
 
-    logps: Tensor
-    lse: Tensor
-    entropy: Tensor
+    logps: Tensor  # (N,)
+    lse: Tensor  # (N, 2)
+    entropy: Tensor  # (N,)
+
+    @property
+    def total(self) -> Tensor:
+        """T * logsumexp(z / T), (N,)."""
+        return self.lse.sum(-1)
 
 
 def sums(rows: KernelRows, with_entropy: bool = True) -> Sums:
     n = len(rows.token_ids)
     entropy = torch.full((n,), 7.0)
-    logps, lse = torch.full((2, n), 7.0, dtype=torch.float64)
+    logps = torch.full((n,), 7.0, dtype=torch.float64)
+    lse = torch.full((n, 2), 7.0, dtype=torch.float64)
     kernels(rows.logits).token_logps(
         rows, logps=logps, lse=lse, entropy=entropy if with_entropy else None
     )
@@ -42,9 +48,9 @@ def sums(rows: KernelRows, with_entropy: bool = True) -> Sums:
 
 
 class Arrived(NamedTuple):
-    """What stage 3 starts from, (N,) each."""
+    """What stage 3 starts from, (N,) each but lse."""
 
-    lse: Tensor
+    lse: Tensor  # (N, 2)
     entropy: Tensor
     dlogps: Tensor
     dentropy: Tensor | None
@@ -78,8 +84,12 @@ def exact(logits: Tensor, token_ids: Tensor, temperature: Tensor) -> Sums:
     there = (token_ids >= 0) & (token_ids < z.shape[1])
     logps = log_p.gather(1, torch.where(there, token_ids, 0)[:, None]).squeeze(1)
     entropy = -(log_p.exp() * log_p.clamp(min=-1e300)).sum(-1)
-    lse = z.logsumexp(-1) * temperature.double()
-    return Sums(torch.where(there, logps, -math.inf), lse, entropy)
+    total = z.logsumexp(-1) * temperature.double()
+    return Sums(torch.where(there, logps, -math.inf), as_pair(total), entropy)
+
+
+def as_pair(total: Tensor) -> Tensor:
+    return torch.stack([total, torch.zeros_like(total)], -1)
 
 
 def borders(v: int, shards: int) -> list[tuple[int, int]]:
@@ -89,17 +99,10 @@ def borders(v: int, shards: int) -> list[tuple[int, int]]:
 
 
 def merge(shards: list[Sums], temperature: Tensor) -> Sums:
-    """Of whole rows, as base.Backend says."""
-    t = temperature.double()
-    lses = torch.stack([shard.lse for shard in shards]) / t
-    lse = lses.logsumexp(0)
-    logps, entropy = torch.full_like(lse, -math.inf), torch.zeros_like(lse)
-    for shard, its in zip(shards, lses, strict=True):
-        gap = torch.where(its == -math.inf, 0.0, lse - its)
-        share = torch.where(its == -math.inf, 0.0, torch.exp(-gap))
-        entropy += share * (shard.entropy.double() + gap)
-        logps = torch.maximum(logps, shard.logps.double() - gap)
-    return Sums(logps, lse * t, entropy)
+    """Of whole rows."""
+    logps, parts, entropy = (torch.stack(x).double() for x in zip(*shards, strict=True))
+    whole = lse.merge(parts, temperature.double())
+    return Sums((logps - whole.gaps).amax(0), whole.lse, whole.entropy(entropy))
 
 
 def temperatures(n: int) -> Tensor:

@@ -103,7 +103,7 @@ def launch_policy(
 def launch_logps(logits: torch.Tensor, entropy: bool) -> None:
     n = logits.shape[:-1].numel()
     given = per_row(n) if entropy else None
-    lse = per_row(n, torch.float64)
+    lse = fake((n, 2), torch.float64)
     backend.TRITON.token_logps(
         rows(logits), logps=per_row(n, torch.float64), lse=lse, entropy=given
     )

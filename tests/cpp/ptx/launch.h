@@ -37,12 +37,12 @@ class Ranges {
   void add(const cfpo::LogpsStage& stage) {
     add(stage.p.problem);
     add(stage.p.logps, 8 * n_rows_, true);
-    add(stage.p.lse, 8 * n_rows_, true);
+    add(stage.p.lse, sizeof(*stage.p.lse) * n_rows_, true);
     add(stage.p.entropy, 4 * n_rows_, true);
   }
   void add(const cfpo::LogpsBackwardStage& stage) {
     add(stage.p.problem);
-    add(stage.p.lse, 8 * n_rows_, false);
+    add(stage.p.lse, sizeof(*stage.p.lse) * n_rows_, false);
     for (const float* x : {stage.p.entropy, stage.p.dlogps, stage.p.dentropy}) {
       add(x, 4 * n_rows_, false);
     }

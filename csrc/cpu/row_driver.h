@@ -24,7 +24,7 @@ constexpr std::int64_t kSegment = 8192;        // elements
 constexpr std::int64_t kHintColumns = 512;     // how many decide the first reference
 constexpr std::int64_t kItemElements = 16384;  // short rows are handed out several at a time
 // Below, to bring threads together three times takes as long as the row on one of them.
-constexpr std::int64_t kSplitColumns = 4 * kSegment;
+constexpr std::int64_t kSplitColumns = 3 * kSegment;
 
 // What a segment leaves: its sums, and for the entropy those without its largest element where that
 // has nearly all of them.

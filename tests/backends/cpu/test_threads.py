@@ -44,7 +44,7 @@ def test_repeats_are_bitwise_equal(dtype: torch.dtype, level: str, two_threads: 
         assert torch.equal(again.dlogits, first.dlogits) and torch.equal(again.loss, first.loss)
 
 
-@pytest.mark.parametrize("v", [100, 20001, 262144])
+@pytest.mark.parametrize("v", [100, 20001, 32000, 262144])
 def test_threads_and_batch_do_not_change_a_row(v: int, level: str, two_threads: None) -> None:
     # One row on two threads is split by segments, many rows are not, one thread never splits.
     case = make_case(9, v, torch.bfloat16, reduction="none")

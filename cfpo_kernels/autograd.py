@@ -142,7 +142,7 @@ class CFPOFunction(torch.autograd.Function):
 class TokenLogpsFunction(torch.autograd.Function):
     """log p of each row's token, and the row's entropy, differentiable with respect to the logits.
 
-    ``apply(logits, inplace, rounded, *arguments of ops.token_logps)`` returns (logps, entropy (N,)
+    ``apply(logits, inplace, rounded, *arguments of ops.token_scores)`` returns (logps, entropy (N,)
     or (0,), lse); lse is not differentiable; logps are float64 unless `rounded` to the entropy's
     dtype. Saves the logits; with `inplace`, backward overwrites them with their gradient.
     """
@@ -160,7 +160,7 @@ class TokenLogpsFunction(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = KernelRows(logits, token_ids, weights, temperature)
-        logps, lse, entropy = ops.run_token_logps(rows, with_entropy, backend)
+        logps, lse, entropy = ops.run_token_scores(rows, with_entropy, backend)
         save(ctx, *rows.tensors(), lse, entropy)
         ctx.inplace = inplace
         ctx.backend = backend

@@ -6,7 +6,9 @@ where nobody would see an operator: torch.library's way there is longer than man
 Operators allocate their outputs and call the backend; they are not differentiable themselves
 (autograd.py is). Signatures are flat because operator schemas are: `inputs` are the fields of
 TokenInputs, what follows is ``flat(settings)``. An empty tensor stands for an output that was not
-asked for. A name that ends in _ overwrites its first argument.
+asked for. A name that ends in _ overwrites its first argument. What gives other shapes or dtypes
+than in an earlier version needs another name: torch.compile keeps graphs on disk, by the names in
+them.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def _policy_loss_into(
     return loss, logps, entropy
 
 
-def _token_logps(
+def _token_scores(
     rows: KernelRows, with_entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     entropy = torch.empty_like(rows.weights) if with_entropy else None
@@ -177,8 +179,8 @@ def _(logits, token_ids, weights, temperature, with_entropy, *_):  # type: ignor
     return _fake_outputs(weights, with_entropy)
 
 
-@torch.library.custom_op("cfpo_kernels::token_logps", mutates_args=())
-def token_logps(
+@torch.library.custom_op("cfpo_kernels::token_scores", mutates_args=())
+def token_scores(
     logits: Tensor,
     token_ids: Tensor,
     weights: Tensor,
@@ -187,10 +189,10 @@ def token_logps(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (logps (N,) float64, lse (N, 2) float64, entropy (N,) or (0,))."""
-    return _token_logps(KernelRows(logits, token_ids, weights, temperature), with_entropy, backend)
+    return _token_scores(KernelRows(logits, token_ids, weights, temperature), with_entropy, backend)
 
 
-@token_logps.register_fake
+@token_scores.register_fake
 def _(logits, token_ids, weights, temperature, with_entropy, backend):  # type: ignore[no-untyped-def]
     *_, entropy = _fake_outputs(weights, with_entropy)
     logps, lse = _scores(weights)
@@ -292,14 +294,14 @@ def run_policy_loss(
     return policy_loss(*rows.tensors(), with_entropy, with_gradient, backend, *flat_terms)
 
 
-def run_token_logps(
+def run_token_scores(
     rows: KernelRows, with_entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (logps, lse, entropy); the first two in float64."""
     if is_plain(*rows.tensors()):
-        with _shown("token_logps"):
-            return _token_logps(rows, with_entropy, backend)
-    return token_logps(*rows.tensors(), with_entropy, backend)
+        with _shown("token_scores"):
+            return _token_scores(rows, with_entropy, backend)
+    return token_scores(*rows.tensors(), with_entropy, backend)
 
 
 def run_token_logps_backward(

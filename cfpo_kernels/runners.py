@@ -95,7 +95,7 @@ class KernelRunner:
             return TokenLogpsFunction.apply(
                 logits, inplace, rounded, *of_rows, with_entropy, self.kernels
             )
-        logps, lse, entropy = ops.run_token_logps(
+        logps, lse, entropy = ops.run_token_scores(
             KernelRows(logits, *of_rows), with_entropy, self.kernels
         )
         return logps.to(rows.dtype) if rounded else logps, entropy, lse

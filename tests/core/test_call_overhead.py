@@ -206,7 +206,7 @@ def test_a_plain_call_goes_past_the_operator(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: object) -> None:
         raise AssertionError("the operator was called")
 
-    for name in ("policy_loss", "policy_loss_", "multiply_rows_", "token_logps"):
+    for name in ("policy_loss", "policy_loss_", "multiply_rows_", "token_scores"):
         monkeypatch.setattr(cfpo_kernels.ops, name, refuse)
     batch = Batch()
     assert batch.step(2.0).any() and batch.step(2.0, inplace=True).any()

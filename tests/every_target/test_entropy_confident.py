@@ -8,7 +8,6 @@ import pytest
 import torch
 from oracle import DTYPES
 from stages import Arrived, borders, gradient, merge, rows_of, sums
-from targets import Target
 from torch import Tensor
 
 import cfpo_kernels
@@ -140,7 +139,7 @@ def test_log_p_of_the_likeliest(dtype: torch.dtype) -> None:
 
 @pytest.mark.not_on("reference", reason="it has no kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-def test_shards(dtype: torch.dtype, target: Target) -> None:
+def test_shards(dtype: torch.dtype) -> None:
     """The shard that has the likeliest token knows the rest of itself; the others are below it."""
     rows = confident(dtype)
     t = torch.ones(len(rows.top))

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_entropy_confident as confident
 import test_shards as shards
 import test_softcap as softcaps
 import torch
+from stages import as_pair
 from torch import Tensor
 
 from cfpo_kernels import backends
@@ -95,6 +97,7 @@ FLOAT, BFLOAT = torch.float32, torch.bfloat16
 ELSEWHERE = (shards.test_a_token_that_is_elsewhere, {"dtype": FLOAT, "v": 1000})
 BANS = (shards.test_a_shard_of_bans, {"dtype": FLOAT, "v": 1000})
 MERGED = (shards.test_shards_merge_into_the_row, {"shards": 3, "peak": 0.9999})
+CONFIDENT = (confident.test_shards, {"dtype": BFLOAT})
 COLUMNS = (shards.test_gradient_of_columns, {"dtype": FLOAT, "v": 1000, "inplace": False})
 STORED = (shards.test_nothing_is_stored_for_a_token_that_is_elsewhere, {})
 LOG_PROBS = {"dtype": FLOAT, "v": 1000, "softcap": 4.0, "inplace": False}
@@ -110,6 +113,7 @@ DEFECTS: dict[str, tuple[Broken, list[tuple[Callable[..., None], dict[str, Any]]
     "the nearest column": (Broken(before=clamped), [ELSEWHERE, STORED, COLUMNS]),
     "not a number without mass": (Broken(lse=lambda lse: lse - lse + lse), [BANS]),
     "an lse that is a little too large": (Broken(lse=lambda lse: lse + 1e-5), [MERGED, ELSEWHERE]),
+    "an lse of one number": (Broken(lse=lambda lse: as_pair(lse.sum(1))), [CONFIDENT]),
     "no softcap": (Broken(before=without_softcap), [SLOPES, LOSSES, FLOAT64, VALUES, INFINITIES]),
     "another softcap": (Broken(before=another_softcap), [SLOPES, LOSSES, FLOAT64, VALUES]),
     "no slope": (Broken(before=without_slope), [SLOPES, LOSSES, FLOAT64]),

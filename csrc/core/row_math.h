@@ -187,20 +187,21 @@ constexpr float kPeakedEntropy = 0.02f;
 // A row's sums without the target and without the likeliest of the others, the peak.
 struct PeakedSum {
   RowSum rest;
-  double peak = -INFINITY;  // u of it, without a reference
-  std::int64_t at = -1;     // where it is: its column, or its segment
+  float peak = -INFINITY;  // its logit
+  std::int64_t at = -1;    // where it is: its column, or its segment
 
   // A segment's sums, and the element that they leave out.
-  void add(const RowSum& part, double u, std::int64_t where) {
+  void add(const RowSum& part, float scale, float logit, std::int64_t where) {
     rest.add(part);
     if (where < 0) return;
-    if (u > peak) {
-      const double before = peak;
-      peak = u;
-      u = before;
+    if (logit > peak) {
+      const float before = peak;
+      peak = logit;
+      logit = before;
       at = where;
     }
-    if (u == -INFINITY) return;
+    if (logit == -INFINITY) return;
+    const double u = static_cast<double>(logit) * scale;
     const double ref = std::ceil(u), mass = std::exp2(u - ref);
     rest.add({ref, mass, (u - ref) * mass});
   }
@@ -208,7 +209,7 @@ struct PeakedSum {
 
 struct Peak {
   std::int64_t at = -1;  // none: nothing of the row needs to be computed apart
-  double logit = 0.0;
+  float logit = 0.0f;
   double logp = 0.0;
   double entropy = 0.0;  // of the row
   double sum = 0.0;      // of the row, near `ref`
@@ -231,7 +232,8 @@ struct Peak {
 // a sum of positive numbers.
 template <class Logit>
 CFPO_HOST_DEVICE Peak peak_of(float scale, Logit target, const PeakedSum& sums, double ref) {
-  const double u = static_cast<double>(target) * scale, top = sums.peak;
+  const double u = static_cast<double>(target) * scale;
+  const double top = static_cast<double>(sums.peak) * scale;
   if (!(top > u && std::exp2(top - sums.rest.ref) >= sums.rest.sum)) return {};
   const double gap = u - top;
   double mass = gap < -1000.0 ? 0.0 : std::exp2(gap);
@@ -242,9 +244,8 @@ CFPO_HOST_DEVICE Peak peak_of(float scale, Logit target, const PeakedSum& sums, 
     weighted += (sums.rest.weighted + (sums.rest.ref - top) * sums.rest.sum) * factor;
   }
   const double logp = -std::log1p(mass);
-  // u is exact, and so is what it is the product of.
   return {sums.at,
-          top / scale,
+          sums.peak,
           logp,
           -logp - weighted * kLn2 / (1.0 + mass),
           std::exp2(top - ref) * (1.0 + mass),

@@ -97,7 +97,7 @@ class RowSummer {
       rest.add(row_sum(part.all));
       least = std::min(least, part.least);
       if (entropy_) {
-        peaked.add(row_sum(part.rest), static_cast<double>(part.peak_logit) * scale_, part.peak);
+        peaked.add(row_sum(part.rest), scale_, part.peak_logit, part.peak);
       }
     }
     RowStats stats = join_target(scale_, target_logit_, rest, sharded_);

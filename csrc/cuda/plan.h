@@ -74,7 +74,6 @@ using SegmentSum = std::conditional_t<kEntropy, PeakedPart, PartialSum>;
 struct MergedRow {
   RowSum sum;
   Peak peak;
-  float peak_logit = 0.0f;
 };
 
 // What stage 3 takes from a row's scalars. The peak's gradient is written like the target's, by

@@ -293,9 +293,8 @@ CFPO_DEVICE MergedRow merge_peaked(Parts parts, int count, float scale, Logit ta
   }
   rest.sum = warp_sum(rest.sum);
   rest.weighted = warp_sum(rest.weighted);
-  row.peak_logit = top;
   const int at = shuffle_index(mine, hw::lowest_bit(hw::ballot(mine >= 0)));
-  row.peak = peak_of(scale, target, {rest, static_cast<double>(top) * scale, at}, ref);
+  row.peak = peak_of(scale, target, {rest, top, at}, ref);
   return row;
 }
 
@@ -317,7 +316,7 @@ CFPO_DEVICE PeakedGradient settle_peaked(const Stage& stage, int row, const RowS
     g.gradient = row_gradient(stats, d);
     if (merged.peak.at >= 0 && stats.sum > 0.0) {
       g.segment = static_cast<int>(merged.peak.at);
-      g.logit = merged.peak_logit;
+      g.logit = merged.peak.logit;
       g.value = peak_gradient(stats.scale, merged.peak, d);
     }
   }
